@@ -1,0 +1,1 @@
+"""The whole pipeline on real data, on one machine."""

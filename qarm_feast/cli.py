@@ -1,0 +1,27 @@
+"""``qarm``: the offline jobs' command line."""
+
+import click
+
+from qarm_feast.command import LazyGroup, run_command_line
+
+_HOMES = {
+    "align": "qarm_feast.alignment.cli:align_group",
+    "check-data": "qarm_feast.input_data:check_data",
+    "codebook": "qarm_feast.codebook_cli:codebook_group",
+    "load-users": "qarm_feast.profiles:load_users",
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    homes=_HOMES,
+    epilog="Example: qarm codebook train --config feature_repo/qarm.yaml --codebook-version v1",
+)
+@click.version_option(package_name="qarm-feast")
+def qarm() -> None:
+    """Align item vectors, train and publish codebooks, load user profiles."""
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    run_command_line(qarm)

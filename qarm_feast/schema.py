@@ -1,0 +1,95 @@
+"""Arrow schemas and reserved values that every part of the system shares.
+
+May import: pyarrow only.
+"""
+
+import pyarrow as pa
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+CODES = pa.list_(pa.int64())
+
+ITEM_ID = "item_id"
+USER_ID = "user_id"
+EVENT_TIMESTAMP = "event_timestamp"
+CREATED = "created"
+
+CONTENT_TEXT_COLUMNS = ("title", "description", "brand")
+"""Text columns of ``items`` in the order in which the encoder reads them."""
+CONTENT_BINARY_COLUMNS = ("image", "audio")
+SPLITS = ("train", "valid", "test")
+
+ABSENT_CODE = -1
+"""Fills the code lists of a deleted item: Feast has no empty list, and no code is negative."""
+
+CODE_ROWS = pa.schema(
+    [
+        (ITEM_ID, pa.int64()),
+        ("rq_code", CODES),
+        ("vq_code", CODES),
+        ("encoder_version", pa.string()),
+        ("content_hash", pa.string()),
+        ("is_deleted", pa.bool_()),
+        (EVENT_TIMESTAMP, TIMESTAMP),
+        (CREATED, TIMESTAMP),
+    ]
+)
+"""Rows of ``item_codes_<version>``; ``event_timestamp`` is the content event's time."""
+
+RECENT_ITEM_ROWS = pa.schema(
+    [
+        (USER_ID, pa.int64()),
+        ("item_ids", CODES),
+        ("item_timestamps", CODES),
+        (EVENT_TIMESTAMP, TIMESTAMP),
+        (CREATED, TIMESTAMP),
+    ]
+)
+"""Rows of ``user_recent_items``: latest positives, newest first; ``item_timestamps`` are
+microseconds since the epoch, UTC; ``event_timestamp`` is the newest of them."""
+
+CONTENT_LOG_ROWS = pa.schema(
+    [
+        (ITEM_ID, pa.int64()),
+        ("content", pa.string()),
+        ("content_hash", pa.string()),
+        ("embedding", pa.list_(pa.float32())),
+        ("encoder_version", pa.string()),
+        ("is_deleted", pa.bool_()),
+        ("topic", pa.string()),
+        ("partition", pa.int32()),
+        ("offset", pa.int64()),
+        (EVENT_TIMESTAMP, TIMESTAMP),
+        (CREATED, TIMESTAMP),
+    ]
+)
+"""Rows of ``item_content_log``: what a backfill or a new encoder re-reads; ``content`` is the
+JSON text of the event's content columns."""
+
+
+def interaction_rows(task_names: tuple[str, ...]) -> pa.Schema:
+    """Return the schema of the raw interaction log: one bool column per task.
+
+    ``split`` is an empty string where the data has none.
+    """
+    return pa.schema(
+        [
+            (USER_ID, pa.int64()),
+            (ITEM_ID, pa.int64()),
+            *[(name, pa.bool_()) for name in task_names],
+            ("split", pa.string()),
+            (EVENT_TIMESTAMP, TIMESTAMP),
+            (CREATED, TIMESTAMP),
+        ]
+    )
+
+
+def code_view_name(codebook_version: str) -> str:
+    """Return the Feast view that holds the codes of one codebook version."""
+    return f"item_codes_{codebook_version}"
+
+
+RECENT_ITEMS_VIEW = "user_recent_items"
+TRAIN_ITEMS_VIEW = "user_train_items"
+USER_PROFILE_VIEW = "user_profile"
+CONTENT_LOG = "item_content_log"
+INTERACTION_LOG = "interaction_log"

@@ -1,0 +1,1 @@
+"""The ranker: content codes trained as sparse features in a multi-task TorchRec model."""
