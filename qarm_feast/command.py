@@ -67,10 +67,10 @@ def start_logging(config_path: str, log_level: str | None = None) -> Observabili
     return config
 
 
-def run_command_line(group: click.Group) -> None:
-    """Run ``group`` and end the process with the exit status of the error tree."""
+def run_command_line(command: click.Command) -> None:
+    """Run ``command`` and end the process with the exit status of the error tree."""
     try:
-        group(standalone_mode=False)
+        command(standalone_mode=False)
     except QarmError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

@@ -9,9 +9,48 @@ import logging
 import sys
 from typing import Literal
 
+from prometheus_client import Counter, Gauge, Histogram
 from pydantic import Field
 
 from qarm_feast.config import Section
+
+STREAM_EVENTS = Counter(
+    "qarm_stream_events",
+    "Events by outcome: item, takedown, interaction (stored), dead_letter (refused).",
+    ["outcome"],
+)
+STREAM_DEAD_LETTERS = Counter(
+    "qarm_stream_dead_letters", "Refused records, or rows of them, by reason.", ["reason"]
+)
+STREAM_RETRIES = Counter(
+    "qarm_stream_write_retries", "Tries at a store that failed.", ["store"]
+)
+STREAM_BATCH_ITEMS = Histogram(
+    "qarm_stream_batch_items",
+    "Records of one batch.",
+    buckets=(1, 4, 16, 64, 256, 1024, 2048, 4096, 16384),
+)
+STREAM_DECODE_SECONDS = Histogram("qarm_stream_decode_seconds", "Decoding one batch.")
+STREAM_ENCODE_SECONDS = Histogram(
+    "qarm_stream_encode_seconds", "Content to vectors and vectors to codes, one batch."
+)
+STREAM_WRITE_SECONDS = Histogram(
+    "qarm_stream_write_seconds", "Writing one batch to one store.", ["store"]
+)
+STREAM_CONSUMER_LAG = Gauge(
+    "qarm_stream_consumer_lag_messages",
+    "Records in an assigned partition that are not stored yet.",
+    ["topic", "partition"],
+)
+STREAM_READY = Gauge("qarm_stream_ready", "1 while the worker is able to store events.")
+ITEM_FRESHNESS_SECONDS = Histogram(
+    "qarm_item_freshness_seconds",
+    "From a record's append time until its batch is readable online; the oldest of each batch.",
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800),
+)
+CODEBOOK_INFO = Gauge(
+    "qarm_codebook_info", "1 for each codebook version that this process writes.", ["version"]
+)
 
 
 class ObservabilityConfig(Section):

@@ -52,7 +52,10 @@ class Processes:
             self.stop(name)
 
     def start(
-        self, name: str, arguments: Sequence[str], extra_environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        extra_environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a child whose output goes to ``<log_dir>/<name>.log``."""
         with (self._log_dir / f"{name}.log").open("wb") as log:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def _run(
 
 
 @pytest.fixture(scope="module")
-def bare_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bare_bin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """``bin`` of an environment that holds the wheel with ``[cpu]`` and nothing else of ours."""
     folder = tmp_path_factory.mktemp("bare")
     _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
@@ -38,7 +40,9 @@ def bare_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _run(bare_bin / "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("qarm_feast-*.whl")
     _run(bare_bin / "pip", "install", f"{wheel}[cpu]", cwd=folder)
-    return bare_bin
+    yield bare_bin
+    # 5 GB: too much to keep with the other temporary folders.
+    shutil.rmtree(folder)
 
 
 def _installed(bare_bin: Path) -> set[str]:

@@ -1,0 +1,88 @@
+"""``qarm align``: the offline encoder job, one command per step."""
+
+import json
+from datetime import UTC, datetime
+
+import click
+
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.command import config_option, log_level_option, start_logging
+from qarm_feast.config import load_section
+from qarm_feast.input_data import DataConfig, InputData, load_input_data
+
+
+def _read_sections(config_path: str) -> tuple[InputData, AlignmentConfig]:
+    alignment = load_section(config_path, "alignment", AlignmentConfig)
+    return load_input_data(load_section(config_path, "data", DataConfig)), alignment
+
+
+@click.group("align", epilog="Example: qarm align pairs --config feature_repo/qarm.yaml")
+def align_group() -> None:
+    """Train the item encoder on behaviour and export aligned vectors.
+
+    The steps in order: pairs, train, evaluate, export.
+    """
+
+
+@align_group.command("pairs", epilog="Example: qarm align pairs --config feature_repo/qarm.yaml")
+@config_option
+@log_level_option
+def pairs(config_path: str, log_level: str | None) -> None:
+    """Build item pairs from the positive train rows."""
+    from qarm_feast.alignment.pairs import summarise_pairs, write_pairs
+
+    start_logging(config_path, log_level)
+    checked, config = _read_sections(config_path)
+    path, table = write_pairs(checked, config)
+    click.echo(f"{summarise_pairs(table)} -> {path}")
+
+
+@align_group.command("train", epilog="Example: qarm align train --config feature_repo/qarm.yaml")
+@config_option
+@log_level_option
+def train(config_path: str, log_level: str | None) -> None:
+    """Train the encoder on the pairs and store it as an immutable artifact."""
+    from qarm_feast.alignment.encoder import check_version_is_free
+    from qarm_feast.alignment.pairs import read_pairs
+    from qarm_feast.alignment.train import train_encoder
+
+    start_logging(config_path, log_level)
+    checked, config = _read_sections(config_path)
+    check_version_is_free(config.encoder_uri, config.encoder_version)
+    encoder = train_encoder(checked, read_pairs(checked, config), config, datetime.now(UTC))
+    path = encoder.save(config.encoder_uri)
+    click.echo(f"encoder {encoder.version}: {json.dumps(encoder.manifest.training)} -> {path}")
+
+
+@align_group.command(
+    "evaluate", epilog="Example: qarm align evaluate --config feature_repo/qarm.yaml"
+)
+@config_option
+@log_level_option
+def evaluate(config_path: str, log_level: str | None) -> None:
+    """Compare raw and aligned vectors on validation rows; the last line is JSON."""
+    from qarm_feast.alignment.encoder import load_encoder
+    from qarm_feast.alignment.evaluate import evaluate_vectors, format_report
+    from qarm_feast.alignment.export import raw_and_aligned_vectors
+
+    start_logging(config_path, log_level)
+    checked, config = _read_sections(config_path)
+    encoder = load_encoder(config.encoder_uri, config.encoder_version)
+    report = evaluate_vectors(checked, raw_and_aligned_vectors(checked.items, encoder, config))
+    click.echo(format_report(report))
+    click.echo(json.dumps(report))
+
+
+@align_group.command("export", epilog="Example: qarm align export --config feature_repo/qarm.yaml")
+@config_option
+@log_level_option
+def export(config_path: str, log_level: str | None) -> None:
+    """Write the aligned vectors of the whole catalogue."""
+    from qarm_feast.alignment.encoder import load_encoder
+    from qarm_feast.alignment.export import export_vectors
+
+    start_logging(config_path, log_level)
+    checked, config = _read_sections(config_path)
+    encoder = load_encoder(config.encoder_uri, config.encoder_version)
+    path = export_vectors(checked.items, encoder, config)
+    click.echo(f"{checked.items.num_rows:,} vectors of {encoder.embedding_dim} -> {path}")

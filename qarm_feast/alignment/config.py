@@ -1,0 +1,78 @@
+"""Section ``alignment`` of ``qarm.yaml``."""
+
+from pydantic import Field
+
+from qarm_feast.config import ConfigPath, Section
+
+
+class PairConfig(Section):
+    """Item pairs from behaviour."""
+
+    num_neighbors: int = Field(default=10, gt=0, description="I2I: Swing neighbours kept per item.")
+    swing_alpha: float = Field(
+        default=1.0, gt=0, description="I2I: added to the number of items that two users share."
+    )
+    max_users_per_item: int = Field(
+        default=1000, gt=1, description="I2I: latest users of an item that Swing looks at."
+    )
+    history_length: int = Field(
+        default=50, gt=0, description="U2I: latest positives searched for a trigger."
+    )
+    behaviour_dim: int = Field(
+        default=64, gt=0, description="U2I: width of the behaviour space (truncated SVD)."
+    )
+    min_similarity: float = Field(
+        default=0.2, ge=-1, le=1, description="U2I: least cosine of trigger and target."
+    )
+    max_pairs_per_item: int = Field(
+        default=50, gt=0, description="U2I: best pairs kept per target item."
+    )
+    max_pairs_per_user: int = Field(
+        default=200, gt=0, description="U2I: best pairs kept per user, before the cap per item."
+    )
+
+
+class AlignmentConfig(Section):
+    """How the encoder is trained and where it and its vectors are stored."""
+
+    backbone: ConfigPath = Field(
+        default="minilm",
+        description="Name of an installed backbone (minilm), or a folder with a text model.",
+    )
+    encoder_version: str = Field(
+        default="e1", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="Name of the encoder artifact."
+    )
+    encoder_uri: ConfigPath = Field(
+        default="data/encoders", description="Folder of encoder artifacts, one per version."
+    )
+    vectors_uri: ConfigPath = Field(
+        default="data/vectors", description="Folder of exported vectors, one per version."
+    )
+    pairs_uri: ConfigPath = Field(
+        default="data/pairs", description="Folder of item pairs, one file per encoder version."
+    )
+    features_uri: ConfigPath = Field(
+        default="data/features", description="Folder of cached backbone features."
+    )
+    embedding_dim: int = Field(
+        default=128, gt=1, description="Width of aligned embeddings; never above the features'."
+    )
+    hidden_dim: int = Field(default=256, gt=0, description="Width of the head's hidden layer.")
+    max_tokens: int = Field(
+        default=64, ge=8, le=512, description="Tokens of an item's text that the backbone reads."
+    )
+    batch_size: int = Field(default=1024, gt=1, description="Pairs per training step.")
+    temperature: float = Field(default=0.07, gt=0, description="Divides cosines in the loss.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Adam's step size, for the head.")
+    geometry_weight: float = Field(
+        default=10.0, ge=0, description="Weight of the term that keeps content similarities."
+    )
+    num_epochs: int = Field(default=30, gt=0, description="Most passes over the pairs.")
+    patience: int = Field(
+        default=3, gt=0, description="Epochs without a better validation loss before stopping."
+    )
+    valid_item_share: float = Field(
+        default=0.1, gt=0, lt=0.5, description="Share of train items held out to stop early."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of sampling, shuffling and the SVD.")
+    pairs: PairConfig = Field(default=PairConfig(), description="Item pairs from behaviour.")

@@ -1,0 +1,111 @@
+"""Vectors of the whole catalogue, as the codebook job reads them.
+
+Shape letters in this file: N items, D embedding width.
+May import: numpy, pyarrow.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qarm_feast.alignment.backbone import FeatureCache
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.encoder import ItemEncoder, content_features, item_texts
+from qarm_feast.artifact import replace_file
+from qarm_feast.encode import content_hashes
+from qarm_feast.input_data import UPLOAD_TIMESTAMP
+from qarm_feast.schema import ITEM_ID, TIMESTAMP
+
+logger = logging.getLogger(__name__)
+
+VECTORS_FILE = "part-00000.parquet"
+
+
+def vector_table(items: pa.Table, vectors_ND: np.ndarray) -> pa.Table:
+    """Return the rows that are exported.
+
+    Args:
+        items: Items with their content.
+        vectors_ND: Aligned embeddings of the same rows, float32.
+
+    Returns:
+        Columns ``item_id``, ``embedding`` (fixed-size list of float32), ``content_hash``,
+        ``upload_timestamp``; rows in the order of ``items``.
+    """
+    width = vectors_ND.shape[1]
+    flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
+    return pa.table(
+        {
+            ITEM_ID: items[ITEM_ID],
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
+            "content_hash": pa.array(content_hashes(items), pa.string()),
+            UPLOAD_TIMESTAMP: items[UPLOAD_TIMESTAMP].cast(TIMESTAMP),
+        }
+    )
+
+
+def catalogue_features(
+    items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig
+) -> np.ndarray:
+    """Return the content features of all items, from the cache where it holds them.
+
+    Args:
+        items: Items with their content.
+        encoder: A loaded encoder.
+        config: Section ``alignment``; says where the cache lies.
+
+    Returns:
+        Float32, one row per item, not normalised.
+    """
+    cache = None
+    if encoder.manifest.backbone_hash is not None and encoder.manifest.max_tokens is not None:
+        hash_and_length = encoder.manifest.backbone_hash, encoder.manifest.max_tokens
+        cache = FeatureCache(config.features_uri, *hash_and_length)
+    return content_features(items, encoder.backbone, cache)
+
+
+def raw_and_aligned_vectors(
+    items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig
+) -> dict[str, np.ndarray]:
+    """Return both kinds of vectors by name, ``raw`` and ``aligned``, L2-normalised.
+
+    Args:
+        items: Items with their content.
+        encoder: A loaded encoder.
+        config: Section ``alignment``.
+
+    Returns:
+        Matrices with one row per item; raw ones are the content features as they are.
+    """
+    features_NE = catalogue_features(items, encoder, config)
+    norms_N1 = np.linalg.norm(features_NE, axis=1, keepdims=True)
+    raw_NE = features_NE / np.maximum(norms_N1, np.finfo(np.float32).tiny)
+    return {"raw": raw_NE, "aligned": encoder.project(features_NE)}
+
+
+def export_vectors(items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig) -> Path:
+    """Encode every item and put the vectors in place of an earlier export.
+
+    Args:
+        items: Items with their content.
+        encoder: A loaded encoder.
+        config: Section ``alignment``.
+
+    Returns:
+        The parquet file ``<vectors_uri>/<encoder version>/part-00000.parquet``.
+    """
+    if encoder.backbone is not None:
+        num_empty = sum(not text for text in item_texts(items))
+        if num_empty:
+            # All of them get the same vector, that of the empty text.
+            logger.warning("export_items_without_text count=%d", num_empty)
+    vectors_ND = encoder.project(catalogue_features(items, encoder, config))
+    sink = pa.BufferOutputStream()
+    pq.write_table(vector_table(items, vectors_ND), sink)
+    path = Path(config.vectors_uri) / encoder.version / VECTORS_FILE
+    replace_file(path, sink.getvalue().to_pybytes())
+    logger.info("vectors_exported items=%d dim=%d path=%s", *vectors_ND.shape, path)
+    return path

@@ -1,0 +1,302 @@
+"""The codebook: one immutable, versioned artifact that turns aligned vectors into codes.
+
+Shape letters in this file: N items, D embedding width, L RQ levels, V VQ neighbours.
+May import: NumPy, safetensors, the quantizers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from pydantic import Field
+
+from qarm_feast.artifact import read_verified, sha256
+from qarm_feast.config import Section
+from qarm_feast.errors import CodebookError, DataError
+from qarm_feast.overrides import Overrides
+from qarm_feast.quantizers.base import (
+    Arrays,
+    Codes,
+    Embeddings,
+    check_embeddings,
+    unit_rows,
+    usable_rows,
+)
+from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig
+from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
+from qarm_feast.registry import Manifest, check_version_name, read_manifest, write_artifact
+
+ItemIds = npt.NDArray[np.int64]
+_SUFFIX = ".safetensors"
+
+
+class QuantizerConfig(Section):
+    """Section ``quantizer``."""
+
+    rq: RqConfig = Field(default=RqConfig(), description="Residual quantizer.")
+    vq: VqConfig = Field(default=VqConfig(), description="Neighbour quantizer.")
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """Where training vectors come from.
+
+    ``behaviour_cutoff`` is the newest interaction that the encoder or the choice of items saw
+    (None: they saw none).
+    """
+
+    version: str
+    hash: str
+    behaviour_cutoff: datetime | None
+
+
+@dataclass(frozen=True)
+class ItemCodes:
+    """Codes of some items, row by row, int64: pool rows ``vq_NV``, nearest first; ``rq_NL``."""
+
+    item_ids_N: ItemIds
+    vq_NV: Codes
+    rq_NL: Codes
+
+
+class Codebook:
+    """Encodes items by its quantizers and its override table; see :meth:`encode`.
+
+    Immutable, and safe to share between threads.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        rq: ResidualQuantizer,
+        vq: NeighborQuantizer,
+        overrides: Overrides,
+    ) -> None:
+        self.manifest = manifest
+        self.rq = rq
+        self.vq = vq
+        self.overrides = overrides
+
+    @property
+    def version(self) -> str:
+        """Version name."""
+        return self.manifest.version
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the vectors that this codebook takes."""
+        return self.manifest.embedding_dim
+
+    @classmethod
+    def train(
+        cls,
+        version: str,
+        item_ids_N: ItemIds,
+        x_ND: Embeddings,
+        *,
+        config: QuantizerConfig,
+        encoder: EncoderFacts,
+        created: datetime,
+    ) -> "Codebook":
+        """Train RQ and VQ on items that have a train row; in whatever order they come.
+
+        Args:
+            version: Name of the new version.
+            item_ids_N: Items, each once.
+            x_ND: Their aligned embeddings, float32; rows are scaled to length 1.
+            config: Sizes and seeds.
+            encoder: Where the vectors come from.
+            created: Time of training, aware UTC.
+
+        Returns:
+            A codebook that is not stored yet.
+
+        Raises:
+            DataError: If there are no items, an id comes twice, or a vector is NaN, infinite or
+                of length zero.
+            CodebookError: If there are too few (distinct) vectors for the sizes asked for.
+        """
+        unit_ND = _checked_unit_rows(item_ids_N, x_ND)
+        order_N = np.argsort(item_ids_N, kind="stable")
+        ids_N, unit_ND = item_ids_N[order_N].astype(np.int64), unit_ND[order_N]
+        _check_distinct(ids_N)
+        rq = ResidualQuantizer(config.rq)
+        rq.train(unit_ND)
+        vq = NeighborQuantizer(config.vq)
+        vq.train(unit_ND, ids_N)
+        manifest = Manifest(
+            version=check_version_name(version),
+            encoder_version=encoder.version,
+            encoder_hash=encoder.hash,
+            behaviour_cutoff=encoder.behaviour_cutoff,
+            embedding_dim=x_ND.shape[1],
+            level_sizes=rq.level_sizes,
+            num_neighbors=vq.num_neighbors,
+            pool_size=len(vq.pool_item_ids_P),
+            seed=config.rq.seed,
+            num_training_items=len(ids_N),
+            files={},
+            created=created,
+        )
+        return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes)))._with_hashes()
+
+    @classmethod
+    def load(cls, uri: str, version: str) -> "Codebook":
+        """Return a stored codebook after its files have passed their hashes.
+
+        Args:
+            uri: Folder of codebook versions.
+            version: Version name.
+
+        Returns:
+            The codebook.
+
+        Raises:
+            CodebookNotFoundError: If no such version is stored.
+            CorruptArtifactError: If a file is missing or has another hash than the manifest says.
+        """
+        manifest = read_manifest(uri, version)
+        folder = Path(uri) / version
+        rq_arrays = _load_arrays(folder, "rq", manifest.files)
+        vq_arrays = _load_arrays(folder, "vq", manifest.files)
+        override_arrays = _load_arrays(folder, "overrides", manifest.files)
+        return cls(
+            manifest,
+            ResidualQuantizer(codebooks=[rq_arrays[name] for name in sorted(rq_arrays)]),
+            NeighborQuantizer(
+                VqConfig(num_neighbors=manifest.num_neighbors),
+                vq_arrays["pool_vectors"],
+                vq_arrays["pool_item_ids"],
+            ),
+            Overrides(
+                item_ids_M=override_arrays["item_ids"],
+                content_hashes_MW=override_arrays["content_hashes"],
+                rq_ML=override_arrays["rq_codes"],
+            ),
+        )
+
+    def save(self, uri: str, *, replace: bool = False) -> None:
+        """Store this codebook under ``<uri>/<version>``, arrays before manifest.
+
+        Args:
+            uri: Folder of codebook versions.
+            replace: Whether a stored version of that name may be replaced (drafts only).
+
+        Raises:
+            CodebookError: If the version is stored there with other content.
+        """
+        write_artifact(uri, self.manifest, self._payloads(), replace=replace)
+
+    def with_overrides(self, overrides: Overrides) -> "Codebook":
+        """Return the same codebook with another override table.
+
+        Args:
+            overrides: Codes to serve as stored.
+
+        Returns:
+            A codebook that is not stored yet.
+
+        Raises:
+            CodebookError: If a stored code lies outside its level.
+        """
+        self.rq.decode(overrides.rq_ML)
+        return Codebook(self.manifest, self.rq, self.vq, overrides)._with_hashes()
+
+    def encode(
+        self, item_ids_N: ItemIds, content_hashes_N: Sequence[str], x_ND: Embeddings
+    ) -> ItemCodes:
+        """Return the codes of items: the one function of stream, backfill and offline jobs.
+
+        RQ: the stored code if the override table has one for this item and content, else the
+        nearest centroid level by level. VQ: the nearest pool items, the item itself left out.
+        Bit-equal at any batch size, thread count and row order. No items give no codes.
+
+        Args:
+            item_ids_N: Items; one may come more than once.
+            content_hashes_N: Hash of each item's content.
+            x_ND: Aligned embeddings, float32; rows are scaled to length 1.
+
+        Returns:
+            Codes in the order of the items.
+
+        Raises:
+            DataError: If lengths differ, or a vector is NaN, infinite or of length zero.
+            CodebookError: If the vectors have another width than the codebook.
+        """
+        check_embeddings(x_ND[:0], self.embedding_dim)
+        if len(content_hashes_N) != len(item_ids_N):
+            raise DataError(
+                f"{len(item_ids_N)} items came with {len(content_hashes_N)} content hashes"
+            )
+        unit_ND = _checked_unit_rows(item_ids_N, x_ND)
+        rq_NL = self.overrides.apply(item_ids_N, content_hashes_N, self.rq.encode(unit_ND))
+        return ItemCodes(item_ids_N, self.vq.encode(unit_ND, item_ids_N), rq_NL)
+
+    def decode_rq(self, rq_NL: Codes) -> Embeddings:
+        """Return the vector that each row of RQ codes stands for.
+
+        Args:
+            rq_NL: Codes of all levels, or of the first few.
+
+        Returns:
+            Vectors of shape ``[N, D]``, float32.
+
+        Raises:
+            CodebookError: If a code lies outside its level.
+        """
+        return self.rq.decode(rq_NL)
+
+    def _payloads(self) -> dict[str, bytes]:
+        parts = {
+            "rq": self.rq.arrays(),
+            "vq": self.vq.arrays(),
+            "overrides": self.overrides.arrays(),
+        }
+        payloads = {part: _dump_arrays(arrays) for part, arrays in parts.items()}
+        return {
+            f"{part}-{sha256(payload)[:16]}{_SUFFIX}": payload for part, payload in payloads.items()
+        }
+
+    def _with_hashes(self) -> "Codebook":
+        files = {name: sha256(payload) for name, payload in self._payloads().items()}
+        update = {"files": files, "num_overrides": len(self.overrides)}
+        return Codebook(self.manifest.model_copy(update=update), self.rq, self.vq, self.overrides)
+
+
+def _dump_arrays(arrays: Arrays) -> bytes:
+    return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+
+
+def _load_arrays(folder: Path, part: str, files: dict[str, str]) -> dict[str, np.ndarray]:
+    name = next((name for name in files if name.startswith(f"{part}-")), None)
+    if name is None:
+        raise CodebookError(f"the manifest in {folder} names no file for the part {part!r}")
+    return safetensors.numpy.load(read_verified(folder, name, files))
+
+
+def _checked_unit_rows(item_ids_N: ItemIds, x_ND: Embeddings) -> Embeddings:
+    """Return rows of length 1; refuse vectors that have no code, and say whose they are."""
+    if x_ND.ndim != 2 or len(item_ids_N) != len(x_ND):
+        raise DataError(f"{len(item_ids_N)} items came with vectors of shape {x_ND.shape}")
+    is_usable_N = usable_rows(x_ND)
+    if not is_usable_N.all():
+        raise DataError(
+            f"{int((~is_usable_N).sum())} of {len(x_ND)} vectors are NaN, infinite, out of range "
+            "or of length zero; "
+            f"the first is that of item {int(item_ids_N[np.argmin(is_usable_N)])}"
+        )
+    check_embeddings(x_ND)
+    return unit_rows(x_ND)
+
+
+def _check_distinct(sorted_ids_N: ItemIds) -> None:
+    is_repeat_N = sorted_ids_N[1:] == sorted_ids_N[:-1]
+    if is_repeat_N.any():
+        first = int(sorted_ids_N[1:][np.argmax(is_repeat_N)])
+        raise DataError(
+            f"{int(is_repeat_N.sum())} item ids come more than once; the first is {first}"
+        )

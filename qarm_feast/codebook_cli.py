@@ -1,0 +1,154 @@
+"""``qarm codebook``: train, evaluate, publish and look at codebook versions.
+
+Parsing and printing only; the work is in ``codebook_jobs`` and ``registry``, imported when a
+command runs, so that ``--help`` stays fast. May import: click.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import click
+
+from qarm_feast.command import config_option, log_level_option, start_logging
+from qarm_feast.config import load_section
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def _version_option(command: CommandT) -> CommandT:
+    return click.option(
+        "--codebook-version", "version", required=True, help="Name of the version, like v1."
+    )(command)
+
+
+@click.group(
+    "codebook",
+    epilog="Example: qarm codebook train --config feature_repo/qarm.yaml --codebook-version v1",
+)
+def codebook_group() -> None:
+    """Train, evaluate, publish and list codebook versions."""
+
+
+@codebook_group.command(epilog="Example: qarm codebook train --codebook-version v1")
+@config_option
+@log_level_option
+@_version_option
+def train(config_path: str, log_level: str | None, version: str) -> None:
+    """Train a version on the exported vectors of items with a train row."""
+    from qarm_feast.codebook_jobs import train_codebook
+
+    start_logging(config_path, log_level)
+    manifest = train_codebook(config_path, version, datetime.now(UTC))
+    click.echo(
+        f"trained {version}: {manifest.num_training_items} items, RQ levels "
+        f"{' x '.join(map(str, manifest.level_sizes))}, VQ pool {manifest.pool_size} "
+        f"(top {manifest.num_neighbors}), encoder {manifest.encoder_version}"
+    )
+
+
+@codebook_group.command(epilog="Example: qarm codebook evaluate --codebook-version v1")
+@config_option
+@log_level_option
+@_version_option
+def evaluate(config_path: str, log_level: str | None, version: str) -> None:
+    """Measure a version on all exported vectors; writes quality.json."""
+    from qarm_feast.codebook_jobs import evaluate_codebook
+
+    start_logging(config_path, log_level)
+    quality, path = evaluate_codebook(config_path, version)
+    click.echo(_quality_table(quality))
+    click.echo(f"written to {path}")
+
+
+@codebook_group.command(epilog="Example: qarm codebook publish --codebook-version v1")
+@config_option
+@log_level_option
+@_version_option
+@click.option("--force", is_flag=True, help="Publish against a gate; the manifest says so.")
+def publish(config_path: str, log_level: str | None, version: str, force: bool) -> None:
+    """Publish an evaluated version that keeps the gates; a first one becomes the default."""
+    from qarm_feast.codebook_config import CodebookConfig
+    from qarm_feast.registry import publish_codebook
+
+    start_logging(config_path, log_level)
+    config = load_section(config_path, "codebook", CodebookConfig)
+    state = publish_codebook(config.uri, version, config.gates, force=force)
+    click.echo(f"published {version} as {state.value} in {config.uri}")
+
+
+@codebook_group.command("list", epilog="Example: qarm codebook list")
+@config_option
+def list_versions(config_path: str) -> None:
+    """List all versions with their states."""
+    from qarm_feast.codebook_config import CodebookConfig
+    from qarm_feast.registry import CodebookRegistry, drafts_uri, read_manifest, stored_versions
+
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    rows = [
+        (state.value, read_manifest(uri, version))
+        for version, state in CodebookRegistry(uri).states().items()
+    ]
+    drafts = drafts_uri(uri)
+    rows += [("draft", read_manifest(drafts, version)) for version in stored_versions(drafts)]
+    click.echo(f"{'version':<16}{'state':<10}{'encoder':<16}{'levels':<20}{'pool':>8}  created")
+    for state, manifest in rows:
+        levels = "x".join(map(str, manifest.level_sizes))
+        click.echo(
+            f"{manifest.version:<16}{state:<10}{manifest.encoder_version:<16}{levels:<20}"
+            f"{manifest.pool_size:>8}  {manifest.created.isoformat(timespec='seconds')}"
+        )
+
+
+@codebook_group.command(epilog="Example: qarm codebook show --codebook-version v1")
+@config_option
+@_version_option
+def show(config_path: str, version: str) -> None:
+    """Print a version's manifest as JSON."""
+    from qarm_feast.codebook_config import CodebookConfig
+    from qarm_feast.registry import read_manifest, trained_uri
+
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    click.echo(read_manifest(trained_uri(uri, version), version).model_dump_json(indent=2))
+
+
+@codebook_group.command(epilog="Example: qarm codebook retire --codebook-version v1")
+@config_option
+@log_level_option
+@_version_option
+def retire(config_path: str, log_level: str | None, version: str) -> None:
+    """Retire a version: no view, no worker and no new service uses it any more."""
+    from qarm_feast.codebook_config import CodebookConfig
+    from qarm_feast.registry import CodebookRegistry, VersionState
+
+    start_logging(config_path, log_level)
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    CodebookRegistry(uri).set_state(version, VersionState.RETIRED)
+    click.echo(f"retired {version} in {uri}")
+
+
+def _quality_table(quality: Mapping[str, Any]) -> str:
+    lines = [f"{'level':<6}{'used':>12}{'perplexity':>12}{'largest':>9}{'gini':>7}{'residual':>10}"]
+    for number, level in enumerate(quality["levels"], start=1):
+        used = f"{level['num_used']}/{level['codebook_size']}"
+        lines.append(
+            f"{number:<6}{used:>12}{level['perplexity']:>12.1f}{level['largest_bucket']:>9}"
+            f"{level['gini']:>7.3f}{level['relative_residual_norm']:>10.3f}"
+        )
+    cosines = ", ".join(
+        "-" if cosine is None else f"{cosine:.3f}"
+        for cosine in quality["mean_cosine_by_shared_prefix"]
+    )
+    lines += [
+        f"items {quality['num_items']}, distinct full codes {quality['num_unique_codes']}, "
+        f"collision rate {quality['collision_rate']:.4f}, singletons "
+        f"{quality['singleton_share']:.4f}, largest bucket {quality['max_bucket']}, "
+        f"items per shared code {quality['mean_items_per_shared_code']:.2f}",
+        f"HR@1 {quality['hr1']:.4f}, HR@10 {quality['hr10']:.4f}, "
+        f"MSE {quality['quantization_mse']:.3e}",
+        f"mean cosine by shared levels (0, 1, ...): {cosines}",
+        f"VQ pool rows used {quality['vq']['num_used']}/{quality['vq']['codebook_size']}, "
+        f"mean cosine of first neighbour {quality['vq']['mean_cosine_first']:.3f}, "
+        f"of all {quality['vq']['mean_cosine_all']:.3f}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""Section ``codebook`` of ``qarm.yaml``: where codebooks lie and when one may be published.
+
+May import: pydantic-backed configuration.
+"""
+
+from pydantic import Field
+
+from qarm_feast.config import ConfigPath, Section
+
+
+class GateConfig(Section):
+    """Limits that a codebook's quality figures must keep; null switches a gate off."""
+
+    max_collision_rate: float | None = Field(
+        default=None, ge=0, le=1, description="Most of 1 - distinct full codes / items."
+    )
+    min_codebook_coverage: float | None = Field(
+        default=0.5, ge=0, le=1, description="Least share of codes in use, on every level."
+    )
+    min_hr10: float | None = Field(
+        default=None, ge=0, le=1, description="Least share of neighbours kept among ten."
+    )
+    max_relative_residual_norm: float | None = Field(
+        default=None, ge=0, description="Most of residual length / vector length, last level."
+    )
+
+
+class CodebookConfig(Section):
+    """The codebook registry."""
+
+    uri: ConfigPath = Field(
+        default="data/codebooks", description="Folder of codebook versions and their states."
+    )
+    gates: GateConfig = Field(
+        default=GateConfig(), description="What `qarm codebook publish` asks of the figures."
+    )

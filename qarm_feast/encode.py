@@ -1,0 +1,168 @@
+"""From content and vectors to code rows: the one path that stream, backfill and offline share.
+
+Shape letters in this file: N items, D embedding width, V VQ neighbours, L RQ levels.
+May import: numpy, pyarrow.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from qarm_feast.errors import CodebookMismatchError, DataError
+from qarm_feast.schema import (
+    CODE_ROWS,
+    CONTENT_BINARY_COLUMNS,
+    CONTENT_TEXT_COLUMNS,
+    EVENT_TIMESTAMP,
+    ITEM_ID,
+    TIMESTAMP,
+)
+
+if TYPE_CHECKING:
+    from qarm_feast.codebook import Codebook
+
+_EMBEDDING = "embedding"
+_ENCODER_VERSION = "encoder_version"
+_HASH_BYTES = 16
+
+
+def content_hash(
+    content: Mapping[str, str | bytes | None],
+    embedding: bytes | None = None,
+    encoder_version: str | None = None,
+) -> str:
+    """Return the hash of one item's content: BLAKE2b, 16 bytes, as hex text.
+
+    An absent column, a null and an empty value hash alike, because the encoder reads them
+    alike; keys that are no content columns are ignored.
+
+    Args:
+        content: Values by column name; text, bytes, or a path as text.
+        embedding: Little-endian float32 bytes of a ready vector.
+        encoder_version: The encoder that the ready vector comes from.
+
+    Returns:
+        32 hex digits.
+    """
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for name in (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS):
+        value = content.get(name)
+        if value:
+            _add_part(digest, name, value.encode() if isinstance(value, str) else value)
+    if embedding:
+        _add_part(digest, _EMBEDDING, embedding)
+        _add_part(digest, _ENCODER_VERSION, (encoder_version or "").encode())
+    return digest.hexdigest()
+
+
+def _add_part(digest: "hashlib.blake2b", name: str, value: bytes) -> None:
+    # The length goes first, so that no two different contents give the same byte sequence.
+    digest.update(f"{name}:{len(value)}:".encode())
+    digest.update(value)
+
+
+def content_hashes(items: pa.Table) -> list[str]:
+    """Return :func:`content_hash` of every row.
+
+    Args:
+        items: Any of the content columns, ``embedding`` and ``encoder_version``.
+
+    Returns:
+        One hash per row, in row order.
+    """
+    present = set(items.column_names)
+    names = [n for n in (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS) if n in present]
+    columns = [items[name].to_pylist() for name in names]
+    missing = [None] * items.num_rows
+    embeddings = _embedding_bytes(items[_EMBEDDING]) if _EMBEDDING in present else missing
+    versions = items[_ENCODER_VERSION].to_pylist() if _ENCODER_VERSION in present else missing
+    rows = zip(*columns, strict=True) if columns else ((),) * items.num_rows
+    return [
+        content_hash(dict(zip(names, row, strict=True)), embedding, version)
+        for row, embedding, version in zip(rows, embeddings, versions, strict=True)
+    ]
+
+
+def _embedding_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
+    return [
+        None if row is None else np.asarray(row, dtype="<f4").tobytes()
+        for row in column.to_pylist()
+    ]
+
+
+def encode_items(
+    items: pa.Table,
+    vectors_ND: np.ndarray,
+    codebooks: Mapping[str, "Codebook"],
+    encoder_version: str,
+    created: datetime,
+) -> dict[str, pa.Table]:
+    """Return the code rows of the given items, one table of ``schema.CODE_ROWS`` per version.
+
+    Args:
+        items: Columns ``item_id``, ``event_timestamp``, ``content_hash``.
+        vectors_ND: Aligned embeddings of the same rows, float32, L2-normalised.
+        codebooks: Codebooks by version; all learnt from vectors of ``encoder_version``.
+        encoder_version: The encoder that made ``vectors_ND``.
+        created: When the rows are written, aware UTC.
+
+    Returns:
+        A table by codebook version, rows in the order of ``items``.
+
+    Raises:
+        DataError: If rows and vectors differ in number or a vector is not finite.
+        CodebookMismatchError: If a codebook belongs to another encoder.
+    """
+    if len(vectors_ND) != items.num_rows:
+        raise DataError(f"{items.num_rows} items came with {len(vectors_ND)} vectors")
+    is_finite_N = np.isfinite(vectors_ND).all(axis=1)
+    if not is_finite_N.all():
+        item_id = items[ITEM_ID][int((~is_finite_N).argmax())]
+        count = int((~is_finite_N).sum())
+        raise DataError(f"{count} vector(s) hold NaN or infinity, the first is of item {item_id}")
+    rows = {}
+    for version, codebook in codebooks.items():
+        _check_encoder(codebook, version, encoder_version)
+        rows[version] = _code_rows(items, vectors_ND, codebook, created)
+    return rows
+
+
+def _check_encoder(codebook: "Codebook", version: str, encoder_version: str) -> None:
+    wanted = codebook.manifest.encoder_version
+    if wanted != encoder_version:
+        raise CodebookMismatchError(
+            expected=encoder_version,
+            found=wanted,
+            where=f"codebook {version!r} (encoder)",
+            command=f"qarm codebook train --codebook-version {version}",
+        )
+
+
+def _code_rows(
+    items: pa.Table, vectors_ND: np.ndarray, codebook: "Codebook", created: datetime
+) -> pa.Table:
+    item_ids_N = items[ITEM_ID].to_numpy()
+    codes = codebook.encode(item_ids_N, items["content_hash"].to_pylist(), vectors_ND)
+    num_items = items.num_rows
+    columns = [
+        items[ITEM_ID],
+        _list_array(codes.rq_NL),
+        _list_array(codes.vq_NV),
+        pa.repeat(pa.scalar(codebook.manifest.encoder_version), num_items),
+        items["content_hash"],
+        pa.repeat(pa.scalar(False), num_items),
+        items[EVENT_TIMESTAMP],
+        pa.repeat(pa.scalar(created, TIMESTAMP), num_items),
+    ]
+    return pa.table(columns, schema=CODE_ROWS)
+
+
+def _list_array(codes_NK: np.ndarray) -> pa.Array:
+    num_rows, width = codes_NK.shape
+    offsets = pa.array(np.arange(num_rows + 1, dtype=np.int32) * np.int32(width))
+    values = pa.array(np.ascontiguousarray(codes_NK, dtype=np.int64).reshape(-1))
+    return pa.ListArray.from_arrays(offsets, values)

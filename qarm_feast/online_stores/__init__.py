@@ -1,0 +1,59 @@
+"""Feast online stores that take and give columns, with an ordering guard inside the store.
+
+Both are subclasses of Feast's own stores and stay byte-compatible with them; they are named in
+``feature_store.yaml`` by their dotted path. May import: feast (on first use).
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+from qarm_feast.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from feast import FeatureStore, FeatureView
+    from feast.repo_config import RepoConfig
+
+    from qarm_feast.online_stores.codec import Ints
+    from qarm_feast.online_stores.rows import ColumnBatch
+
+
+class CodeOnlineStore(Protocol):
+    """The columnar entry points that both stores have besides Feast's interface."""
+
+    def write_table(self, config: "RepoConfig", view: "FeatureView", table: "pa.Table") -> int:
+        """Write or merge rows under the ordering guard; return how many entities changed."""
+        ...
+
+    def read_columns(
+        self,
+        config: "RepoConfig",
+        view: "FeatureView",
+        entity_ids_N: "Ints",
+        feature_names: list[str],
+    ) -> "ColumnBatch":
+        """Return features as columns; missing and taken-down entities are absent."""
+        ...
+
+
+def code_online_store(feature_store: "FeatureStore") -> CodeOnlineStore:
+    """Return the repository's online store, the one that Feast itself uses.
+
+    Args:
+        feature_store: The repository.
+
+    Returns:
+        A store with columnar entry points.
+
+    Raises:
+        ConfigError: If ``feature_store.yaml`` names a store without columnar entry points.
+    """
+    store = feature_store.provider.online_store
+    if not (hasattr(store, "write_table") and hasattr(store, "read_columns")):
+        raise ConfigError(
+            f"feature_store.yaml names the online store {type(store).__name__}, which has no "
+            "columnar entry points; set online_store.type to "
+            "qarm_feast.online_stores.sqlite.CodeSqliteOnlineStore or "
+            "qarm_feast.online_stores.redis.CodeRedisOnlineStore"
+        )
+    found: CodeOnlineStore = store
+    return found

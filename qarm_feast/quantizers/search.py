@@ -1,0 +1,217 @@
+"""The canonical nearest rule: which centroids are nearest to a vector, bit for bit.
+
+The rule. The distance of a vector and a centroid is the sum of their squared differences, each
+taken in float64, added in the fixed order of :func:`fold_sum`, and rounded to float32. Nearer
+comes first; of equal distances the lower index comes first. Only elementwise operations decide,
+so codes are bit-equal at any batch size, thread count and row order.
+
+The speed. A float32 matrix product leaves a short list for the rule. Vectors and centroids are
+centred first, which changes no distance but keeps an offset that all share out of the error; the
+centre is the median of each coordinate, which one huge centroid cannot pull away. With x the
+centred vector and c a centred centroid, the score |c|^2 - 2 x.c differs from the squared distance
+by |x|^2, the same for all centroids. In exact arithmetic and in any order of additions, its
+computed value is off by at most ``slack * (|x|^2 + |c|^2)``, where ``slack = (D + 16) u`` and u is
+float32's unit roundoff: D for the dot product (its 2|x||c| is below |x|^2 + |c|^2), the 16 for
+centring, the bias, and the final rounding to float32. Every centroid whose score could still be
+among the k smallest within that bound goes to the rule. The part of the bound that belongs to c
+lies in c's own bias, so that one huge centroid loosens the filter for itself only.
+
+Shape letters in this file: N items, B items of a block, K centroids, D embedding width,
+M short-listed centroids per item, P (item, centroid) pairs, k nearest wanted, T some points.
+May import: NumPy, torch. The one file that multiplies matrices.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qarm_feast.errors import CodebookError
+from qarm_feast.quantizers.base import Codes, Embeddings, check_embeddings, fold_sum
+
+_CENTRE_SAMPLE_SIZE = 4096
+_SCORES_PER_BLOCK = 1 << 23
+_MAX_ROWS_PER_BLOCK = 2048
+_PAIRS_PER_BLOCK = 1 << 15
+_NUM_SPARE = 4
+"""Extra short-listed centroids per item when k > 1: they spare most rows a full scan."""
+_FLOAT32_ROUNDOFF = 2.0**-24
+_REDUCED_ERROR = 3 * 2.0**-8
+"""Error of a product of two numbers rounded to bfloat16, which a process may have allowed."""
+_SMALLEST_SCORE = 1e-30
+"""Absolute slack: below it the products of a score may have been flushed to zero."""
+
+
+def nearest(x_ND: Embeddings, centroids_KD: Embeddings, k: int = 1) -> Codes:
+    """Return the indices of the k nearest centroids of each row, nearest first.
+
+    Args:
+        x_ND: Vectors, float32.
+        centroids_KD: Centroids, float32.
+        k: How many centroids to return per vector.
+
+    Returns:
+        Indices of shape ``[N, k]``, int64, each in ``[0, K)``.
+
+    Raises:
+        CodebookError: If widths differ, or there are fewer than k centroids.
+        DataError: If a value is NaN or infinite.
+    """
+    return NearestSearch(centroids_KD).search(x_ND, k)
+
+
+def squared_distances(x_ND: Embeddings, y_ND: Embeddings) -> Embeddings:
+    """Return the canonical squared distance of each row of ``x_ND`` to its row of ``y_ND``."""
+    distances = _pair_distances(_tensor(x_ND), _tensor(y_ND))
+    result: Embeddings = distances.numpy()
+    return result
+
+
+class NearestSearch:
+    """Searches one set of centroids, prepared once, by the canonical rule.
+
+    Holds the centroids twice (as given and centred). Safe to share between threads.
+    """
+
+    def __init__(self, centroids_KD: Embeddings) -> None:
+        check_embeddings(centroids_KD)
+        if len(centroids_KD) == 0:
+            raise CodebookError("there are no centroids to search")
+        self._centroids_KD = _tensor(centroids_KD)
+        stride = -(-len(centroids_KD) // _CENTRE_SAMPLE_SIZE)
+        self._centre_D = self._centroids_KD[::stride].median(dim=0).values
+        centred_KD = self._centroids_KD - self._centre_D
+        self._centred_DK = centred_KD.T.contiguous()
+        self._squared_norms_K = centred_KD.double().square().sum(dim=1)
+
+    def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
+        """Return the k nearest centroids of each row; see :func:`nearest`."""
+        num_centroids, embedding_dim = self._centroids_KD.shape
+        check_embeddings(x_ND, embedding_dim)
+        if not 0 < k <= num_centroids:
+            raise CodebookError(f"k={k} neighbours wanted of {num_centroids} centroids")
+        x = _tensor(x_ND)
+        codes_Nk = torch.empty((len(x_ND), k), dtype=torch.int64)
+        rows = max(1, min(_MAX_ROWS_PER_BLOCK, _SCORES_PER_BLOCK // num_centroids))
+        for start in range(0, len(x_ND), rows):
+            codes_Nk[start : start + rows] = self._search_block(x[start : start + rows], k)
+        result: Codes = codes_Nk.numpy()
+        return result
+
+    def _search_block(self, x_BD: torch.Tensor, k: int) -> torch.Tensor:
+        slack = _slack(x_BD.shape[1])
+        centred_BD = x_BD - self._centre_D
+        bias_K = (self._squared_norms_K * (1 - slack)).float()
+        scores_BK = torch.addmm(bias_K, centred_BD, self._centred_DK, alpha=-2)
+        spare = min(k + _NUM_SPARE, scores_BK.shape[1]) if k > 1 else 1
+        listed_BM = scores_BK.topk(spare, largest=False).indices if k > 1 else _argmin(scores_BK)
+        limit_B = self._limit(scores_BK, listed_BM[:, :k], centred_BD, slack)
+        # A row is settled when no centroid outside its short list can be among its k nearest.
+        is_open_B = _lowest_unlisted(scores_BK, listed_BM) <= limit_B
+        codes_Bk = listed_BM if k == 1 else self._decide_listed(x_BD, listed_BM, k)
+        if bool(is_open_B.any()):
+            open_rows = is_open_B.nonzero()[:, 0]
+            is_near = scores_BK[open_rows] <= limit_B[open_rows, None]
+            codes_Bk[open_rows] = self._decide_open(x_BD[open_rows], is_near, k)
+        return codes_Bk
+
+    def _limit(
+        self,
+        scores_BK: torch.Tensor,
+        best_Bk: torch.Tensor,
+        centred_BD: torch.Tensor,
+        slack: float,
+    ) -> torch.Tensor:
+        """Return per row the score above which no centroid can be among the k nearest."""
+        row_slack_B = 2 * slack * centred_BD.double().square().sum(dim=1)
+        worst_B = (
+            scores_BK.gather(1, best_Bk).double() + 2 * slack * self._squared_norms_K[best_Bk]
+        ).amax(dim=1)
+        limit_B = worst_B + row_slack_B + _SMALLEST_SCORE
+        # Rounding to float32 may go down; the next number up keeps the limit safe.
+        return torch.nextafter(limit_B.float(), torch.tensor(torch.inf))
+
+    def _decide_listed(self, x_BD: torch.Tensor, listed_BM: torch.Tensor, k: int) -> torch.Tensor:
+        """Order a short list of equal length per row by the rule and return its first k."""
+        ordered_BM = listed_BM.sort(dim=1).values
+        num_rows, num_listed = ordered_BM.shape
+        rows_P = torch.arange(num_rows).repeat_interleave(num_listed)
+        distances_P = self._distances(x_BD, rows_P, ordered_BM.flatten())
+        # Stable, and the list ascends: of equal distances the lower index stays first.
+        order_BM = distances_P.view(num_rows, num_listed).sort(dim=1, stable=True).indices
+        return ordered_BM.gather(1, order_BM)[:, :k]
+
+    def _decide_open(self, x_BD: torch.Tensor, is_near_BK: torch.Tensor, k: int) -> torch.Tensor:
+        """Order lists of unequal length by the rule and return the first k of each."""
+        rows_P, columns_P = is_near_BK.nonzero(as_tuple=True)
+        distances_P = self._distances(x_BD, rows_P, columns_P)
+        by_distance_P = distances_P.sort(stable=True).indices
+        order_P = by_distance_P[rows_P[by_distance_P].sort(stable=True).indices]
+        counts_B = is_near_BK.sum(dim=1)
+        starts_B = counts_B.cumsum(dim=0) - counts_B
+        return columns_P[order_P[starts_B[:, None] + torch.arange(k)]]
+
+    def _distances(
+        self, x_BD: torch.Tensor, rows_P: torch.Tensor, columns_P: torch.Tensor
+    ) -> torch.Tensor:
+        distances_P = torch.empty(len(rows_P))
+        for start in range(0, len(rows_P), _PAIRS_PER_BLOCK):
+            block = slice(start, start + _PAIRS_PER_BLOCK)
+            distances_P[block] = _pair_distances(
+                x_BD[rows_P[block]], self._centroids_KD[columns_P[block]]
+            )
+        return distances_P
+
+
+class RoughDistances:
+    """Squared distances between points of one set, off by float32 rounding: for sampling only."""
+
+    def __init__(self, points_ND: Embeddings) -> None:
+        # torch owns the memory: its alignment, and with it the product's bits, is always the same.
+        points = torch.from_numpy(points_ND).clone()
+        points -= points.mean(dim=0)
+        self._points_DN = points.T.contiguous()
+        self._squared_norms_N = points.square().sum(dim=1)
+
+    def to_all(self, rows_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return the distances of some points to all points, float32 ``[T, N]``, at least 0."""
+        rows = torch.from_numpy(rows_T)
+        distances_TN = torch.addmm(
+            self._squared_norms_N, self._points_DN[:, rows].T, self._points_DN, alpha=-2
+        )
+        distances_TN += self._squared_norms_N[rows, None]
+        # A point is at no distance from itself, whatever the rounding.
+        distances_TN[torch.arange(len(rows)), rows] = 0.0
+        distances: npt.NDArray[np.float32] = distances_TN.clamp_(min=0).numpy()
+        return distances
+
+
+def _tensor(x_ND: Embeddings) -> torch.Tensor:
+    # torch warns of read-only memory (an Arrow column's, for example), so that is copied.
+    return torch.from_numpy(np.require(x_ND, requirements=["C", "W"]))
+
+
+def _argmin(scores_BK: torch.Tensor) -> torch.Tensor:
+    return scores_BK.min(dim=1, keepdim=True).indices
+
+
+def _lowest_unlisted(scores_BK: torch.Tensor, listed_BM: torch.Tensor) -> torch.Tensor:
+    """Return each row's lowest score outside its list; infinite if there is none."""
+    # In place and back again: a copy of the scores would cost as much as the search for it.
+    listed_scores_BM = scores_BK.gather(1, listed_BM)
+    lowest_B = scores_BK.scatter_(1, listed_BM, torch.inf).amin(dim=1)
+    scores_BK.scatter_(1, listed_BM, listed_scores_BM)
+    return lowest_B
+
+
+def _pair_distances(x_PD: torch.Tensor, y_PD: torch.Tensor) -> torch.Tensor:
+    """Return the canonical squared distance of each pair of rows, float32."""
+    terms_PD = x_PD.double() - y_PD.double()
+    return fold_sum(terms_PD.square_()).float()
+
+
+def _slack(embedding_dim: int) -> float:
+    """Return the relative error bound of a score under this process's settings of torch."""
+    # get_float32_matmul_precision() raises when a process mixed torch's two ways to set this.
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined] # no stub
+    is_full = precision in ("none", "ieee")
+    return (embedding_dim + 16) * _FLOAT32_ROUNDOFF + (0.0 if is_full else _REDUCED_ERROR)

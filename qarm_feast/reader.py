@@ -1,0 +1,134 @@
+"""Codes, recent items and profiles of many entities at once, as arrays.
+
+Shape letters in this file: N entities, L levels, V pool neighbours, H history length.
+May import: feast (through the feature store that it is given).
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from qarm_feast import schema, view_tags
+from qarm_feast.codebook import ItemCodes
+from qarm_feast.errors import DataError
+from qarm_feast.online_stores import code_online_store
+from qarm_feast.online_stores.codec import Bools, Column, Ints
+from qarm_feast.online_stores.rows import ITEM_IDS, ITEM_TIMESTAMPS, ColumnBatch
+
+if TYPE_CHECKING:
+    from feast import FeatureStore, FeatureView
+
+
+class CodeReader:
+    """Reads one codebook version's view and the user views from the online store.
+
+    Views are looked up in the registry once, on first use.
+    """
+
+    def __init__(self, feature_store: "FeatureStore", codebook_version: str) -> None:
+        self.codebook_version = codebook_version
+        self._config = feature_store.config
+        self._feature_store = feature_store
+        self._online_store = code_online_store(feature_store)
+        self._views: dict[str, FeatureView] = {}
+
+    def read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, Bools]:
+        """Return the codes of items in the order asked for, and which of them have codes.
+
+        Args:
+            item_ids_N: int64, repeated as one likes.
+
+        Returns:
+            The codes and a mask. An item that is unknown or was taken down has ``ABSENT_CODE`` in
+            every place and ``False`` in the mask.
+
+        Raises:
+            DataError: If the ids are not int64, or a stored row has a wrong number of codes.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        view = self._view(schema.code_view_name(self.codebook_version))
+        batch, inverse_N = self._read_distinct(view, item_ids_N, ["vq_code", "rq_code"])
+        width_V = int(view.tags.get(view_tags.NUM_NEIGHBORS, 0))
+        width_L = int(view.tags.get(view_tags.NUM_LEVELS, 0))
+        vq_NV = _to_matrix(view.name, batch.columns["vq_code"], batch.present_N, width_V)
+        rq_NL = _to_matrix(view.name, batch.columns["rq_code"], batch.present_N, width_L)
+        codes = ItemCodes(np.asarray(item_ids_N, np.int64), vq_NV[inverse_N], rq_NL[inverse_N])
+        return codes, batch.present_N[inverse_N]
+
+    def read_recent_items(self, user_ids_N: Ints, length: int) -> tuple[Ints, Ints, Ints]:
+        """Return each user's latest positives, newest first.
+
+        Args:
+            user_ids_N: int64, repeated as one likes.
+            length: Width H of the result; longer lists are cut to their newest items.
+
+        Returns:
+            Item ids ``[N, H]`` (unused places hold ``ABSENT_CODE``), their times ``[N, H]`` in
+            microseconds since the epoch (unused: 0), and how many places each user fills.
+
+        Raises:
+            DataError: If the ids are not int64.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        view = self._view(schema.RECENT_ITEMS_VIEW)
+        batch, inverse_N = self._read_distinct(view, user_ids_N, [ITEM_IDS, ITEM_TIMESTAMPS])
+        item_ids_NH = _pad(batch.columns[ITEM_IDS], length, schema.ABSENT_CODE)
+        timestamps_NH = _pad(batch.columns[ITEM_TIMESTAMPS], length, 0)
+        lengths_N = np.minimum(batch.columns[ITEM_IDS].lengths_N, length)
+        return item_ids_NH[inverse_N], timestamps_NH[inverse_N], lengths_N[inverse_N]
+
+    def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
+        """Return all features of ``user_profile``.
+
+        Args:
+            user_ids_N: int64, repeated as one likes.
+
+        Returns:
+            One entity per id, in the order asked for; unknown ones are absent.
+
+        Raises:
+            DataError: If the ids are not int64.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        view = self._view(schema.USER_PROFILE_VIEW)
+        names = [field.name for field in view.features]
+        return self._online_store.read_columns(self._config, view, user_ids_N, names)
+
+    def _view(self, name: str) -> "FeatureView":
+        if name not in self._views:
+            self._views[name] = self._feature_store.get_feature_view(name)
+        return self._views[name]
+
+    def _read_distinct(
+        self, view: "FeatureView", ids_N: Ints, feature_names: list[str]
+    ) -> tuple[ColumnBatch, npt.NDArray[np.intp]]:
+        """Fetch each id once; the second array leads back to the order asked for."""
+        distinct, inverse_N = np.unique(np.asarray(ids_N), return_inverse=True)
+        batch = self._online_store.read_columns(self._config, view, distinct, feature_names)
+        return batch, inverse_N
+
+
+def _to_matrix(view_name: str, column: Column, present_N: Bools, width: int) -> Ints:
+    """Return rows of ``width`` codes; a width of 0 is taken from the first present row."""
+    lengths_P = column.lengths_N[present_N]
+    width = width or (int(lengths_P[0]) if len(lengths_P) else 0)
+    if (lengths_P != width).any():
+        wrong = int(lengths_P[lengths_P != width][0])
+        raise DataError(
+            f"view {view_name} holds a row of {wrong} codes, its codebook has {width}: another "
+            "version's rows were written into it; write the version's codes again"
+        )
+    matrix = np.full((len(present_N), width), schema.ABSENT_CODE, dtype=np.int64)
+    matrix[present_N] = column.values.reshape(-1, width) if width else 0
+    return matrix
+
+
+def _pad(column: Column, width: int, fill: int) -> Ints:
+    starts_N = np.cumsum(column.lengths_N) - column.lengths_N
+    kept_N = np.minimum(column.lengths_N, width)
+    rows_M = np.repeat(np.arange(len(kept_N)), kept_N)
+    places_M = np.arange(len(rows_M)) - np.repeat(np.cumsum(kept_N) - kept_N, kept_N)
+    matrix = np.full((len(kept_N), width), fill, dtype=np.int64)
+    matrix[rows_M, places_M] = column.values[starts_N[rows_M] + places_M]
+    return matrix

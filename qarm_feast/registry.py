@@ -1,0 +1,388 @@
+"""The codebook registry: which versions are stored, and the state of each.
+
+Layout under a registry's ``uri``::
+
+    registry.json              version -> state; the one file that changes
+    v1/manifest.json           a published version, immutable
+    v1/rq-<hash>.safetensors   its arrays, named after their content
+    .drafts/v1/...             a trained version that is not published yet
+    .reports/v1/quality.json   the last evaluation of a version
+
+The feature repository reads manifests and states, so this module stays light.
+May import: pydantic, filelock. Neither torch nor NumPy.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from qarm_feast.artifact import MANIFEST_NAME, create_file, read_verified, replace_file
+from qarm_feast.codebook_config import GateConfig
+from qarm_feast.errors import CodebookError, CodebookNotFoundError, GateRefusedError
+
+_REGISTRY_NAME = "registry.json"
+_LOCK_NAME = ".registry.lock"
+_DRAFTS_NAME = ".drafts"
+_REPORTS_NAME = ".reports"
+_REPORT_NAME = "quality.json"
+_VERSION_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_PUBLISH_FIELDS = {"created", "quality", "forced_gates"}
+"""Fields in which two manifests of one and the same codebook may differ."""
+
+
+class VersionState(StrEnum):
+    """Life of a published version: all but retired have views, workers write live and default."""
+
+    STAGED = "staged"
+    LIVE = "live"
+    DEFAULT = "default"
+    RETIRED = "retired"
+
+
+class Manifest(BaseModel):
+    """What ``manifest.json`` says of one codebook version.
+
+    ``behaviour_cutoff`` is the newest interaction that encoder, codebook or pool saw (None: they
+    saw none). ``label_map`` names, per level and code, the parent's code whose learned row goes on
+    here (-1: none); ``reset_pool_rows`` are pool rows that hold another item than the parent's.
+    ``files`` is SHA-256 by file name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    version: str
+    parent: str | None = None
+    encoder_version: str
+    encoder_hash: str
+    behaviour_cutoff: AwareDatetime | None
+    embedding_dim: int
+    level_sizes: tuple[int, ...]
+    num_neighbors: int
+    pool_size: int
+    metric: Literal["squared_l2"] = "squared_l2"
+    normalisation: Literal["l2"] = "l2"
+    search: Literal["exact"] = "exact"
+    seed: int
+    num_training_items: int
+    num_overrides: int = 0
+    label_map: tuple[tuple[int, ...], ...] | None = None
+    reset_pool_rows: tuple[int, ...] = ()
+    quality: dict[str, Any] = {}
+    forced_gates: tuple[str, ...] = ()
+    files: dict[str, str]
+    created: AwareDatetime
+
+    @property
+    def num_levels(self) -> int:
+        """Length of an ``rq_code``."""
+        return len(self.level_sizes)
+
+
+class CodebookRegistry:
+    """States of the versions under one ``uri``; every change is made under a file lock."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._path = Path(uri) / _REGISTRY_NAME
+
+    def states(self) -> dict[str, VersionState]:
+        """Return the state of each published version, in the order of publishing."""
+        if not self._path.is_file():
+            return {}
+        versions = json.loads(self._path.read_text(encoding="utf-8"))["versions"]
+        return {version: VersionState(state) for version, state in versions.items()}
+
+    def versions(self, *states: VersionState) -> list[str]:
+        """Return the published versions in one of ``states`` (none given: all), oldest first."""
+        return [
+            version for version, state in self.states().items() if not states or state in states
+        ]
+
+    def default_version(self) -> str:
+        """Return the version that new feature services are made from.
+
+        Returns:
+            Version name.
+
+        Raises:
+            CodebookError: If nothing is published.
+        """
+        found = self.versions(VersionState.DEFAULT)
+        if not found:
+            raise CodebookError(
+                f"{self.uri} has no default codebook version; run "
+                "`qarm codebook publish --codebook-version VERSION` first"
+            )
+        return found[0]
+
+    def publish(self, version: str) -> VersionState:
+        """Give a stored version its first state; a version that has one keeps it.
+
+        Args:
+            version: A version whose artifact is stored under the registry's ``uri``.
+
+        Returns:
+            The version's state: default in a registry that was empty, else staged.
+
+        Raises:
+            CodebookNotFoundError: If no artifact of that name is stored.
+        """
+        read_manifest(self.uri, version)
+        with self._change() as states:
+            first = VersionState.STAGED if states else VersionState.DEFAULT
+            return states.setdefault(version, first)
+
+    def set_state(self, version: str, state: VersionState) -> None:
+        """Move a published version to ``state``; the default before it becomes live.
+
+        Args:
+            version: Version name.
+            state: The state to give it.
+
+        Raises:
+            CodebookNotFoundError: If the version is not published.
+            CodebookError: If no default would be left.
+        """
+        with self._change() as states:
+            if version not in states:
+                raise CodebookNotFoundError(version=version, uri=self.uri, known=list(states))
+            if states[version] is VersionState.DEFAULT and state is not VersionState.DEFAULT:
+                raise CodebookError(
+                    f"codebook version {version!r} is the default of {self.uri}; make another "
+                    f"version the default before {version!r} becomes {state.value}"
+                )
+            if state is VersionState.DEFAULT:
+                for other in self._in_state(states, VersionState.DEFAULT):
+                    states[other] = VersionState.LIVE
+            states[version] = state
+
+    @contextmanager
+    def _change(self) -> Iterator[dict[str, VersionState]]:
+        """Yield the states to edit in place; they are stored when the block ends without error."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._path.parent / _LOCK_NAME):
+            before = self.states()
+            states = dict(before)
+            yield states
+            if states != before:
+                content = {"format_version": 1, "versions": states}
+                replace_file(self._path, (json.dumps(content, indent=2) + "\n").encode())
+
+    @staticmethod
+    def _in_state(states: Mapping[str, VersionState], state: VersionState) -> list[str]:
+        return [version for version, found in states.items() if found is state]
+
+
+def read_manifest(uri: str, version: str) -> Manifest:
+    """Return the manifest of a stored version.
+
+    Args:
+        uri: Folder of codebook versions, or :func:`drafts_uri` of it.
+        version: Version name.
+
+    Returns:
+        The manifest; its files are not looked at.
+
+    Raises:
+        CodebookNotFoundError: If no such version is stored.
+        CodebookError: If the name is none, or the manifest is of another format.
+    """
+    path = Path(uri) / check_version_name(version) / MANIFEST_NAME
+    if not path.is_file():
+        raise CodebookNotFoundError(version=version, uri=uri, known=stored_versions(uri))
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CodebookError(
+            f"{path} is no codebook manifest that this version of qarm-feast reads: {error}"
+        ) from error
+
+
+def write_artifact(
+    uri: str, manifest: Manifest, payloads: Mapping[str, bytes], *, replace: bool = False
+) -> None:
+    """Store one codebook version under ``uri``; killed at any point, it is there or it is not.
+
+    1. The arrays go to files named after their own hash, so nothing is ever overwritten.
+    2. The manifest is put beside them; it alone makes the version exist.
+
+    Args:
+        uri: Folder of codebook versions.
+        manifest: Names every file with its hash.
+        payloads: Bytes by file name.
+        replace: Whether another manifest of that version may be replaced (drafts only).
+
+    Raises:
+        CodebookError: If the version is stored with other content.
+    """
+    folder = Path(uri) / check_version_name(manifest.version)
+    for name, payload in payloads.items():
+        create_file(folder / name, payload)
+    content = (manifest.model_dump_json(indent=2) + "\n").encode()
+    if replace:
+        replace_file(folder / MANIFEST_NAME, content)
+        _remove_files(folder, keep={*manifest.files, MANIFEST_NAME})
+    elif not create_file(folder / MANIFEST_NAME, content):
+        stored = read_manifest(uri, manifest.version)
+        if _identity(stored) != _identity(manifest):
+            raise CodebookError(
+                f"codebook version {manifest.version!r} is already stored in {uri} with other "
+                "content, and a stored version never changes; use another --codebook-version"
+            )
+
+
+def publish_codebook(
+    uri: str, version: str, gates: GateConfig, *, force: bool = False
+) -> VersionState:
+    """Publish a trained and evaluated codebook; again for the same codebook, it changes nothing.
+
+    1. The last evaluation is held against the gates.
+    2. The draft's arrays, then its manifest with the quality figures, go to ``<uri>/<version>``.
+    3. The registry gives the version its state.
+    4. The draft is removed.
+
+    Args:
+        uri: Folder of codebook versions.
+        version: A version that was trained (a draft) or saved.
+        gates: Limits for the figures.
+        force: Publish against a gate; the manifest then says which.
+
+    Returns:
+        The version's state.
+
+    Raises:
+        GateRefusedError: If a gate is not kept, or nothing was evaluated; names which, how much.
+        CodebookNotFoundError: If no such version was trained.
+        CodebookError: If the version is published with other content.
+    """
+    registry = CodebookRegistry(uri)
+    source_uri = trained_uri(uri, version)
+    if source_uri == uri and version in registry.states():
+        return registry.states()[version]
+    trained = read_manifest(source_uri, version)
+    quality = _report_of(uri, trained)
+    refusals = gate_refusals(quality, gates)
+    if refusals and not force:
+        raise GateRefusedError(
+            f"codebook version {version!r} was not published:\n"
+            + "\n".join(f"  - {refusal}" for refusal in refusals)
+            + "\ntrain it with other quantizer settings, change codebook.gates, or use --force"
+        )
+    if source_uri != uri:
+        folder = Path(source_uri) / version
+        payloads = {name: read_verified(folder, name, trained.files) for name in trained.files}
+        update = {"quality": quality, "forced_gates": refusals}
+        write_artifact(uri, trained.model_copy(update=update), payloads)
+    state = registry.publish(version)
+    if source_uri != uri:
+        _remove_files(Path(source_uri) / version, keep=())
+    return state
+
+
+def gate_refusals(quality: Mapping[str, Any], gates: GateConfig) -> tuple[str, ...]:
+    """Return one sentence per gate that ``quality`` does not keep; none means it may be published.
+
+    Args:
+        quality: Figures of ``codebook_quality``; empty if nothing was evaluated.
+        gates: The limits.
+
+    Returns:
+        Sentences that hold gate, figure, limit, and the distance of the two.
+    """
+    if not quality:
+        return ("it was not evaluated as it is; run `qarm codebook evaluate` first",)
+    coverage = min(level["codebook_coverage"] for level in quality["levels"])
+    residual = quality["levels"][-1]["relative_residual_norm"]
+    measured: tuple[tuple[str, float, float | None, int], ...] = (
+        ("max_collision_rate", quality["collision_rate"], gates.max_collision_rate, 1),
+        ("min_codebook_coverage", coverage, gates.min_codebook_coverage, -1),
+        ("min_hr10", quality["hr10"], gates.min_hr10, -1),
+        ("max_relative_residual_norm", residual, gates.max_relative_residual_norm, 1),
+    )
+    return tuple(
+        f"{name}: measured {value:.4f}, limit {limit:.4f}, missed by {sign * (value - limit):.4f}"
+        for name, value, limit, sign in measured
+        if limit is not None and sign * (value - limit) > 0
+    )
+
+
+def stored_versions(uri: str) -> list[str]:
+    """Return the names of all versions stored under ``uri``, sorted, published or not."""
+    return sorted(
+        path.parent.name
+        for path in Path(uri).glob(f"*/{MANIFEST_NAME}")
+        if _VERSION_PATTERN.fullmatch(path.parent.name)
+    )
+
+
+def drafts_uri(uri: str) -> str:
+    """Return the folder of trained versions that are not published yet."""
+    return str(Path(uri) / _DRAFTS_NAME)
+
+
+def trained_uri(uri: str, version: str) -> str:
+    """Return where ``version`` lies: among the drafts, or under ``uri`` itself."""
+    is_draft = version in stored_versions(drafts_uri(uri))
+    return drafts_uri(uri) if is_draft else uri
+
+
+def report_path(uri: str, version: str) -> Path:
+    """Return the file of the last evaluation of ``version``."""
+    return Path(uri) / _REPORTS_NAME / check_version_name(version) / _REPORT_NAME
+
+
+def write_report(uri: str, manifest: Manifest, quality: Mapping[str, Any]) -> Path:
+    """Store the figures of one evaluation with the hashes of what it saw, and return the file."""
+    path = report_path(uri, manifest.version)
+    report = {"version": manifest.version, "files": manifest.files, "quality": quality}
+    replace_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    return path
+
+
+def check_version_name(version: str) -> str:
+    """Return ``version`` if it is a legal name.
+
+    Args:
+        version: Version name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        CodebookError: If it is not: names stand in Feast views and folders.
+    """
+    if not _VERSION_PATTERN.fullmatch(version):
+        raise CodebookError(
+            f"codebook version {version!r} is no legal name; it must match [a-z][a-z0-9_]{{0,31}}"
+        )
+    return version
+
+
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    return manifest.model_dump(exclude=_PUBLISH_FIELDS)
+
+
+def _report_of(uri: str, manifest: Manifest) -> dict[str, Any]:
+    """Return the figures of exactly this codebook: stored in it, or of its last evaluation."""
+    path = report_path(uri, manifest.version)
+    if not path.is_file():
+        return manifest.quality
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return dict(report["quality"]) if report["files"] == manifest.files else manifest.quality
+
+
+def _remove_files(folder: Path, keep: Iterable[str]) -> None:
+    # The manifest goes first: without it the rest is no version.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST_NAME):
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
+    if not keep:
+        folder.rmdir()

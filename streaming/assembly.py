@@ -1,0 +1,169 @@
+"""The real parts of a worker, opened from the configuration.
+
+May import: feast, torch, everything in qarm_feast and in this package.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from feast import FeatureStore
+
+from qarm_feast import view_tags
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.code_log import CodeLog
+from qarm_feast.codebook import Codebook
+from qarm_feast.codebook_config import CodebookConfig
+from qarm_feast.config import load_section
+from qarm_feast.errors import CodebookError, ConfigError
+from qarm_feast.input_data import DataConfig
+from qarm_feast.observability import CODEBOOK_INFO
+from qarm_feast.offline_store import open_code_log
+from qarm_feast.registry import CodebookRegistry, VersionState
+from qarm_feast.repo_paths import open_feature_store
+from qarm_feast.schema import (
+    CONTENT_LOG,
+    CONTENT_LOG_ROWS,
+    INTERACTION_LOG,
+    RECENT_ITEMS_VIEW,
+    code_view_name,
+    interaction_rows,
+)
+from streaming.config import StreamConfig
+from streaming.rows import Encoder, LiveCodebooks
+from streaming.sink import DeadLetterTopic, FeastOnlineTables, FeastSink
+from streaming.source import KafkaSource
+from streaming.worker import Pipeline, WorkerSettings
+
+_MAX_ENCODERS = 2
+_INTERACTIONS_FILE = "interactions.parquet"
+
+
+def limit_threads(num_threads: int) -> None:
+    """Keep this process to so many compute threads, so that workers do not fight for cores."""
+    torch.set_num_threads(num_threads)
+    # For libraries that are loaded later and bring their own pool.
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+@contextmanager
+def open_pipeline(
+    config_path: str, config: StreamConfig
+) -> Iterator[tuple[Pipeline, WorkerSettings]]:
+    """Yield a worker's parts, and close them afterwards.
+
+    The group is joined last: a worker that cannot work never takes partitions.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        config: Its section ``stream``.
+
+    Raises:
+        ConfigError: If ``feast apply`` has not run or the task names are not known.
+        CodebookError: If no codebook is published or one is damaged.
+        ServiceUnavailableError: If the broker does not answer.
+    """
+    codebooks = load_codebooks(config_path)
+    feature_store = open_feature_store(Path(config_path).resolve().parent)
+    online = FeastOnlineTables(feature_store)
+    online.check_views([*map(code_view_name, codebooks.codebooks), RECENT_ITEMS_VIEW])
+    code_log = open_code_log(feature_store.config)
+    settings = worker_settings(config_path, config, feature_store, code_log)
+    code_log.create(CONTENT_LOG, CONTENT_LOG_ROWS)
+    code_log.create(INTERACTION_LOG, interaction_rows(settings.task_names))
+    sink = FeastSink(code_log, online, history_length(feature_store))
+    with (
+        closing(DeadLetterTopic(config)) as dead_letters,
+        closing(KafkaSource(config)) as source,
+    ):
+        yield Pipeline(source, sink, dead_letters, codebooks), settings
+
+
+def load_codebooks(config_path: str) -> LiveCodebooks:
+    """Return the codebooks that workers write, hashes verified, the default version first.
+
+    Raises:
+        CodebookError: If no version is live or default, or a file is damaged.
+    """
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    registry = CodebookRegistry(uri)
+    versions = registry.versions(VersionState.DEFAULT) + registry.versions(VersionState.LIVE)
+    if not versions:
+        raise CodebookError(
+            f"{uri} has no live codebook version; run "
+            "`qarm codebook publish --codebook-version VERSION` first"
+        )
+    codebooks = {version: Codebook.load(uri, version) for version in versions}
+    for version in versions:
+        CODEBOOK_INFO.labels(version).set(1)
+    encoder_uri = load_section(config_path, "alignment", AlignmentConfig).encoder_uri
+
+    @lru_cache(maxsize=_MAX_ENCODERS)
+    def load(version: str) -> Encoder:
+        # Imported with the first content event: a worker that gets ready embeddings needs none.
+        from qarm_feast.alignment.encoder import load_encoder
+
+        return load_encoder(encoder_uri, version)
+
+    return LiveCodebooks(codebooks, load)
+
+
+def worker_settings(
+    config_path: str, config: StreamConfig, feature_store: FeatureStore, code_log: CodeLog
+) -> WorkerSettings:
+    """Return how this repository's events are read.
+
+    Raises:
+        ConfigError: If the task names are not known, or the positive label is none of them.
+    """
+    task_names = find_task_names(config_path, config, code_log)
+    tags = feature_store.get_feature_view(RECENT_ITEMS_VIEW).tags
+    label = tags.get(view_tags.POSITIVE_LABEL, "auto")
+    label = task_names[0] if label == "auto" else label
+    if label not in task_names:
+        raise ConfigError(
+            f"data.positive_label is {label!r}, but interaction events carry "
+            f"{', '.join(task_names)}; mend it in qarm.yaml and run `feast apply`"
+        )
+    return WorkerSettings(
+        item_topic=config.item_topic,
+        task_names=task_names,
+        positive_label=label,
+        max_future_seconds=config.max_future_seconds,
+        max_retry_wait_seconds=config.max_retry_wait_seconds,
+    )
+
+
+def find_task_names(config_path: str, config: StreamConfig, code_log: CodeLog) -> tuple[str, ...]:
+    """Return the task flags that interaction events carry, in the log's order.
+
+    Raises:
+        ConfigError: If nothing tells them.
+    """
+    if config.task_names != "auto":
+        return config.task_names
+    if code_log.exists(INTERACTION_LOG):
+        return _bool_columns(code_log.schema(INTERACTION_LOG))
+    input_dir = load_section(config_path, "data", DataConfig).input_dir
+    path = Path(input_dir) / _INTERACTIONS_FILE
+    names = _bool_columns(pq.read_schema(path)) if path.is_file() else ()
+    if not names:
+        raise ConfigError(
+            f"which task flags do interaction events carry? There is no interaction log yet and "
+            f"no {path} with bool columns; set stream.task_names, for example [is_click, is_like]"
+        )
+    return names
+
+
+def history_length(feature_store: FeatureStore) -> int:
+    """Return how many positives a row of the recent items view holds."""
+    return int(feature_store.get_feature_view(RECENT_ITEMS_VIEW).tags[view_tags.HISTORY_LENGTH])
+
+
+def _bool_columns(schema: pa.Schema) -> tuple[str, ...]:
+    return tuple(field.name for field in schema if pa.types.is_boolean(field.type))

@@ -1,0 +1,104 @@
+"""Kafka clients made from section ``stream``; the faults of connecting, translated.
+
+May import: kafka-python.
+"""
+
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.consumer.group import RangePartitionAssignor
+from kafka.errors import KafkaConfigurationError, KafkaError
+
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
+from streaming.config import StreamConfig
+
+_BOOTSTRAP_TIMEOUT_MS = 10_000
+_OWN_OPTIONS = {
+    "bootstrap_servers": "set stream.bootstrap_servers",
+    "group_id": "set stream.consumer_group",
+    "auto_offset_reset": "set stream.auto_offset_reset",
+    "enable_auto_commit": "offsets are committed once both stores hold the rows",
+    "partition_assignment_strategy": "the worker counts on eager rebalances",
+    "acks": "dead letters wait for every replica in sync",
+}
+"""What ``kafka_options`` must not touch, and why."""
+_DEAD_LETTER_MAX_BYTES = 8_388_608
+
+
+def connect_consumer(config: StreamConfig, connect_timeout_ms: int) -> KafkaConsumer:
+    """Return a consumer of the group that commits nothing by itself.
+
+    Args:
+        config: Section ``stream``.
+        connect_timeout_ms: How long a broker may take to answer first.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+        ConfigError: If a Kafka option is wrong.
+    """
+    fixed = {
+        "group_id": config.consumer_group,
+        "auto_offset_reset": config.auto_offset_reset,
+        "enable_auto_commit": False,
+        "allow_auto_create_topics": False,
+        "max_poll_records": config.max_batch_size,
+        "bootstrap_timeout_ms": connect_timeout_ms,
+        # Eager: each revocation covers every partition. KafkaSource's bookkeeping relies on it.
+        "partition_assignment_strategy": [RangePartitionAssignor],
+    }
+    return _connect(KafkaConsumer, config, fixed)
+
+
+def connect_producer(config: StreamConfig) -> KafkaProducer:
+    """Return a producer that waits for every replica in sync; it sends in small batches.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+        ConfigError: If a Kafka option is wrong.
+    """
+    fixed = {
+        "acks": "all",
+        "linger_ms": 5,
+        "max_request_size": _DEAD_LETTER_MAX_BYTES,
+        "bootstrap_timeout_ms": _BOOTSTRAP_TIMEOUT_MS,
+    }
+    return _connect(KafkaProducer, config, fixed)
+
+
+def connect_admin(config: StreamConfig) -> KafkaAdminClient:
+    """Return an admin client.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+        ConfigError: If a Kafka option is wrong.
+    """
+    return _connect(KafkaAdminClient, config, {"bootstrap_timeout_ms": _BOOTSTRAP_TIMEOUT_MS})
+
+
+def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> Any:
+    options = fixed | _options_of(client_type, config.kafka_options)
+    try:
+        return client_type(bootstrap_servers=config.bootstrap_servers.split(","), **options)
+    except (KafkaConfigurationError, AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"stream.kafka_options do not work: {error}") from error
+    except (KafkaError, OSError) as error:
+        raise ServiceUnavailableError(
+            f"no Kafka broker answers at {config.bootstrap_servers} ({error}); "
+            "start it, or set stream.bootstrap_servers"
+        ) from error
+
+
+def _options_of(client_type: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that this client knows; one that no client knows is an error."""
+    taken = [f"{name} ({why})" for name, why in _OWN_OPTIONS.items() if name in options]
+    if taken:
+        raise ConfigError(f"stream.kafka_options must not hold {', '.join(taken)}")
+    known = set().union(
+        *(client.DEFAULT_CONFIG for client in (KafkaConsumer, KafkaProducer, KafkaAdminClient))
+    )
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ConfigError(
+            f"stream.kafka_options has {', '.join(unknown)}, which kafka-python does not know"
+        )
+    return {name: value for name, value in options.items() if name in client_type.DEFAULT_CONFIG}

@@ -1,0 +1,281 @@
+"""Decoded columns of a batch to the rows of every store: encode, quantize, lay out.
+
+Shape letters in this file: N rows, D embedding width.
+May import: numpy, pyarrow.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qarm_feast.encode import content_hashes, encode_items
+from qarm_feast.schema import (
+    ABSENT_CODE,
+    CODE_ROWS,
+    CODES,
+    CONTENT_LOG_ROWS,
+    CONTENT_TEXT_COLUMNS,
+    CREATED,
+    EVENT_TIMESTAMP,
+    ITEM_ID,
+    TIMESTAMP,
+    interaction_rows,
+)
+from streaming.columns import (
+    CONTENT,
+    IS_DELETED,
+    RECORD_INDEX,
+    DeadLetter,
+    embedding_matrix,
+    letters_of_rows,
+)
+from streaming.messages import EMBEDDING, ENCODER_VERSION, Reason, Record
+
+if TYPE_CHECKING:
+    from qarm_feast.codebook import Codebook
+
+CONTENT_HASH = "content_hash"
+TAKEDOWN_HASH = "takedown"
+"""Stands in for a hash and sorts after every hex digest: at equal times the takedown wins."""
+
+
+class Encoder(Protocol):
+    """Content to aligned embeddings; ``qarm_feast.alignment.encoder.ItemEncoder`` is one."""
+
+    def encode(self, items: pa.Table) -> np.ndarray:
+        """Return one L2-normalised float32 row per item."""
+        ...
+
+
+@dataclass(frozen=True)
+class LiveCodebooks:
+    """The codebooks that this worker writes.
+
+    Args:
+        codebooks: By version; the default version first.
+        load_encoder: Gives the encoder of a version; called only when content must be encoded.
+    """
+
+    codebooks: Mapping[str, "Codebook"]
+    load_encoder: Callable[[str], Encoder]
+
+    def by_encoder(self) -> dict[str, dict[str, "Codebook"]]:
+        """Return the codebooks grouped by encoder version, in the same order."""
+        groups: dict[str, dict[str, Codebook]] = {}
+        for version, codebook in self.codebooks.items():
+            groups.setdefault(codebook.manifest.encoder_version, {})[version] = codebook
+        return groups
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """Vectors of one encoder for some of the batch's item rows, ``positions_N``."""
+
+    encoder_version: str
+    positions_N: np.ndarray
+    vectors_ND: np.ndarray
+
+
+def hash_rows(rows: pa.Table) -> pa.Table:
+    """Return decoded item rows with ``content_hash`` added."""
+    hashes = pa.array(content_hashes(rows), pa.string())
+    return rows.append_column(CONTENT_HASH, pc.if_else(rows[IS_DELETED], TAKEDOWN_HASH, hashes))
+
+
+def encode_rows(
+    records: Sequence[Record], rows: pa.Table, live: LiveCodebooks
+) -> tuple[list[EncodedItems], list[DeadLetter]]:
+    """Return vectors per encoder: ready ones as they came, the others from content.
+
+    Args:
+        records: The records that the rows came from.
+        rows: Hashed item rows; takedowns are passed over.
+        live: The codebooks to write.
+    """
+    encoded: list[EncodedItems] = []
+    dead_letters: list[DeadLetter] = []
+    for encoder_version, codebooks in live.by_encoder().items():
+        width = next(iter(codebooks.values())).embedding_dim
+        parts = _split_by_readiness(rows, encoder_version, width)
+        versions = ",".join(codebooks)
+        for refused_N, reason, detail in parts.refused(encoder_version, width):
+            letter = (reason, detail, versions)
+            dead_letters += letters_of_rows(records, rows.take(refused_N), letter)
+        encoded.append(_encode_group(rows, parts, encoder_version, width, live.load_encoder))
+    return encoded, dead_letters
+
+
+def quantize_rows(
+    rows: pa.Table, encoded: Sequence[EncodedItems], live: LiveCodebooks, created: datetime
+) -> dict[str, pa.Table]:
+    """Return the code rows of a batch by codebook version, takedowns included.
+
+    Args:
+        rows: Hashed item rows.
+        encoded: What :func:`encode_rows` returned for them.
+        live: The codebooks to write.
+        created: When the rows are written, aware UTC.
+    """
+    if not rows.num_rows:
+        return {}
+    takedowns = rows.filter(rows[IS_DELETED])
+    groups = live.by_encoder()
+    codes: dict[str, pa.Table] = {}
+    for group in encoded:
+        version = group.encoder_version
+        group_rows = rows.take(group.positions_N)
+        codes |= encode_items(group_rows, group.vectors_ND, groups[version], version, created)
+    return {
+        version: pa.concat_tables(
+            [codes[version], takedown_rows(takedowns, live.codebooks[version], created)]
+        )
+        for version in live.codebooks
+    }
+
+
+def takedown_rows(takedowns: pa.Table, codebook: "Codebook", created: datetime) -> pa.Table:
+    """Return the code rows that mark items as deleted: ``ABSENT_CODE`` in lists of full length."""
+    num_rows = takedowns.num_rows
+    manifest = codebook.manifest
+    columns = [
+        takedowns[ITEM_ID],
+        _absent_codes(num_rows, manifest.num_levels),
+        _absent_codes(num_rows, manifest.num_neighbors),
+        pa.repeat(pa.scalar(manifest.encoder_version), num_rows),
+        takedowns[CONTENT_HASH],
+        pa.repeat(pa.scalar(True), num_rows),
+        takedowns[EVENT_TIMESTAMP],
+        pa.repeat(pa.scalar(created, TIMESTAMP), num_rows),
+    ]
+    return pa.table(columns, schema=CODE_ROWS)
+
+
+def content_log_rows(
+    records: Sequence[Record],
+    rows: pa.Table,
+    encoded: Sequence[EncodedItems],
+    created: datetime,
+) -> pa.Table:
+    """Return the content log's rows: all that a backfill or a new encoder needs.
+
+    ``embedding`` is the vector that came ready, else the one that the default version's encoder
+    made; null for takedowns and refused rows.
+    """
+    rows = _with_vectors(rows, encoded[0])
+    indexes = rows[RECORD_INDEX].to_pylist()
+    num_rows = rows.num_rows
+    values = {
+        ITEM_ID: rows[ITEM_ID],
+        CONTENT: rows[CONTENT],
+        CONTENT_HASH: rows[CONTENT_HASH],
+        EMBEDDING: rows[EMBEDDING],
+        ENCODER_VERSION: rows[ENCODER_VERSION],
+        IS_DELETED: rows[IS_DELETED],
+        "topic": pa.array([records[i].topic for i in indexes], pa.string()),
+        "partition": pa.array([records[i].partition for i in indexes], pa.int32()),
+        "offset": pa.array([records[i].offset for i in indexes], pa.int64()),
+        EVENT_TIMESTAMP: rows[EVENT_TIMESTAMP],
+        CREATED: pa.repeat(pa.scalar(created, TIMESTAMP), num_rows),
+    }
+    return pa.table(values, schema=CONTENT_LOG_ROWS)
+
+
+def interaction_log_rows(
+    rows: pa.Table, task_names: tuple[str, ...], created: datetime
+) -> pa.Table:
+    """Return the raw interaction log's rows."""
+    column = pa.repeat(pa.scalar(created, TIMESTAMP), rows.num_rows)
+    schema = interaction_rows(task_names)
+    return rows.append_column(CREATED, column).select(schema.names).cast(schema)
+
+
+class _Parts(NamedTuple):
+    """Positions of the uploads of a batch, as one encoder sees them."""
+
+    ready: np.ndarray
+    readable: np.ndarray
+    wrong_width: np.ndarray
+    unreadable: np.ndarray
+
+    def refused(self, encoder_version: str, width: int) -> list[tuple[np.ndarray, str, str]]:
+        """Return positions, reason and detail of each kind of row that cannot be encoded."""
+        return [
+            (
+                self.wrong_width,
+                Reason.EMBEDDING_WIDTH,
+                f"encoder {encoder_version!r} makes vectors of {width} numbers",
+            ),
+            (
+                self.unreadable,
+                Reason.ENCODER_MISMATCH,
+                f"no text, and no embedding of encoder {encoder_version!r}",
+            ),
+        ]
+
+
+def _split_by_readiness(rows: pa.Table, encoder_version: str, width: int) -> _Parts:
+    is_upload_N = ~_mask(rows[IS_DELETED])
+    is_own_N = _mask(pc.equal(rows[ENCODER_VERSION], encoder_version))
+    is_wide_N = _mask(pc.equal(pc.list_value_length(rows[EMBEDDING]), width))
+    has_text_N = np.zeros(rows.num_rows, dtype=bool)
+    for name in CONTENT_TEXT_COLUMNS:
+        has_text_N |= _mask(pc.is_valid(rows[name]))
+    return _Parts(
+        ready=np.flatnonzero(is_upload_N & is_own_N & is_wide_N),
+        readable=np.flatnonzero(is_upload_N & ~is_own_N & has_text_N),
+        wrong_width=np.flatnonzero(is_upload_N & is_own_N & ~is_wide_N),
+        unreadable=np.flatnonzero(is_upload_N & ~is_own_N & ~has_text_N),
+    )
+
+
+def _mask(condition: pa.ChunkedArray) -> np.ndarray:
+    mask_N: np.ndarray = pc.fill_null(condition, False).to_numpy().astype(bool)
+    return mask_N
+
+
+def _encode_group(
+    rows: pa.Table,
+    parts: _Parts,
+    encoder_version: str,
+    width: int,
+    load_encoder: Callable[[str], Encoder],
+) -> EncodedItems:
+    vectors = [embedding_matrix(rows[EMBEDDING].take(parts.ready), width)]
+    if len(parts.readable):
+        items = rows.select(CONTENT_TEXT_COLUMNS).take(parts.readable)
+        vectors.append(load_encoder(encoder_version).encode(items))
+    positions_N = np.concatenate([parts.ready, parts.readable])
+    return EncodedItems(encoder_version, positions_N, np.concatenate(vectors))
+
+
+def _with_vectors(rows: pa.Table, first: EncodedItems) -> pa.Table:
+    """Fill in the vectors of one encoder where none came ready."""
+    places_N = np.full(rows.num_rows, -1, dtype=np.int64)
+    places_N[first.positions_N] = np.arange(len(first.positions_N))
+    is_made_N = (places_N >= 0) & ~_mask(pc.is_valid(rows[EMBEDDING]))
+    taken = pa.array(places_N, mask=~is_made_N)
+    is_made = pa.array(is_made_N)
+    made = _vector_array(first.vectors_ND).take(taken)
+    columns = {
+        EMBEDDING: pc.if_else(is_made, made, rows[EMBEDDING]),
+        ENCODER_VERSION: pc.if_else(is_made, first.encoder_version, rows[ENCODER_VERSION]),
+    }
+    for name, column in columns.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), name, column)
+    return rows
+
+
+def _vector_array(x_ND: np.ndarray) -> pa.ListArray:
+    offsets = np.arange(len(x_ND) + 1, dtype=np.int32) * np.int32(x_ND.shape[1])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(x_ND.reshape(-1)))
+
+
+def _absent_codes(num_rows: int, width: int) -> pa.Array:
+    offsets = np.arange(num_rows + 1, dtype=np.int32) * np.int32(width)
+    values = np.full(num_rows * width, ABSENT_CODE, dtype=np.int64)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=CODES)

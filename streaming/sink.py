@@ -1,0 +1,298 @@
+"""Rows into both of Feast's stores, and refused records into the dead-letter topic.
+
+:class:`FeastSink` knows the order and the collapsing; the stores stand behind two small
+Protocols. Shape letters in this file: N rows, M positives, U users.
+May import: feast, kafka-python, numpy, pyarrow.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from feast import FeatureStore, FeatureView
+from feast.errors import FeatureViewNotFoundException
+from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
+from qarm_feast.online_stores import code_online_store
+from qarm_feast.schema import (
+    CONTENT_LOG,
+    CREATED,
+    EVENT_TIMESTAMP,
+    INTERACTION_LOG,
+    ITEM_ID,
+    RECENT_ITEM_ROWS,
+    RECENT_ITEMS_VIEW,
+    TIMESTAMP,
+    USER_ID,
+    code_view_name,
+)
+from streaming.clients import connect_producer
+from streaming.columns import DeadLetter
+from streaming.config import StreamConfig
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 30.0
+_MAX_DETAIL_CHARACTERS = 500
+
+
+class OfflineLog(Protocol):
+    """Append-only logs; ``qarm_feast.code_log.CodeLog`` has this form."""
+
+    def append(self, name: str, table: pa.Table) -> Path:
+        """Store the rows for good under ``name``."""
+        ...
+
+
+class OnlineTables(Protocol):
+    """Views of the online store, written by columns."""
+
+    def write(self, view_name: str, table: pa.Table) -> int:
+        """Store the rows that are newer than what is there, and return how many were."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """Everything that one batch writes: code rows by codebook version, and three logs.
+
+    ``interactions`` has the rows of ``schema.interaction_rows``, ``positives`` those of them
+    that enter the users' recent items.
+    """
+
+    codes: Mapping[str, pa.Table]
+    content: pa.Table
+    interactions: pa.Table
+    positives: pa.Table
+
+
+class FeastSink:
+    """Writes one batch to the offline logs, then to the online store.
+
+    Args:
+        offline: The logs below the offline store.
+        online: The online store's views.
+        history_length: Latest positives that a user's row holds.
+    """
+
+    def __init__(self, offline: OfflineLog, online: OnlineTables, history_length: int) -> None:
+        self._offline = offline
+        self._online = online
+        self._history_length = history_length
+
+    def write_offline(self, rows: BatchRows) -> None:
+        """Append every row: replays and edits are told apart by the readers."""
+        self._append(CONTENT_LOG, rows.content)
+        for version, codes in rows.codes.items():
+            self._append(code_view_name(version), codes)
+        self._append(INTERACTION_LOG, rows.interactions)
+
+    def write_online(self, rows: BatchRows) -> None:
+        """Write the newest row per item and the latest positives per user."""
+        for version, codes in rows.codes.items():
+            self._write(code_view_name(version), newest_per_item(codes))
+        self._write(RECENT_ITEMS_VIEW, recent_item_rows(rows.positives, self._history_length))
+
+    def _append(self, name: str, table: pa.Table) -> None:
+        if table.num_rows:
+            self._offline.append(name, table)
+
+    def _write(self, view_name: str, table: pa.Table) -> None:
+        if table.num_rows:
+            self._online.write(view_name, table)
+
+
+class FeastOnlineTables:
+    """The online store of a Feast repository; reads the registry, never writes it.
+
+    Args:
+        feature_store: An opened repository.
+
+    Raises:
+        ConfigError: If its online store cannot be written by columns.
+    """
+
+    def __init__(self, feature_store: FeatureStore) -> None:
+        self._feature_store = feature_store
+        self._store = code_online_store(feature_store)
+        self._views: dict[str, FeatureView] = {}
+
+    def check_views(self, view_names: Iterable[str]) -> None:
+        """Look the views up once, so that a missing one is told before anything is read.
+
+        Raises:
+            ConfigError: If a view is not applied.
+        """
+        for name in view_names:
+            self._view(name)
+
+    def check_reachable(self) -> None:
+        """Read one user, there or not.
+
+        Raises:
+            ServiceUnavailableError: If the store does not answer.
+        """
+        nobody_N = np.zeros(1, dtype=np.int64)
+        view = self._view(RECENT_ITEMS_VIEW)
+        self._store.read_columns(self._feature_store.config, view, nobody_N, ["item_ids"])
+
+    def write(self, view_name: str, table: pa.Table) -> int:
+        """Store the rows that are newer than what is there, and return how many were.
+
+        Raises:
+            ConfigError: If the view is not applied.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        return self._store.write_table(self._feature_store.config, self._view(view_name), table)
+
+    def _view(self, name: str) -> FeatureView:
+        if name not in self._views:
+            try:
+                self._views[name] = self._feature_store.get_feature_view(name)
+            except FeatureViewNotFoundException as error:
+                raise ConfigError(
+                    f"the feature repository has no view {name!r}; "
+                    f"run `feast -c {self._feature_store.repo_path} apply`"
+                ) from error
+        return self._views[name]
+
+
+class DeadLetterTopic:
+    """Sends refused records to the dead-letter topic; they are there when ``send`` returns.
+
+    Args:
+        config: Section ``stream``.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+    """
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._topic = config.dead_letter_topic
+        self._producer = connect_producer(config)
+
+    def send(self, letters: Sequence[DeadLetter]) -> None:
+        """Send each letter with its key, value, headers, and the headers that tell why.
+
+        A letter too large for the topic is sent without its value.
+
+        Raises:
+            ServiceUnavailableError: If the broker does not take them.
+        """
+        pending = [(letter, self._produce(letter, letter.value)) for letter in letters]
+        for letter, future in pending:
+            try:
+                future.get(_FLUSH_SECONDS)
+            except (MessageSizeTooLargeError, RecordListTooLargeError):
+                self._send_without_value(letter)
+            except KafkaError as error:
+                raise self._refused(error) from error
+
+    def close(self) -> None:
+        """Close the connection; nothing is pending, as ``send`` waits."""
+        self._producer.close(timeout=1.0)
+
+    def _produce(self, letter: DeadLetter, value: bytes | None) -> Any:
+        # The client refuses a message that has neither key nor value.
+        body = b"" if value is None and letter.record.key is None else value
+        try:
+            return self._producer.send(
+                self._topic, key=letter.record.key, value=body, headers=letter_headers(letter)
+            )
+        except KafkaError as error:
+            raise self._refused(error) from error
+
+    def _send_without_value(self, letter: DeadLetter) -> None:
+        detail = f"{letter.detail} (value of {len(letter.value or b'')} bytes left out)"
+        try:
+            self._produce(letter._replace(detail=detail), b"").get(_FLUSH_SECONDS)
+        except KafkaError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: KafkaError) -> ServiceUnavailableError:
+        return ServiceUnavailableError(
+            f"topic {self._topic} takes no dead letters ({error!r}); run `qarm-stream check`"
+        )
+
+
+def letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
+    """Return the record's own headers, then why it was refused and where it lay."""
+    record = letter.record
+    return [
+        *record.headers,
+        ("reason", letter.reason.encode()),
+        ("detail", letter.detail[:_MAX_DETAIL_CHARACTERS].encode(errors="replace")),
+        ("topic", record.topic.encode()),
+        ("partition", b"%d" % record.partition),
+        ("offset", b"%d" % record.offset),
+        ("append_timestamp", b"%d" % record.timestamp),
+        ("codebook_version", letter.codebook_version.encode()),
+    ]
+
+
+def newest_per_item(codes: pa.Table) -> pa.Table:
+    """Return one row per item: the greatest by (event_timestamp, content_hash)."""
+    order = pc.sort_indices(
+        codes,
+        sort_keys=[
+            (ITEM_ID, "ascending"),
+            (EVENT_TIMESTAMP, "ascending"),
+            ("content_hash", "ascending"),
+        ],
+    ).to_numpy()
+    ids_N = codes[ITEM_ID].to_numpy()[order]
+    is_last_N = np.ones(len(ids_N), dtype=bool)
+    is_last_N[:-1] = ids_N[1:] != ids_N[:-1]
+    return codes.take(pa.array(order[is_last_N]))
+
+
+def recent_item_rows(positives: pa.Table, history_length: int) -> pa.Table:
+    """Return one row of ``schema.RECENT_ITEM_ROWS`` per user, newest item first.
+
+    Args:
+        positives: ``user_id``, ``item_id``, ``event_timestamp``, ``created``; any order, with
+            duplicates.
+        history_length: Items kept per user.
+    """
+    users_M = positives[USER_ID].to_numpy()
+    items_M = positives[ITEM_ID].to_numpy()
+    times_M = positives[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy()
+    order = np.lexsort((-items_M, -times_M, users_M))
+    users_M, items_M, times_M = users_M[order], items_M[order], times_M[order]
+    kept = _first_per_user(users_M, items_M, times_M, history_length)
+    users_M, items_M, times_M = users_M[kept], items_M[kept], times_M[kept]
+    users_U, starts_U = np.unique(users_M, return_index=True)
+    offsets = pa.array(np.append(starts_U, len(users_M)).astype(np.int32))
+    created = pc.max(positives[CREATED])
+    columns = [
+        pa.array(users_U, pa.int64()),
+        pa.ListArray.from_arrays(offsets, pa.array(items_M)),
+        pa.ListArray.from_arrays(offsets, pa.array(times_M)),
+        pa.array(times_M[starts_U]).cast(TIMESTAMP),
+        pa.repeat(created, len(users_U)),
+    ]
+    return pa.table(columns, schema=RECENT_ITEM_ROWS)
+
+
+def _first_per_user(
+    users_M: np.ndarray, items_M: np.ndarray, times_M: np.ndarray, history_length: int
+) -> np.ndarray:
+    """Return positions of each user's first distinct (time, item) pairs; input is sorted."""
+    is_same_M = np.zeros(len(users_M), dtype=bool)
+    is_same_M[1:] = (
+        (users_M[1:] == users_M[:-1])
+        & (items_M[1:] == items_M[:-1])
+        & (times_M[1:] == times_M[:-1])
+    )
+    distinct = np.flatnonzero(~is_same_M)
+    starts = np.unique(users_M[distinct], return_index=True)[1]
+    counts = np.diff(np.append(starts, len(distinct)))
+    ranks = np.arange(len(distinct)) - np.repeat(starts, counts)
+    first: np.ndarray = distinct[ranks < history_length]
+    return first

@@ -1,0 +1,256 @@
+"""Batches of records from Kafka, with offsets committed by hand.
+
+How a batch stays safe over a rebalance (``kafka-python`` sends heartbeats on its own thread, and
+gives partitions up only inside ``poll``):
+
+1. Records wait here until a batch is full or its oldest record is old enough.
+2. Partitions revoked while records wait: the records are dropped. Their next owner reads them
+   from the committed offset; if that is this worker again, it rewinds, because the client keeps
+   the read position of a partition that comes back in the same rebalance.
+3. While a batch is worked on nothing polls, so the group waits for this member up to
+   ``max_poll_interval_ms``: the batch is finished, committed, and only then let go.
+4. Slow work calls :meth:`KafkaSource.keep_alive`, which polls with everything paused once a third
+   of that interval is gone. If the partitions are revoked there, :class:`BatchRevokedError` tells
+   the worker to drop its batch; nothing of it is committed, so it is replayed.
+
+May import: kafka-python.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kafka import ConsumerRebalanceListener, KafkaConsumer
+from kafka.errors import KafkaError
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from qarm_feast.errors import QarmError, ServiceUnavailableError
+from qarm_feast.observability import STREAM_CONSUMER_LAG
+from streaming.clients import connect_consumer
+from streaming.config import StreamConfig
+from streaming.messages import Record
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_CONNECT_TIMEOUT_MS = 30_000
+_COMMIT_TIMEOUT_MS = 10_000
+_CLOSE_TIMEOUT_MS = 5_000
+
+
+class BatchRevokedError(QarmError):
+    """The partitions of the batch in hand were taken away; the batch will be replayed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records in partition order, and per partition the offset to commit once they are stored."""
+
+    records: Sequence[Record]
+    offsets: Mapping[TopicPartition, int]
+    assignment_number: int
+
+
+class KafkaSource:
+    """Reads both input topics as a member of the consumer group; use from one thread.
+
+    Args:
+        config: Section ``stream``.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+    """
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._config = config
+        self._consumer: KafkaConsumer = connect_consumer(config, _CONNECT_TIMEOUT_MS)
+        self._keep_alive_seconds = self._consumer.config["max_poll_interval_ms"] / 1000 / 3
+        self._waiting = WaitingRecords()
+        self._last_poll = time.monotonic()
+        listener = _Listener(self._waiting, self._consumer)
+        self._consumer.subscribe(config.topics, listener=listener)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether this member has an assignment; it may be an empty one."""
+        return self._waiting.is_assigned
+
+    def read(self) -> Batch:
+        """Return the next batch; it is empty if nothing came within a tenth of a second.
+
+        Raises:
+            ServiceUnavailableError: If the broker refuses to serve this member.
+        """
+        deadline = time.monotonic() + _POLL_SECONDS
+        while True:
+            now = time.monotonic()
+            seconds_left = self._seconds_left(now)
+            if seconds_left <= 0 or (self._waiting.oldest is None and now >= deadline):
+                break
+            self._poll(min(seconds_left, _POLL_SECONDS))
+        self._report_lag()
+        return self._waiting.take()
+
+    def keep_alive(self, batch: Batch) -> None:
+        """Stay in the group during slow work on ``batch``; cheap, so call it often.
+
+        Raises:
+            BatchRevokedError: If the group took the partitions away meanwhile.
+            ServiceUnavailableError: If the broker refuses to serve this member.
+        """
+        if time.monotonic() - self._last_poll > self._keep_alive_seconds:
+            with self._paused():
+                # Records that a new assignment brings here wait for the next read.
+                self._poll(_POLL_SECONDS)
+        if batch.assignment_number != self._waiting.assignment_number:
+            raise BatchRevokedError(f"{len(batch.records)} records will be replayed")
+
+    def commit(self, batch: Batch) -> None:
+        """Commit the batch's offsets; without success the batch is replayed, which is harmless."""
+        if not batch.offsets or batch.assignment_number != self._waiting.assignment_number:
+            return
+        self._waiting.mark_stored(batch.offsets)
+        offsets = {tp: OffsetAndMetadata(offset) for tp, offset in batch.offsets.items()}
+        try:
+            self._consumer.commit(offsets, timeout_ms=_COMMIT_TIMEOUT_MS)
+        except KafkaError as error:
+            # A later batch commits past this one, or its next owner replays it.
+            logger.warning("commit_failed records=%d error=%r", len(batch.records), error)
+
+    def close(self) -> None:
+        """Leave the group, so that the others take over at once. What waits is dropped."""
+        try:
+            self._consumer.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)
+        except KafkaError as error:
+            logger.warning("leave_failed error=%r", error)
+
+    def _seconds_left(self, now: float) -> float:
+        """Return how long the waiting records may still wait for company."""
+        waiting, config = self._waiting, self._config
+        if waiting.num_records >= config.max_batch_size:
+            return 0.0
+        if waiting.num_bytes >= config.max_batch_bytes:
+            return 0.0
+        if waiting.oldest is None:
+            return _POLL_SECONDS
+        return waiting.oldest + config.max_batch_wait_seconds - now
+
+    def _poll(self, wait_seconds: float) -> None:
+        room = max(1, self._config.max_batch_size - self._waiting.num_records)
+        try:
+            polled = self._consumer.poll(timeout_ms=round(wait_seconds * 1000), max_records=room)
+        except KafkaError as error:
+            if not error.retriable:
+                raise ServiceUnavailableError(
+                    f"reading {', '.join(self._config.topics)} from "
+                    f"{self._config.bootstrap_servers} failed: {error!r}; run `qarm-stream check`"
+                ) from error
+            logger.warning("poll_failed error=%r", error)
+            time.sleep(_POLL_SECONDS)
+            return
+        self._last_poll = time.monotonic()
+        self._waiting.add(polled, self._last_poll)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        self._consumer.pause(*self._consumer.assignment())
+        try:
+            yield
+        finally:
+            self._consumer.resume(*self._consumer.assignment())
+
+    def _report_lag(self) -> None:
+        for partition in self._consumer.assignment():
+            end = self._consumer.highwater(partition)
+            stored = self._waiting.first_unstored.get(partition)
+            if end is not None and stored is not None:
+                gauge = STREAM_CONSUMER_LAG.labels(partition.topic, str(partition.partition))
+                gauge.set(max(0, end - stored))
+
+
+class WaitingRecords:
+    """Records that are read but in no batch yet, and how far each partition is stored.
+
+    The listener changes this only inside ``poll`` and ``close``, while the calling thread waits
+    there, so there is no lock.
+    """
+
+    def __init__(self) -> None:
+        self.is_assigned = False
+        # Counted up by every revocation; a batch carries the number under which it was read.
+        self.assignment_number = 0
+        # The next owner starts here; so does this worker if a partition comes back.
+        self.first_unstored: dict[TopicPartition, int] = {}
+        self.oldest: float | None = None
+        self.num_bytes = 0
+        self._records: list[Record] = []
+        self._offsets: dict[TopicPartition, int] = {}
+
+    @property
+    def num_records(self) -> int:
+        """Records that wait."""
+        return len(self._records)
+
+    def add(self, polled: Mapping[TopicPartition, Sequence[Record]], now: float) -> None:
+        """Take the records of one poll."""
+        for partition, records in polled.items():
+            self.first_unstored.setdefault(partition, records[0].offset)
+            self._records += records
+            self._offsets[partition] = records[-1].offset + 1
+            self.num_bytes += sum(len(r.value or b"") + len(r.key or b"") for r in records)
+        if polled and self.oldest is None:
+            self.oldest = now
+
+    def take(self) -> Batch:
+        """Hand out everything that waits."""
+        batch = Batch(self._records, self._offsets, self.assignment_number)
+        self._drop()
+        return batch
+
+    def mark_stored(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Note that both stores hold everything before these offsets."""
+        self.first_unstored |= offsets
+
+    def revoke(self) -> None:
+        """Drop what waits: the partitions may go to another worker."""
+        self.assignment_number += 1
+        self.is_assigned = False
+        self._drop()
+
+    def lose(self) -> None:
+        """Drop what waits, and where it began: others have gone on from there."""
+        self.revoke()
+        self.first_unstored.clear()
+
+    def assign(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+        """Return the partitions that came back, with the offset to go on from."""
+        self.is_assigned = True
+        kept = {tp: self.first_unstored[tp] for tp in partitions if tp in self.first_unstored}
+        self.first_unstored = dict(kept)
+        return kept
+
+    def _drop(self) -> None:
+        self._records, self._offsets = [], {}
+        self.oldest, self.num_bytes = None, 0
+
+
+class _Listener(ConsumerRebalanceListener):
+    """Runs on the client's IO thread, so it only moves marks and never blocks."""
+
+    def __init__(self, waiting: WaitingRecords, consumer: KafkaConsumer) -> None:
+        self._waiting = waiting
+        self._consumer = consumer
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        self._waiting.revoke()
+
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        self._waiting.lose()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        for partition, offset in self._waiting.assign(assigned).items():
+            # kafka-python keeps the position of a partition that comes back: without this,
+            # records that were read and dropped would never be read again.
+            pass

@@ -1,0 +1,305 @@
+"""The streaming worker: one member of the consumer group, one batch at a time.
+
+:class:`StreamWorker` knows the order of the steps and what waits for what; the parts stand behind
+Protocols, and ``streaming.daemon`` puts the real ones in. May import: pyarrow.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+import pyarrow.compute as pc
+
+from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.observability import (
+    ITEM_FRESHNESS_SECONDS,
+    STREAM_BATCH_ITEMS,
+    STREAM_DEAD_LETTERS,
+    STREAM_DECODE_SECONDS,
+    STREAM_ENCODE_SECONDS,
+    STREAM_EVENTS,
+    STREAM_RETRIES,
+    STREAM_WRITE_SECONDS,
+)
+from streaming.columns import (
+    IS_DELETED,
+    DeadLetter,
+    DecodedInteractions,
+    DecodedItems,
+    decode_interactions,
+    decode_items,
+)
+from streaming.health import WorkerHealth
+from streaming.messages import Record
+from streaming.rows import (
+    LiveCodebooks,
+    content_log_rows,
+    encode_rows,
+    hash_rows,
+    interaction_log_rows,
+    quantize_rows,
+)
+from streaming.sink import BatchRows
+from streaming.source import Batch, BatchRevokedError
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.1
+
+
+class Source(Protocol):
+    """Where batches come from; ``streaming.source.KafkaSource``."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the group has given this member its share."""
+        ...
+
+    def read(self) -> Batch:
+        """Return the next batch, empty if there is none yet."""
+        ...
+
+    def keep_alive(self, batch: Batch) -> None:
+        """Stay in the group; raise ``BatchRevokedError`` if the batch is another's now."""
+        ...
+
+    def commit(self, batch: Batch) -> None:
+        """Mark the batch as stored."""
+        ...
+
+
+class Sink(Protocol):
+    """Where rows go; ``streaming.sink.FeastSink``."""
+
+    def write_offline(self, rows: BatchRows) -> None:
+        """Append to the offline logs."""
+        ...
+
+    def write_online(self, rows: BatchRows) -> None:
+        """Update the online store."""
+        ...
+
+
+class DeadLetters(Protocol):
+    """Where refused records go; ``streaming.sink.DeadLetterTopic``."""
+
+    def send(self, letters: Sequence[DeadLetter]) -> None:
+        """Store the letters for good."""
+        ...
+
+
+class DrainTimeoutError(ServiceUnavailableError):
+    """A store stayed away for longer than the worker had to drain."""
+
+
+class Drain:
+    """Whether the worker shall stop, and how long it may still take."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.requested = threading.Event()
+        self.timeout_seconds = timeout_seconds
+        self._deadline: float | None = None
+
+    def check(self, store: str, num_records: int, fault: Exception) -> None:
+        """Raise if a store is still away when the time to drain is over.
+
+        Raises:
+            DrainTimeoutError: The records in hand are left to the next owner.
+        """
+        if not self.requested.is_set():
+            return
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.timeout_seconds
+        elif time.monotonic() >= self._deadline:
+            raise DrainTimeoutError(
+                f"{store} stayed away while draining; {num_records} records are not committed "
+                f"and will be replayed ({fault})"
+            ) from fault
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker must know to read events and to wait.
+
+    Args:
+        item_topic: Topic of item events; everything else is an interaction.
+        task_names: Task flags of interactions.
+        positive_label: The flag that brings an item into the user's recent items.
+        max_future_seconds: An event may lie this much later than its append time.
+        max_retry_wait_seconds: Longest pause between two tries at a store that is down.
+    """
+
+    item_topic: str
+    task_names: tuple[str, ...]
+    positive_label: str
+    max_future_seconds: float = 300.0
+    max_retry_wait_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The parts that a batch goes through."""
+
+    source: Source
+    sink: Sink
+    dead_letters: DeadLetters
+    codebooks: LiveCodebooks
+
+
+class StreamWorker:
+    """Takes batches from the source to both stores, in eight steps.
+
+    1. Read a batch.
+    2. Decode its records; what breaks the contract becomes a dead letter.
+    3. Encode items to vectors.
+    4. Quantize vectors to the codes of every live codebook version.
+    5. Write offline.
+    6. Write online.
+    7. Send the dead letters.
+    8. Commit the offsets.
+
+    A crash anywhere before 8 replays the batch: offline duplicates collapse on reading, the
+    online stores' guards ignore what they have, and dead letters may come twice.
+
+    Args:
+        pipeline: Source, sink, dead letters, codebooks.
+        settings: How events are read.
+        health: Told of progress and of waiting.
+        drain: Says when to stop.
+        clock: Current time, aware UTC.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        settings: WorkerSettings,
+        health: WorkerHealth,
+        drain: Drain,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._health = health
+        self._drain = drain
+        self._clock = clock
+
+    def run(self) -> None:
+        """Handle batches until draining is requested; the batch in hand is finished first.
+
+        Raises:
+            DrainTimeoutError: If a store stays away while the worker drains.
+        """
+        while not self._drain.requested.is_set():
+            # 1. Read.
+            batch = self._pipeline.source.read()
+            self._health.step()
+            self._report_readiness()
+            if batch.records:
+                self.handle(batch)
+
+    def handle(self, batch: Batch) -> None:
+        """Take one batch through steps 2 to 8; if it is revoked on the way, it is dropped."""
+        STREAM_BATCH_ITEMS.observe(len(batch.records))
+        start = time.monotonic()
+        try:
+            rows, dead_letters = self._make_rows(batch)
+            # 5. Offline first: what is lost online can be materialized again.
+            self._write("offline", batch, lambda: self._pipeline.sink.write_offline(rows))
+            # 6. Online.
+            self._write("online", batch, lambda: self._pipeline.sink.write_online(rows))
+            # 7. Dead letters.
+            if dead_letters:
+                send = self._pipeline.dead_letters.send
+                self._write("dead_letters", batch, lambda: send(dead_letters))
+        except BatchRevokedError as error:
+            logger.warning("batch_revoked %s", error)
+            return
+        # 8. Commit last: a crash before this line replays the batch, and writing is idempotent.
+        self._pipeline.source.commit(batch)
+        self._count(batch, rows, dead_letters)
+        logger.info(
+            "batch_stored records=%d dead_letters=%d seconds=%.3f",
+            len(batch.records),
+            len(dead_letters),
+            time.monotonic() - start,
+        )
+
+    def _make_rows(self, batch: Batch) -> tuple[BatchRows, list[DeadLetter]]:
+        created = self._clock()
+        # 2. Decode.
+        with STREAM_DECODE_SECONDS.time():
+            item_records, items, interactions = self._decode(batch.records)
+            item_rows = hash_rows(items.rows)
+        # 3. Encode.
+        live = self._pipeline.codebooks
+        with STREAM_ENCODE_SECONDS.time():
+            encoded, refused = encode_rows(item_records, item_rows, live)
+            self._pipeline.source.keep_alive(batch)
+            # 4. Quantize.
+            codes = quantize_rows(item_rows, encoded, live, created)
+        self._pipeline.source.keep_alive(batch)
+        log_rows = interaction_log_rows(interactions.rows, self._settings.task_names, created)
+        rows = BatchRows(
+            codes=codes,
+            content=content_log_rows(item_records, item_rows, encoded, created),
+            interactions=log_rows,
+            positives=log_rows.filter(log_rows[self._settings.positive_label]),
+        )
+        return rows, [*items.dead_letters, *interactions.dead_letters, *refused]
+
+    def _decode(
+        self, records: Sequence[Record]
+    ) -> tuple[list[Record], DecodedItems, DecodedInteractions]:
+        settings = self._settings
+        item_records = [record for record in records if record.topic == settings.item_topic]
+        others = [record for record in records if record.topic != settings.item_topic]
+        items = decode_items(item_records, settings.max_future_seconds)
+        interactions = decode_interactions(others, settings.task_names, settings.max_future_seconds)
+        return item_records, items, interactions
+
+    def _write(self, store: str, batch: Batch, write: Callable[[], None]) -> None:
+        """Write, again and again while the store is away, without leaving the group."""
+        wait_seconds = _FIRST_RETRY_SECONDS
+        while True:
+            try:
+                with STREAM_WRITE_SECONDS.labels(store).time():
+                    write()
+                return
+            except (ServiceUnavailableError, OSError) as error:
+                fault = error
+            STREAM_RETRIES.labels(store).inc()
+            self._health.set_not_ready(f"{store} is away")
+            logger.warning(
+                "write_failed store=%s retry_seconds=%.1f error=%s", store, wait_seconds, fault
+            )
+            self._drain.check(store, len(batch.records), fault)
+            self._wait(batch, random.uniform(0.5, 1.0) * wait_seconds)
+            wait_seconds = min(2 * wait_seconds, self._settings.max_retry_wait_seconds)
+
+    def _wait(self, batch: Batch, seconds: float) -> None:
+        # While it drains the worker waits as well, so not on the event, which is set by then.
+        time.sleep(seconds)
+        self._health.step()
+        self._pipeline.source.keep_alive(batch)
+
+    def _report_readiness(self) -> None:
+        if self._pipeline.source.is_joined:
+            self._health.set_ready()
+        else:
+            self._health.set_not_ready("the consumer group has not given this member its share yet")
+
+    def _count(self, batch: Batch, rows: BatchRows, dead_letters: Sequence[DeadLetter]) -> None:
+        num_takedowns = pc.sum(rows.content[IS_DELETED]).as_py() or 0
+        STREAM_EVENTS.labels("item").inc(rows.content.num_rows - num_takedowns)
+        STREAM_EVENTS.labels("takedown").inc(num_takedowns)
+        STREAM_EVENTS.labels("interaction").inc(rows.interactions.num_rows)
+        STREAM_EVENTS.labels("dead_letter").inc(len(dead_letters))
+        for letter in dead_letters:
+            STREAM_DEAD_LETTERS.labels(letter.reason).inc()
+        oldest = min(record.timestamp for record in batch.records)
+        ITEM_FRESHNESS_SECONDS.observe(max(0.0, self._clock().timestamp() - oldest / 1000))

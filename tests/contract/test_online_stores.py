@@ -1,0 +1,533 @@
+"""One suite over both online stores, on a real sqlite file and a real redis server."""
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import redis
+from feast import FeatureStore, RepoConfig
+from online_store_cases import (
+    REDIS_TYPE,
+    Online,
+    close,
+    code_rows,
+    code_view,
+    feast_rows,
+    item_key,
+    make_settings,
+    moment,
+    profile_rows,
+    profile_view,
+    recent_rows,
+    recent_view,
+    running_redis,
+)
+from online_store_writer import write_in_chunks
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+import qarm_feast.online_stores.redis
+from qarm_feast.errors import ConfigError, DataError, ServiceUnavailableError
+from qarm_feast.online_stores import code_online_store
+from qarm_feast.online_stores.redis import CodeRedisOnlineStore
+from qarm_feast.online_stores.rows import EncodedRows, merge_recent
+
+CODES = ["rq_code", "vq_code"]
+
+
+def test_what_ours_writes_is_byte_for_byte_what_stock_feast_writes(online: Online) -> None:
+    tables = {
+        code_view: code_rows([(1, 1_500_000, "h1", [3, 4]), (300, 0, "h2", [-1, 2**40])]),
+        profile_view: profile_rows(),
+    }
+    for make_view, table in tables.items():
+        view = make_view()
+        if view.name == "item_codes_v1":
+            # Stock is told of `created` by the batch source; without it the column stays empty.
+            table = table.drop_columns(["created"])
+
+        online.clear()
+        online.stock.online_write_batch(online.stock_config, view, feast_rows(view, table), None)
+        expected = online.stored_bytes(view)
+        online.clear()
+        online.write(view, table)
+
+        assert expected
+        assert online.stored_bytes(view) == expected
+
+
+def test_rows_through_feasts_interface_are_byte_for_byte_stock(online: Online) -> None:
+    view, rows = profile_view(), feast_rows(profile_view(), profile_rows())
+    with_created = [(*row[:3], datetime(2024, 1, 1)) for row in rows]
+
+    online.stock.online_write_batch(online.stock_config, view, with_created, None)
+    expected = online.stored_bytes(view)
+    online.clear()
+    online.store.online_write_batch(online.config, view, with_created, None)
+
+    assert online.stored_bytes(view) == expected
+
+
+def test_stock_feast_reads_what_ours_wrote(online: Online) -> None:
+    online.write(profile_view(), profile_rows())
+
+    found = online.stock.online_read(
+        online.stock_config, profile_view(), [item_key(1, "user_id"), item_key(9, "user_id")]
+    )
+
+    expected = feast_rows(profile_view(), profile_rows())[0][1]
+    assert found[0][1] == expected
+    assert not any(value.WhichOneof("val") for value in (found[1][1] or {}).values())
+
+
+def test_ours_reads_what_stock_feast_wrote(online: Online) -> None:
+    view, rows = profile_view(), feast_rows(profile_view(), profile_rows())
+    online.stock.online_write_batch(online.stock_config, view, rows, None)
+    names = [field.name for field in view.features]
+
+    batch = online.store.read_columns(online.config, view, np.array([2, 7, 1]), names)
+    feast_read = online.store.online_read(online.config, view, [item_key(2, "user_id")])
+
+    assert batch.present_N.tolist() == [True, False, True]
+    assert batch.columns["city"].values.tolist() == ["", "Köln"]
+    assert batch.columns["age"].values.tolist() == [-1, 40]
+    assert batch.columns["picture"].values.tolist() == [b"", b"\x00\x01\x00"]
+    assert batch.columns["taste"].values.tolist() == [2.0, 0.5, -1.0]
+    assert batch.columns["taste"].lengths_N.tolist() == [1, 0, 2]
+    assert batch.columns["joined"].values.tolist() == [1_700_000_000, 0]
+    assert feast_read[0][1] == rows[1][1]
+
+
+def test_an_older_row_never_overwrites_a_newer_one(online: Online) -> None:
+    view = code_view()
+    newer = code_rows([(1, 2, "a", [2, 2])])
+    older = code_rows([(1, 1, "b", [1, 1]), (2, 1, "b", [1, 1])])
+
+    assert online.write(view, newer) == 1
+    assert online.write(view, older) == 1
+    online.store.online_write_batch(online.config, view, feast_rows(view, older), None)
+
+    assert online.codes(1, 2) == [[2, 2], [1, 1]]
+
+
+def test_feasts_own_write_goes_through_the_guard_and_reports_its_progress(online: Online) -> None:
+    view, seen = code_view(), []
+    newest_first = code_rows([(1, 9, "a", [9, 9]), (1, 8, "a", [8, 8]), (2, 1, "a", [1, 1])])
+
+    online.store.online_write_batch(
+        online.config, view, feast_rows(view, newest_first), seen.append
+    )
+    online.store.online_write_batch(
+        online.config, view, feast_rows(view, code_rows([(2, 2, "a", [5, 5])])), seen.append
+    )
+
+    assert online.codes(1, 2) == [[9, 9], [5, 5]]
+    assert sum(seen) == 4
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_edits_within_one_second_and_at_one_instant_converge(
+    online: Online, order: tuple[int, ...]
+) -> None:
+    edits = [(1, 10, "ff", [1, 1]), (1, 20, "aa", [2, 2]), (1, 20, "ab", [3, 3])]
+
+    for place in order:
+        online.write(code_view(), code_rows([edits[place]]))
+
+    assert online.codes(1) == [[3, 3]]
+
+
+def test_the_same_row_again_changes_nothing(online: Online) -> None:
+    rows = code_rows([(1, 5, "aa", [1, 1]), (2, 6, "bb", [2, 2])])
+
+    assert online.write(code_view(), rows) == 2
+    before = online.stored_bytes(code_view())
+
+    assert online.write(code_view(), rows) == 0
+    assert online.stored_bytes(code_view()) == before
+
+
+def test_rows_of_one_item_in_one_table_collapse_to_the_greatest(online: Online) -> None:
+    rows = code_rows(
+        [(1, 5, "aa", [1, 1]), (2, 1, "", [7, 7]), (1, 9, "bb", [2, 2]), (1, 9, "ba", [3, 3])]
+    )
+
+    assert online.write(code_view(), rows) == 2
+    assert online.codes(1, 2) == [[2, 2], [7, 7]]
+
+
+def test_the_guard_counts_what_stock_feast_wrote_in_between(online: Online) -> None:
+    view = code_view()
+    online.write(view, code_rows([(1, 10**6, "a", [1, 1])]))
+    by_stock = feast_rows(view, code_rows([(1, 5 * 10**6, "a", [5, 5])]))
+    online.stock.online_write_batch(online.stock_config, view, by_stock, None)
+
+    assert online.write(view, code_rows([(1, 4 * 10**6, "z", [4, 4])])) == 0
+    assert online.write(view, code_rows([(1, 6 * 10**6, "a", [6, 6])])) == 1
+    assert online.codes(1) == [[6, 6]]
+
+
+def test_times_before_1970_are_ordered_as_well(online: Online) -> None:
+    before_1970 = -(60 * 365 * 86_400 * 10**6)
+    rows = [(1, before_1970 + offset, "a", [offset, 0]) for offset in (1, 700_000, 2)]
+
+    for row in rows:
+        online.write(code_view(), code_rows([row]))
+
+    assert online.codes(1) == [[700_000, 0]]
+
+
+def test_two_writer_processes_leave_the_greatest_row_of_every_item(online: Online) -> None:
+    rng = random.Random(0)
+    rows = [
+        (item, rng.randrange(6), f"{rng.randrange(4):02x}", [0, 0])
+        for item in range(40)
+        for _ in range(25)
+    ]
+    rows = [(item, at, text, [at, int(text, 16)]) for item, at, text, _ in rows]
+    shuffled = [rng.sample(rows, len(rows)) for _ in range(2)]
+
+    write_by_processes(online, [code_rows(part) for part in shuffled], chunk_rows=20)
+
+    greatest = [max(row[1:3] for row in rows if row[0] == item) for item in range(40)]
+    assert online.codes(*range(40)) == [[at, int(text, 16)] for at, text in greatest]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_merged_lists_equal_the_sorted_union_in_any_order(online: Online, seed: int) -> None:
+    rng = random.Random(seed)
+    # Few distinct values, so that equal times, repeated pairs and repeated items all occur.
+    pairs = [(user, rng.randrange(8), rng.randrange(-3, 4)) for user in (1, 2) for _ in range(15)]
+    arrivals = rng.sample(pairs + pairs[::3], len(pairs) + len(pairs[::3]))
+
+    while arrivals:
+        chunk, arrivals = arrivals[:4], arrivals[4:]
+        online.write(recent_view(), recent_rows([(user, [(at, item)]) for user, at, item in chunk]))
+
+    for user in (1, 2):
+        union = sorted({(at, item) for owner, at, item in pairs if owner == user}, reverse=True)
+        assert online.recent(user) == union[:4]
+
+
+def test_two_processes_merge_into_one_list_without_loss(online: Online) -> None:
+    parts = [
+        recent_rows([(user, [(at, at % 7)]) for at in range(side, 60, 2) for user in range(5)])
+        for side in (0, 1)
+    ]
+    view = recent_view(history_length=100)
+
+    write_by_processes(online, parts, chunk_rows=3, history_length=100)
+
+    for user in range(5):
+        assert online.recent(user, view) == [(at, at % 7) for at in reversed(range(60))]
+
+
+def write_by_processes(
+    online: Online, tables: list[pa.Table], chunk_rows: int, history_length: int | None = None
+) -> None:
+    # Importing Feast takes seconds: one server process does it once and forks the writers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["feast.infra.online_stores.redis", "feast.infra.online_stores.sqlite"]
+    )
+    writers = [
+        context.Process(
+            target=write_in_chunks, args=(online.settings, table, history_length, chunk_rows)
+        )
+        for table in tables
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=200)
+    assert [writer.exitcode for writer in writers] == [0] * len(tables)
+
+
+def test_writing_a_list_again_changes_nothing_and_keeps_the_newest_time(online: Online) -> None:
+    view = recent_view()
+    rows = recent_rows([(1, [(5_000_000, 50), (7_000_001, 70)])])
+
+    assert online.write(view, rows) == 1
+    assert online.write(view, rows) == 0
+    assert online.write(view, recent_rows([(1, [(1, 10)])])) == 1
+
+    assert online.recent(1) == [(7_000_001, 70), (5_000_000, 50), (1, 10)]
+    stored_time = online.store.online_read(online.config, view, [item_key(1, "user_id")])[0][0]
+    assert stored_time.timestamp() == pytest.approx(7.000001, abs=1e-6)
+
+
+def test_feasts_own_write_merges_into_the_list_that_stock_feast_left(online: Online) -> None:
+    view = recent_view()
+    by_stock = feast_rows(view, recent_rows([(1, [(1, 10), (3, 30)])]))
+    online.stock.online_write_batch(online.stock_config, view, by_stock, None)
+
+    late = feast_rows(view, recent_rows([(1, [(2, 20)]), (1, [(3, 30), (2, 21)])]))
+    online.store.online_write_batch(online.config, view, late, None)
+
+    assert online.recent(1) == [(3, 30), (2, 21), (2, 20), (1, 10)]
+
+
+def test_missing_items_and_deleted_items_are_masked(online: Online) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [1, 1]), (2, 1, "a", [2, 2])]))
+    online.write(code_view(), code_rows([(2, 2, "", [-1, -1])], is_deleted=True))
+    online.write(code_view(), code_rows([(2, 1, "b", [2, 2])]))
+
+    assert online.codes(3, 2, 1, 1) == [None, None, [1, 1], [1, 1]]
+
+
+def test_no_ids_give_no_rows(online: Online) -> None:
+    ids = np.array([], dtype=np.int64)
+
+    batch = online.store.read_columns(online.config, code_view(), ids, CODES)
+
+    assert batch.present_N.tolist() == []
+    assert batch.columns["vq_code"].lengths_N.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([1.0]), np.array([1], np.int32), np.array(["1"]), np.array([[1]])]
+)
+def test_ids_of_a_wrong_type_are_refused(online: Online, ids: Any) -> None:
+    with pytest.raises(DataError, match="expected a vector of int64"):
+        online.store.read_columns(online.config, code_view(), ids, CODES)
+
+
+def test_an_unknown_feature_is_refused_by_name(online: Online) -> None:
+    with pytest.raises(DataError, match="no feature 'rq_codes'"):
+        online.store.read_columns(online.config, code_view(), np.array([1]), ["rq_codes"])
+
+
+def test_a_table_that_does_not_fit_the_view_is_refused(online: Online) -> None:
+    rows = code_rows([(1, 1, "a", [1, 1])])
+    at = rows.schema.get_field_index("event_timestamp")
+    naive = rows.set_column(at, "event_timestamp", rows["event_timestamp"].cast(pa.timestamp("us")))
+    narrow_ids = rows.set_column(0, "item_id", rows["item_id"].cast(pa.int32()))
+
+    with pytest.raises(DataError, match=r"lacks the columns \['rq_code'\]"):
+        online.write(code_view(), rows.drop_columns(["rq_code"]))
+    with pytest.raises(DataError, match="expected a timestamp with a zone"):
+        online.write(code_view(), naive)
+    with pytest.raises(DataError, match="'item_id' is int32"):
+        online.write(code_view(), narrow_ids)
+    with pytest.raises(DataError, match="column 'rq_code'"):
+        online.write(code_view(), rows.set_column(1, "rq_code", pa.array([["x"]])))
+
+
+def test_lists_of_different_lengths_are_refused(online: Online) -> None:
+    rows = recent_rows([(1, [(1, 1)])]).set_column(1, "item_ids", pa.array([[1, 2]]))
+
+    with pytest.raises(DataError, match="2 item_ids but 1 item_timestamps"):
+        online.write(recent_view(), rows)
+
+
+def test_a_merge_tag_on_a_view_that_cannot_be_merged_is_refused(online: Online) -> None:
+    view = recent_view()
+    view.tags = {"qarm.merge": "recent_items"}
+
+    with pytest.raises(DataError, match=r"qarm\.history_length"):
+        online.write(view, recent_rows([(1, [(1, 1)])]))
+
+
+def test_threads_share_one_store(online: Online) -> None:
+    def write_and_read(part: int) -> list[list[int] | None]:
+        online.write(code_view(), code_rows([(item, part, "a", [part, 0]) for item in range(50)]))
+        return online.codes(*range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(write_and_read, range(8)))
+
+    assert all(None not in rows for rows in seen)
+    assert online.codes(*range(50)) == [[7, 0]] * 50
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_redis_forgets_its_scripts_and_the_next_write_loads_them(online: Online) -> None:
+    client = online.store._get_client(online.config.online_store)
+    for at in (1, 2):
+        client.script_flush()
+        assert online.write(code_view(), code_rows([(1, at, "a", [at, at])])) == 1
+        client.script_flush()
+        assert online.write(recent_view(), recent_rows([(1, [(at, at)])])) == 1
+
+    assert online.codes(1) == [[2, 2]]
+    assert online.recent(1) == [(2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_redis_merges_again_when_another_writer_comes_between_read_and_write(
+    online: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrivals = [recent_rows([(1, [(7, 70)])]), recent_rows([(1, [(9, 90)]), (2, [(9, 91)])])]
+
+    def merge_after_another_write(*arguments: Any) -> EncodedRows:
+        merged = merge_recent(*arguments)
+        if arrivals:
+            table = arrivals.pop()
+            other_store = CodeRedisOnlineStore()
+            other_store.write_table(online.config, recent_view(), table)
+            close(other_store)
+        return merged
+
+    monkeypatch.setattr(qarm_feast.online_stores.redis, "merge_recent", merge_after_another_write)
+    changed = online.write(recent_view(), recent_rows([(1, [(8, 80)]), (3, [(1, 1)])]))
+
+    assert changed == 2
+    assert online.recent(1) == [(9, 90), (8, 80), (7, 70)]
+    assert [online.recent(user) for user in (2, 3)] == [[(9, 91)], [(1, 1)]]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_redis_keys_expire_when_feast_is_told_so(online: Online) -> None:
+    place = online.settings["online_store"] | {"key_ttl_seconds": 500}
+    config = RepoConfig(**online.settings | {"online_store": place})
+
+    online.store.write_table(config, code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    online.store.write_table(config, recent_view(), recent_rows([(1, [(1, 1)])]))
+
+    client = online.store._get_client(config.online_store)
+    assert [0 < client.ttl(key) <= 500 for key in client.keys("*")] == [True, True]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_redis_takes_an_async_write(online: Online) -> None:
+    rows = feast_rows(code_view(), code_rows([(1, 1, "a", [4, 2])]))
+
+    asyncio.run(online.store.online_write_batch_async(online.config, code_view(), rows, None))
+
+    assert online.codes(1) == [[4, 2]]
+
+
+def test_a_redis_that_is_down_is_named_without_its_password(tmp_path: Path) -> None:
+    with running_redis(tmp_path) as port:
+        pass
+    place = {"connection_string": f"127.0.0.1:{port},password=secret"}
+    config = RepoConfig(**make_settings(tmp_path, REDIS_TYPE, place))
+    store = CodeRedisOnlineStore()
+    store._get_client(config.online_store).set_retry(Retry(NoBackoff(), 0))
+
+    for attempt in (
+        lambda: store.read_columns(config, code_view(), np.array([1]), CODES),
+        lambda: store.write_table(config, code_view(), code_rows([(1, 1, "a", [1, 1])])),
+        lambda: store.write_table(config, recent_view(), recent_rows([(1, [(1, 1)])])),
+    ):
+        with pytest.raises(ServiceUnavailableError, match=f"127.0.0.1:{port}.*redis-server") as hit:
+            attempt()
+        assert "secret" not in str(hit.value)
+
+
+def test_a_redis_cluster_takes_every_key_in_its_own_slot(tmp_path: Path) -> None:
+    with running_redis(tmp_path, "--cluster-enabled", "yes") as port:
+        with redis.Redis(port=port) as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+                time.sleep(0.05)
+        place = {"connection_string": f"127.0.0.1:{port}", "redis_type": "redis_cluster"}
+        config = RepoConfig(**make_settings(tmp_path, REDIS_TYPE, place))
+        store = CodeRedisOnlineStore()
+
+        applied = store.write_table(
+            config, code_view(), code_rows([(item, 1, "a", [item, 0]) for item in range(30)])
+        )
+        store.write_table(config, recent_view(), recent_rows([(u, [(1, u)]) for u in range(30)]))
+        codes = store.read_columns(config, code_view(), np.arange(31), ["rq_code"])
+        recent = store.read_columns(config, recent_view(), np.arange(30), ["item_ids"])
+
+        assert applied == 30
+        assert codes.present_N.tolist() == [True] * 30 + [False]
+        assert codes.columns["rq_code"].values[::2].tolist() == list(range(30))
+        assert recent.columns["item_ids"].values.tolist() == list(range(30))
+        close(store)
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_sqlite_without_the_views_table_names_feast_apply(online: Online) -> None:
+    with sqlite3.connect(online.config.online_store.path) as conn:
+        conn.execute("DROP TABLE qarm_item_codes_v1")
+    conn.close()
+
+    with pytest.raises(ConfigError, match="run `feast apply` first"):
+        online.write(code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    with pytest.raises(ConfigError, match="run `feast apply` first"):
+        online.codes(1)
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_sqlite_reports_a_file_that_stays_locked_and_leaves_it_unchanged(online: Online) -> None:
+    place = online.settings["online_store"] | {"busy_timeout_seconds": 0.05}
+    config = RepoConfig(**online.settings | {"online_store": place})
+    online.store.write_table(config, code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    holder = sqlite3.connect(online.config.online_store.path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+
+    with pytest.raises(ServiceUnavailableError, match="locked"):
+        online.store.write_table(config, code_view(), code_rows([(1, 2, "a", [2, 2])]))
+    seen_meanwhile = online.codes(1)
+    holder.execute("ROLLBACK")
+    holder.close()
+
+    assert seen_meanwhile == [[1, 1]]
+    assert online.write(code_view(), code_rows([(1, 2, "a", [2, 2])])) == 1
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_sqlite_times_do_not_depend_on_the_time_zone(
+    online: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "America/Los_Angeles")
+    time.tzset()
+    online.write(code_view(), code_rows([(1, 1_234_567, "a", [1, 1])]))
+
+    seconds = online.stored_bytes(code_view())[0][4]
+    stored_time = online.store.online_read(online.config, code_view(), [item_key(1)])[0][0]
+
+    assert seconds == int(moment(1_234_567).timestamp())
+    assert stored_time == moment(1_234_567)
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_sqlite_keeps_nothing_of_a_write_that_was_killed(online: Online) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    script = (
+        "import os, sqlite3, signal, sys;"
+        "conn = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "conn.execute('BEGIN IMMEDIATE');"
+        "conn.execute('DELETE FROM qarm_item_codes_v1');"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+
+    command = [sys.executable, "-c", script, online.config.online_store.path]
+    killed = subprocess.run(command, check=False)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert online.codes(1) == [[1, 1]]
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_sqlite_teardown_removes_the_file(online: Online) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    online.codes(1)
+
+    online.store.teardown(online.config, [], [])
+
+    assert not [name for name in os.listdir(online.directory) if name.startswith("online.db")]
+
+
+def test_a_repository_with_a_stock_store_is_refused_with_the_lines_to_write(
+    online: Online,
+) -> None:
+    with pytest.raises(ConfigError, match=r"CodeRedisOnlineStore"):
+        code_online_store(FeatureStore(config=online.stock_config))

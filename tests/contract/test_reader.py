@@ -1,0 +1,127 @@
+"""The reader over a real repository on both online stores."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from feast import FeatureStore
+from online_store_cases import (
+    ITEM,
+    USER,
+    Online,
+    code_rows,
+    code_view,
+    moment,
+    profile_rows,
+    profile_view,
+    recent_rows,
+    recent_view,
+)
+
+from qarm_feast.errors import DataError
+from qarm_feast.reader import CodeReader
+from qarm_feast.schema import ABSENT_CODE
+
+
+@pytest.fixture
+def feature_store(online: Online) -> FeatureStore:
+    made = FeatureStore(config=online.config)
+    views = [code_view(), recent_view(), profile_view()]
+    made.apply([ITEM, USER, *views])
+    return made
+
+
+@pytest.fixture
+def reader(feature_store: FeatureStore) -> CodeReader:
+    return CodeReader(feature_store, "v1")
+
+
+def test_codes_come_in_the_order_asked_for_and_absent_items_are_masked(
+    online: Online, reader: CodeReader
+) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [10, 11]), (2, 1, "a", [20, 21])]))
+    online.write(code_view(), code_rows([(3, 1, "", [-1, -1])], is_deleted=True))
+
+    codes, present_N = reader.read_codes(np.array([2, 9, 1, 3, 2]))
+
+    absent = [ABSENT_CODE] * 3
+    assert present_N.tolist() == [True, False, True, False, True]
+    assert codes.item_ids_N.tolist() == [2, 9, 1, 3, 2]
+    assert codes.rq_NL.tolist() == [[20, 21], absent[:2], [10, 11], absent[:2], [20, 21]]
+    assert codes.vq_NV.tolist() == [[20, 21, 5], absent, [10, 11, 5], absent, [20, 21, 5]]
+
+
+def test_the_width_of_the_codes_is_known_even_when_no_item_is(reader: CodeReader) -> None:
+    codes, present_N = reader.read_codes(np.array([7, 8]))
+
+    assert present_N.tolist() == [False, False]
+    assert codes.rq_NL.shape == (2, 2)
+    assert codes.vq_NV.shape == (2, 3)
+
+
+def test_no_ids_give_no_codes(reader: CodeReader) -> None:
+    codes, present_N = reader.read_codes(np.array([], dtype=np.int64))
+
+    assert (codes.rq_NL.shape, codes.vq_NV.shape, present_N.shape) == ((0, 2), (0, 3), (0,))
+
+
+def test_a_row_with_the_codes_of_another_codebook_is_refused(
+    online: Online, reader: CodeReader
+) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [1, 2, 3])]))
+
+    with pytest.raises(DataError, match="a row of 4 codes, its codebook has 3"):
+        reader.read_codes(np.array([1]))
+
+
+def test_ids_that_are_not_int64_are_refused(reader: CodeReader) -> None:
+    with pytest.raises(DataError, match="float64"):
+        reader.read_codes(np.array([1.0]))
+    with pytest.raises(DataError, match="int32"):
+        reader.read_recent_items(np.array([1], dtype=np.int32), 3)
+
+
+def test_recent_items_are_cut_and_padded_to_the_length_asked_for(
+    online: Online, reader: CodeReader
+) -> None:
+    online.write(recent_view(), recent_rows([(1, [(3, 30), (2, 20), (1, 10)]), (2, [(5, 50)])]))
+
+    item_ids_NH, timestamps_NH, lengths_N = reader.read_recent_items(np.array([2, 1, 7, 1]), 2)
+
+    assert item_ids_NH.tolist() == [[50, ABSENT_CODE], [30, 20], [ABSENT_CODE] * 2, [30, 20]]
+    assert timestamps_NH.tolist() == [[5, 0], [3, 2], [0, 0], [3, 2]]
+    assert lengths_N.tolist() == [1, 2, 0, 2]
+
+
+def test_profiles_come_as_columns_by_the_views_features(online: Online, reader: CodeReader) -> None:
+    online.write(profile_view(), profile_rows())
+
+    batch = reader.read_profiles(np.array([-3, 4]))
+
+    assert batch.present_N.tolist() == [True, False]
+    assert set(batch.columns) == {field.name for field in profile_view().features}
+    assert batch.columns["age"].values.tolist() == [2**60]
+    assert batch.columns["age"].lengths_N.tolist() == [1, 0]
+
+
+def test_rows_that_feast_writes_are_read_as_columns_and_by_feast_alike(
+    feature_store: FeatureStore, reader: CodeReader
+) -> None:
+    frame = pd.DataFrame(
+        {
+            "item_id": [1, 2],
+            "rq_code": [[1, 2], [3, 4]],
+            "vq_code": [[1, 2, 5], [3, 4, 5]],
+            "encoder_version": ["e1", "e1"],
+            "content_hash": ["a", "b"],
+            "is_deleted": [False, False],
+            "event_timestamp": [moment(1), moment(2)],
+        }
+    )
+
+    feature_store.write_to_online_store("item_codes_v1", frame)
+    codes, _ = reader.read_codes(np.array([2, 1]))
+    by_feast = feature_store.get_online_features(
+        features=["item_codes_v1:rq_code"], entity_rows=[{"item_id": 2}, {"item_id": 1}]
+    ).to_dict()
+
+    assert codes.rq_NL.tolist() == by_feast["rq_code"] == [[3, 4], [1, 2]]

@@ -1,0 +1,345 @@
+"""Real broker, real workers, real stores."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from conftest import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
+from kafka import KafkaConsumer, KafkaProducer
+
+from examples.quickstart.broker import KafkaBroker
+from examples.quickstart.kafka_admin import (
+    NotDrainedError,
+    create_topics,
+    produce_interactions,
+    produce_items,
+    wait_until_drained,
+)
+from qarm_feast.encode import content_hashes
+from qarm_feast.offline_store import open_code_log
+from qarm_feast.online_stores import code_online_store
+from qarm_feast.repo_paths import open_feature_store
+from qarm_feast.schema import TIMESTAMP
+from streaming.cli import main
+from streaming.config import StreamConfig
+from streaming.messages import ItemEvent, encode_arrow, encode_item_event
+from streaming.source import KafkaSource
+
+pytestmark = pytest.mark.integration
+
+StartWorker = Callable[[str], "subprocess.Popen[bytes]"]
+NUM_ITEMS = 3000
+NUM_USERS = 40
+HISTORY_LENGTH = 10
+DRAIN_SECONDS = 90
+
+
+def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(
+    stream_repo: StreamRepo, start_worker: StartWorker
+) -> None:
+    items, interactions = _items(), _interactions()
+    config = stream_repo.stream_config
+    produce_items(config.bootstrap_servers, config.item_topic, items)
+    produce_interactions(config.bootstrap_servers, config.interaction_topic, interactions)
+    killed = start_worker("killed")
+    survivor = start_worker("survivor")
+
+    def kill_in_the_middle(stored: int, total: int) -> None:
+        if stored > total // 4 and killed.poll() is None:
+            os.killpg(killed.pid, signal.SIGKILL)
+        assert survivor.poll() is None, (stream_repo.directory / "survivor.log").read_text()
+
+    total = wait_until_drained(config, DRAIN_SECONDS, kill_in_the_middle)
+    survivor.send_signal(signal.SIGTERM)
+
+    assert total == NUM_ITEMS + interactions.num_rows
+    assert killed.wait(10) == -signal.SIGKILL
+    assert survivor.wait(40) == 0
+    _assert_codes_are_stored_once(stream_repo, items)
+    _assert_interactions_are_stored_once(stream_repo, interactions)
+    _assert_recent_items_are_right(stream_repo, interactions)
+    assert _dead_letters(stream_repo) == []
+
+
+def test_edits_takedowns_and_poison_end_where_they_belong(
+    stream_repo: StreamRepo, start_worker: StartWorker
+) -> None:
+    config = stream_repo.stream_config
+    first_D = np.ones(EMBEDDING_DIM, dtype=np.float32)
+    edited_D = -first_D
+    good = [
+        encode_item_event(ItemEvent(1, START + 20, {"title": "new"}, edited_D, ENCODER_VERSION)),
+        # Late: it must not overwrite the edit.
+        encode_item_event(ItemEvent(1, START + 10, {"title": "old"}, first_D, ENCODER_VERSION)),
+        encode_item_event(ItemEvent(2, START + 10, {}, first_D, ENCODER_VERSION)),
+        encode_item_event(ItemEvent(2, START + 30, {}, is_deleted=True)),
+        # Late as well: a takedown stays a takedown.
+        encode_item_event(ItemEvent(2, START + 20, {}, edited_D, ENCODER_VERSION)),
+        encode_arrow(_arrow_items([3, 4], [[1.0] * EMBEDDING_DIM, [np.nan] * EMBEDDING_DIM])),
+    ]
+    narrow = encode_item_event(ItemEvent(5, START, {}, first_D[:3], ENCODER_VERSION))
+    foreign = encode_item_event(ItemEvent(6, START, {}, first_D, "e9"))
+    poison = [narrow, foreign, narrow._replace(value=b"{"), narrow._replace(headers=[])]
+    with closing(KafkaProducer(bootstrap_servers=config.bootstrap_servers)) as producer:
+        for message in [*good, *poison]:
+            producer.send(config.item_topic, message.value, message.key, message.headers)
+    worker = start_worker("worker")
+
+    wait_until_drained(config, DRAIN_SECONDS, lambda stored, total: _check_alive(worker))
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(40) == 0
+    codes = _online_codes(stream_repo, [1, 2, 3, 4, 5, 6])
+    expected = stream_repo.codebook.encode(
+        np.array([1, 3]), ["", ""], np.stack([edited_D, first_D])
+    )
+    assert codes == {1: expected.rq_NL[0].tolist(), 3: expected.rq_NL[1].tolist()}
+    letters = _dead_letters(stream_repo)
+    assert sorted(letter["reason"] for letter in letters) == [
+        "embedding_not_finite",
+        "embedding_width",
+        "encoder_mismatch",
+        "undecodable",
+        "unknown_schema_version",
+    ]
+    assert {letter["topic"] for letter in letters} == {config.item_topic}
+    log = open_code_log(open_feature_store(stream_repo.directory).config)
+    assert log.read("item_codes_v1").num_rows == 6
+
+
+def test_sigterm_in_an_idle_group_ends_both_workers_with_status_0(
+    stream_repo: StreamRepo, start_worker: StartWorker
+) -> None:
+    workers = [start_worker("one"), start_worker("two")]
+    for name in ("one", "two"):
+        _wait_for_log(stream_repo.directory / f"{name}.log", "worker_started")
+
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+
+    assert [worker.wait(40) for worker in workers] == [0, 0]
+
+
+def test_check_tells_good_from_bad_by_its_exit_status(
+    stream_repo: StreamRepo,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run_check() -> tuple[int, str]:
+        monkeypatch.setattr(
+            sys, "argv", ["qarm-stream", "check", "--config", str(stream_repo.config_path)]
+        )
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(str(ended.value.code)), capsys.readouterr().out
+
+    good = run_check()
+    monkeypatch.setenv("QARM_STREAM__CONSUMER_GROUP", "another")
+    monkeypatch.setenv("QARM_STREAM__ITEM_TOPIC", "no-such-topic")
+    no_topic = run_check()
+    monkeypatch.setenv("QARM_STREAM__BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    monkeypatch.setenv("QARM_STREAM__KAFKA_OPTIONS", "{bootstrap_timeout_ms: 500}")
+    no_broker = run_check()
+
+    assert good[0] == 0, good[1]
+    assert [line.split()[:2] for line in good[1].splitlines()] == [
+        ["ok", name] for name in ("config", "broker", "topics", "codebooks", "stores")
+    ]
+    assert no_topic[0] == 2
+    assert "FAIL topics     no topic no-such-topic" in no_topic[1]
+    assert no_broker[0] == 6
+    assert "FAIL broker     no Kafka broker answers at 127.0.0.1:1" in no_broker[1]
+    assert "topics" not in no_broker[1]
+
+
+def test_records_that_wait_when_a_worker_joins_are_read_again(stream_repo: StreamRepo) -> None:
+    """kafka-python keeps the position of a partition that comes back; the source must rewind."""
+    config = stream_repo.stream_config.model_copy(
+        update={"max_batch_size": 10_000, "max_batch_wait_seconds": 1.0}
+    )
+    total = produce_items(config.bootstrap_servers, config.item_topic, _items().slice(0, 200))
+    seen: list[set[int]] = [set(), set()]
+    done = threading.Event()
+
+    def consume(number: int, start: threading.Event) -> None:
+        start.wait(30)
+        with closing(KafkaSource(config)) as source:
+            while not done.is_set():
+                batch = source.read()
+                source.commit(batch)
+                seen[number] |= {int(record.key or b"") for record in batch.records}
+                if number == 0 and not batch.records:
+                    # The next batch waits a second for company; the other joins meanwhile.
+                    starts[1].set()
+                if len(seen[0] | seen[1]) == 2 * total:
+                    done.set()
+
+    starts = [threading.Event(), threading.Event()]
+    threads = [threading.Thread(target=consume, args=(number, starts[number])) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    starts[0].set()
+    assert starts[1].wait(60)
+    more = _items().slice(200, 200)
+    for first in range(0, 200, 10):
+        produce_items(config.bootstrap_servers, config.item_topic, more.slice(first, 10))
+    done.wait(30)
+    done.set()
+    for thread in threads:
+        thread.join(30)
+
+    assert sorted(seen[0] | seen[1]) == list(range(2 * total))
+
+
+def _items() -> pa.Table:
+    vectors_ND = np.random.default_rng(1).standard_normal((NUM_ITEMS, EMBEDDING_DIM))
+    ids_N = np.arange(NUM_ITEMS)
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(vectors_ND.astype(np.float32).reshape(-1)), EMBEDDING_DIM
+    )
+    return pa.table(
+        {
+            "item_id": pa.array(ids_N),
+            "upload_timestamp": pa.array(START + ids_N).cast(TIMESTAMP),
+            "title": pa.array([f"title {i}" for i in ids_N]),
+            "embedding": vectors,
+            "encoder_version": pa.array([ENCODER_VERSION] * NUM_ITEMS),
+        }
+    )
+
+
+def _interactions() -> pa.Table:
+    rng = np.random.default_rng(2)
+    num_rows = 2000
+    return pa.table(
+        {
+            "user_id": pa.array(rng.integers(0, NUM_USERS, num_rows)),
+            "item_id": pa.array(rng.integers(0, NUM_ITEMS, num_rows)),
+            "event_timestamp": pa.array(START + rng.permutation(num_rows)).cast(TIMESTAMP),
+            "is_click": pa.array(rng.random(num_rows) < 0.7),
+            "is_like": pa.array(rng.random(num_rows) < 0.3),
+        }
+    )
+
+
+def _arrow_items(ids: list[int], vectors: list[list[float]]) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": pa.array(ids, pa.int64()),
+            "event_timestamp": pa.array([START] * len(ids)).cast(TIMESTAMP),
+            "embedding": pa.array(vectors, pa.list_(pa.float32())),
+            "encoder_version": pa.array([ENCODER_VERSION] * len(ids)),
+        }
+    )
+
+
+def _assert_codes_are_stored_once(repo: StreamRepo, items: pa.Table) -> None:
+    ids_N = items["item_id"].to_numpy()
+    vectors_ND = np.stack(items["embedding"].to_numpy())
+    expected = repo.codebook.encode(ids_N, content_hashes(items), vectors_ND)
+    log = open_code_log(open_feature_store(repo.directory).config)
+    stored = log.read("item_codes_v1")
+    distinct = stored.group_by(["item_id", "event_timestamp", "content_hash"]).aggregate(
+        [("rq_code", "count")]
+    )
+    assert distinct.num_rows == NUM_ITEMS
+    assert pc.count_distinct(log.read("item_content_log")["item_id"]).as_py() == NUM_ITEMS
+    online = _online_codes(repo, ids_N.tolist())
+    assert online == dict(zip(ids_N.tolist(), expected.rq_NL.tolist(), strict=True))
+
+
+def _assert_interactions_are_stored_once(repo: StreamRepo, interactions: pa.Table) -> None:
+    log = open_code_log(open_feature_store(repo.directory).config)
+    names = ["user_id", "item_id", "event_timestamp", "is_click", "is_like"]
+    stored = log.read("interaction_log").select(names)
+    keys = ["user_id", "item_id", "event_timestamp"]
+    distinct = stored.group_by(names).aggregate([]).sort_by([(key, "ascending") for key in keys])
+    assert distinct.equals(interactions.select(names).sort_by([(k, "ascending") for k in keys]))
+
+
+def _assert_recent_items_are_right(repo: StreamRepo, interactions: pa.Table) -> None:
+    expected: dict[int, list[int]] = {}
+    newest_first = interactions.sort_by([("event_timestamp", "descending")])
+    for row in newest_first.to_pylist():
+        history = expected.setdefault(row["user_id"], [])
+        # is_click is the first task, so it is the positive label.
+        if row["is_click"] and len(history) < HISTORY_LENGTH:
+            history.append(row["item_id"])
+    store = open_feature_store(repo.directory)
+    view = store.get_feature_view("user_recent_items")
+    batch = code_online_store(store).read_columns(
+        store.config, view, np.arange(NUM_USERS), ["item_ids"]
+    )
+    column = batch.columns["item_ids"]
+    found = np.split(column.values, np.cumsum(column.lengths_N)[:-1])
+    assert [history.tolist() for history in found] == [expected[u] for u in range(NUM_USERS)]
+
+
+def _online_codes(repo: StreamRepo, ids: list[int]) -> dict[int, list[int]]:
+    """RQ codes of the items that are present."""
+    store = open_feature_store(repo.directory)
+    view = store.get_feature_view("item_codes_v1")
+    batch = code_online_store(store).read_columns(
+        store.config, view, np.array(ids, dtype=np.int64), ["rq_code"]
+    )
+    column = batch.columns["rq_code"]
+    codes = np.split(column.values, np.cumsum(column.lengths_N)[:-1])
+    return {i: code.tolist() for i, code in zip(ids, codes, strict=True) if len(code)}
+
+
+def _dead_letters(repo: StreamRepo) -> list[dict[str, str]]:
+    """Headers of all dead letters."""
+    config = repo.stream_config
+    consumer = KafkaConsumer(
+        config.dead_letter_topic,
+        bootstrap_servers=config.bootstrap_servers,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        consumer_timeout_ms=1500,
+    )
+    with closing(consumer):
+        return [{name: value.decode() for name, value in r.headers} for r in consumer]
+
+
+def _check_alive(worker: "subprocess.Popen[bytes]") -> None:
+    assert worker.poll() is None, f"the worker ended with status {worker.returncode}"
+
+
+def _wait_for_log(path: Path, text: str, timeout_seconds: float = 60) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while text not in path.read_text():
+        if time.monotonic() > deadline:
+            raise NotDrainedError(f"{path} never said {text!r}:\n{path.read_text()}")
+        time.sleep(0.1)
+
+
+def test_a_killed_broker_comes_back_with_its_data(tmp_path: Path) -> None:
+    with KafkaBroker(tmp_path) as broker:
+        config = StreamConfig(bootstrap_servers=broker.bootstrap_servers)
+        create_topics(config, num_partitions=1)
+        with closing(KafkaProducer(bootstrap_servers=broker.bootstrap_servers)) as producer:
+            producer.send(config.item_topic, b"value").get(10)
+        broker.kill()
+        broker.start()
+        consumer = KafkaConsumer(
+            config.item_topic,
+            bootstrap_servers=broker.bootstrap_servers,
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+            consumer_timeout_ms=10_000,
+        )
+        with closing(consumer):
+            record = next(consumer)
+
+    assert record.value == b"value"
+    assert broker.pid is None

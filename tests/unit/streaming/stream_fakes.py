@@ -1,0 +1,61 @@
+"""Records, a codebook and an encoder small enough to check by hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from qarm_feast.codebook import ItemCodes
+from streaming.messages import SCHEMA_VERSION, SCHEMA_VERSION_HEADER, Message
+
+NOW_MS = 1_700_000_000_000
+"""Append time of every fake record."""
+NOW = NOW_MS * 1000
+VERSIONED = [(SCHEMA_VERSION_HEADER, SCHEMA_VERSION)]
+
+
+@dataclass(frozen=True)
+class FakeRecord:
+    key: bytes | None = None
+    value: bytes | None = None
+    headers: Sequence[tuple[str, bytes]] = field(default_factory=lambda: list(VERSIONED))
+    topic: str = "items"
+    partition: int = 0
+    offset: int = 0
+    timestamp: int = NOW_MS
+
+
+def record_of(message: Message, topic: str = "items", offset: int = 0) -> FakeRecord:
+    return FakeRecord(message.key, message.value, message.headers, topic, 0, offset)
+
+
+@dataclass(frozen=True)
+class FakeManifest:
+    encoder_version: str
+    num_levels: int = 2
+    num_neighbors: int = 3
+
+
+class SignCodebook:
+    """RQ code: the signs of the first two numbers; VQ code: the item id three times."""
+
+    embedding_dim = 2
+
+    def __init__(self, encoder_version: str = "e1") -> None:
+        self.manifest = FakeManifest(encoder_version)
+
+    def encode(
+        self, item_ids_N: np.ndarray, content_hashes_N: Sequence[str], x_ND: np.ndarray
+    ) -> ItemCodes:
+        assert len(content_hashes_N) == len(item_ids_N) == len(x_ND)
+        vq_NV = np.repeat(item_ids_N[:, None], 3, axis=1)
+        return ItemCodes(item_ids_N, vq_NV, (x_ND[:, :2] > 0).astype(np.int64))
+
+
+class TitleEncoder:
+    """The vector of a title is (its length, -1)."""
+
+    def encode(self, items: pa.Table) -> np.ndarray:
+        lengths = [len(title or "") for title in items["title"].to_pylist()]
+        return np.array([[length, -1.0] for length in lengths], dtype=np.float32)

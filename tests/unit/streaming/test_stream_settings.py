@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import click
+import pytest
+
+from qarm_feast.config import load_section
+from qarm_feast.errors import ConfigError
+from streaming.cli import check, qarm_stream, run
+from streaming.clients import connect_admin
+from streaming.config import StreamConfig
+
+
+def test_defaults_are_those_of_the_style_guide() -> None:
+    config = StreamConfig()
+
+    assert config.topics == ("item-events", "interaction-events")
+    assert config.dead_letter_topic == "qarm-dead-letters"
+    assert config.consumer_group == "qarm-quantizer"
+    assert (config.max_batch_size, config.max_batch_wait_seconds) == (2048, 0.1)
+    assert config.num_threads >= 1
+
+
+def test_unknown_key_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text("stream: {batch_size: 5}\n")
+
+    with pytest.raises(ConfigError, match=r"stream\.batch_size"):
+        load_section(path, "stream", StreamConfig)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sesion_timeout_ms": 1}, "sesion_timeout_ms"),
+        ({"enable_auto_commit": True}, "enable_auto_commit"),
+    ],
+)
+def test_kafka_options_that_cannot_work_are_refused(
+    options: dict[str, object], message: str
+) -> None:
+    config = StreamConfig(bootstrap_servers="127.0.0.1:1", kafka_options=options)
+
+    with pytest.raises(ConfigError, match=message):
+        connect_admin(config)
+
+
+def test_command_line_has_these_verbs_and_options() -> None:
+    options = {
+        command.name: sorted(
+            option
+            for parameter in command.params
+            if isinstance(parameter, click.Option)
+            for option in parameter.opts
+        )
+        for command in (run, check)
+    }
+
+    assert sorted(qarm_stream.commands) == ["check", "run"]
+    assert options == {
+        "run": ["--config", "--log-level", "--metrics-port"],
+        "check": ["--config", "--log-level"],
+    }

@@ -1,0 +1,171 @@
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from stream_fakes import NOW, FakeRecord
+
+from qarm_feast.schema import (
+    CODE_ROWS,
+    CONTENT_LOG_ROWS,
+    RECENT_ITEM_ROWS,
+    TIMESTAMP,
+    interaction_rows,
+)
+from streaming.columns import DeadLetter
+from streaming.sink import (
+    BatchRows,
+    FeastSink,
+    letter_headers,
+    newest_per_item,
+    recent_item_rows,
+)
+
+CREATED = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+class WriteLog:
+    """Both stores at once: remembers names and numbers of rows in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, int]] = []
+
+    def append(self, name: str, table: pa.Table) -> Path:
+        self.calls.append(("offline", name, table.num_rows))
+        return Path(name)
+
+    def write(self, view_name: str, table: pa.Table) -> int:
+        self.calls.append(("online", view_name, table.num_rows))
+        return table.num_rows
+
+
+def _codes(*rows: tuple[int, int, str]) -> pa.Table:
+    ids, times, hashes = zip(*rows, strict=True)
+    count = len(rows)
+    columns = [
+        pa.array(ids, pa.int64()),
+        pa.array([[1, 2]] * count, pa.list_(pa.int64())),
+        pa.array([[3]] * count, pa.list_(pa.int64())),
+        pa.array(["e1"] * count),
+        pa.array(hashes),
+        pa.array([False] * count),
+        pa.array(times, pa.int64()).cast(TIMESTAMP),
+        pa.array([CREATED] * count, TIMESTAMP),
+    ]
+    return pa.table(columns, schema=CODE_ROWS)
+
+
+def _positives(users: list[int], items: list[int], times: list[int]) -> pa.Table:
+    count = len(users)
+    columns = [
+        pa.array(users, pa.int64()),
+        pa.array(items, pa.int64()),
+        pa.array([True] * count),
+        pa.array([""] * count),
+        pa.array(times, pa.int64()).cast(TIMESTAMP),
+        pa.array([CREATED] * count, TIMESTAMP),
+    ]
+    return pa.table(columns, schema=interaction_rows(("is_like",)))
+
+
+def test_newest_per_item_goes_by_time_and_then_by_content_hash() -> None:
+    codes = _codes((2, NOW, "a"), (1, NOW, "b"), (1, NOW + 1, "a"), (2, NOW, "c"), (1, NOW, "z"))
+
+    newest = newest_per_item(codes)
+
+    assert newest["item_id"].to_pylist() == [1, 2]
+    assert newest["content_hash"].to_pylist() == ["a", "c"]
+    assert newest["event_timestamp"].cast(pa.int64()).to_pylist() == [NOW + 1, NOW]
+
+
+def test_newest_per_item_of_nothing_is_nothing() -> None:
+    assert newest_per_item(CODE_ROWS.empty_table()).num_rows == 0
+
+
+def test_recent_items_are_newest_first_distinct_and_cut() -> None:
+    positives = _positives(
+        users=[7, 7, 7, 7, 5, 7],
+        items=[1, 2, 3, 3, 9, 1],
+        times=[NOW, NOW + 2, NOW + 2, NOW + 2, NOW, NOW + 1],
+    )
+
+    rows = recent_item_rows(positives, history_length=3)
+
+    assert rows.schema == RECENT_ITEM_ROWS
+    assert rows["user_id"].to_pylist() == [5, 7]
+    assert rows["item_ids"].to_pylist() == [[9], [3, 2, 1]]
+    assert rows["item_timestamps"].to_pylist() == [[NOW], [NOW + 2, NOW + 2, NOW + 1]]
+    assert rows["event_timestamp"].cast(pa.int64()).to_pylist() == [NOW, NOW + 2]
+
+
+def test_recent_items_equal_a_plain_loop_on_random_events() -> None:
+    rng = np.random.default_rng(0)
+    users = rng.integers(0, 6, 500).tolist()
+    items = rng.integers(0, 20, 500).tolist()
+    times = (NOW + rng.integers(0, 30, 500)).tolist()
+    histories: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    for user, item, time in zip(users, items, times, strict=True):
+        histories[user].add((time, item))
+    expected = {u: sorted(pairs, reverse=True)[:7] for u, pairs in histories.items()}
+
+    rows = recent_item_rows(_positives(users, items, times), history_length=7).to_pylist()
+
+    found = {
+        row["user_id"]: list(zip(row["item_timestamps"], row["item_ids"], strict=True))
+        for row in rows
+    }
+    assert found == expected
+
+
+def test_offline_keeps_every_row_and_online_the_newest() -> None:
+    stores = WriteLog()
+    sink = FeastSink(stores, stores, history_length=2)
+    rows = BatchRows(
+        codes={"v1": _codes((1, NOW, "a"), (1, NOW + 1, "b")), "v2": _codes((1, NOW, "a"))},
+        content=CONTENT_LOG_ROWS.empty_table(),
+        interactions=_positives([7, 7, 8], [1, 2, 3], [NOW, NOW, NOW]),
+        positives=_positives([7, 7], [1, 2], [NOW, NOW]),
+    )
+
+    sink.write_offline(rows)
+    sink.write_online(rows)
+
+    assert stores.calls == [
+        ("offline", "item_codes_v1", 2),
+        ("offline", "item_codes_v2", 1),
+        ("offline", "interaction_log", 3),
+        ("online", "item_codes_v1", 1),
+        ("online", "item_codes_v2", 1),
+        ("online", "user_recent_items", 1),
+    ]
+
+
+def test_nothing_is_written_for_an_empty_batch() -> None:
+    stores = WriteLog()
+    sink = FeastSink(stores, stores, history_length=2)
+    nothing = interaction_rows(("is_like",)).empty_table()
+    rows = BatchRows({}, CONTENT_LOG_ROWS.empty_table(), nothing, nothing)
+
+    sink.write_offline(rows)
+    sink.write_online(rows)
+
+    assert stores.calls == []
+
+
+def test_dead_letter_headers_tell_why_and_where_and_keep_the_records_own() -> None:
+    record = FakeRecord(b"1", b"{", [("schema_version", b"1")], "items", 3, 17)
+    letter = DeadLetter(record, "undecodable", "x" * 900, record.value, "v1")
+
+    headers = dict(letter_headers(letter))
+
+    assert headers.pop("detail") == b"x" * 500
+    assert headers == {
+        "schema_version": b"1",
+        "reason": b"undecodable",
+        "topic": b"items",
+        "partition": b"3",
+        "offset": b"17",
+        "append_timestamp": b"1700000000000",
+        "codebook_version": b"v1",
+    }

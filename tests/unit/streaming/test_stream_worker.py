@@ -1,0 +1,203 @@
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+from kafka.structs import TopicPartition
+from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, record_of
+
+from qarm_feast.errors import ServiceUnavailableError
+from streaming.columns import DeadLetter
+from streaming.health import WorkerHealth
+from streaming.messages import (
+    InteractionEvent,
+    ItemEvent,
+    Record,
+    encode_interaction_event,
+    encode_item_event,
+)
+from streaming.rows import LiveCodebooks
+from streaming.sink import BatchRows
+from streaming.source import Batch, BatchRevokedError
+from streaming.worker import (
+    Drain,
+    DrainTimeoutError,
+    Pipeline,
+    StreamWorker,
+    WorkerSettings,
+)
+
+SETTINGS = WorkerSettings("items", ("is_like", "is_love"), "is_love", max_retry_wait_seconds=0.001)
+PARTITION = TopicPartition("items", 0)
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL at one place."""
+
+
+class FakeParts:
+    """Source, sink and dead letters that write down every call, and fail where they are told."""
+
+    is_joined = True
+
+    def __init__(self, records: Sequence[Record], faults: dict[str, list[Exception]]) -> None:
+        self.batch = Batch(records, {PARTITION: len(records)}, assignment_number=1)
+        self.faults = faults
+        self.calls: list[str] = []
+        self.rows: BatchRows | None = None
+        self.letters: list[DeadLetter] = []
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if self.faults.get(call):
+            raise self.faults[call].pop(0)
+
+    def read(self) -> Batch:
+        self._note("read")
+        return self.batch
+
+    def keep_alive(self, batch: Batch) -> None:
+        if self.faults.get("keep_alive"):
+            raise self.faults["keep_alive"].pop(0)
+
+    def commit(self, batch: Batch) -> None:
+        self._note("commit")
+
+    def write_offline(self, rows: BatchRows) -> None:
+        self._note("write_offline")
+        self.rows = rows
+
+    def write_online(self, rows: BatchRows) -> None:
+        self._note("write_online")
+
+    def send(self, letters: Sequence[DeadLetter]) -> None:
+        self._note("send")
+        self.letters += letters
+
+
+def _worker(parts: FakeParts, drain: Drain | None = None) -> StreamWorker:
+    live = LiveCodebooks({"v1": SignCodebook("e1")}, lambda version: TitleEncoder())
+    return StreamWorker(
+        Pipeline(parts, parts, parts, live),
+        SETTINGS,
+        WorkerHealth(),
+        drain or Drain(timeout_seconds=0.0),
+        clock=lambda: datetime(2024, 1, 1, tzinfo=UTC),
+    )
+
+
+def _records() -> list[FakeRecord]:
+    liked = InteractionEvent(7, 1, NOW, (True, False))
+    loved = InteractionEvent(7, 2, NOW, (True, True))
+    return [
+        record_of(encode_item_event(ItemEvent(1, NOW, {"title": "Mug"}))),
+        FakeRecord(b"2", b"{"),
+        *[
+            record_of(encode_interaction_event(event, SETTINGS.task_names), topic="interactions")
+            for event in (liked, loved)
+        ],
+    ]
+
+
+def test_steps_run_in_the_order_of_the_docstring() -> None:
+    parts = FakeParts(_records(), {})
+
+    _worker(parts).handle(parts.batch)
+
+    assert parts.calls == ["write_offline", "write_online", "send", "commit"]
+    assert parts.rows is not None
+    assert parts.rows.codes["v1"]["rq_code"].to_pylist() == [[1, 0]]
+    assert parts.rows.content["item_id"].to_pylist() == [1]
+    assert parts.rows.interactions["item_id"].to_pylist() == [1, 2]
+    assert parts.rows.positives["item_id"].to_pylist() == [2]
+    assert [letter.reason for letter in parts.letters] == ["undecodable"]
+
+
+@pytest.mark.parametrize("step", ["write_offline", "write_online", "send"])
+def test_a_worker_killed_in_a_step_has_not_committed_and_a_replay_completes(step: str) -> None:
+    parts = FakeParts(_records(), {step: [KilledError()]})
+
+    with pytest.raises(KilledError):
+        _worker(parts).handle(parts.batch)
+    assert "commit" not in parts.calls
+    first = parts.rows
+    _worker(parts).handle(parts.batch)
+
+    assert parts.calls[-4:] == ["write_offline", "write_online", "send", "commit"]
+    if first is not None:
+        assert parts.rows is not None
+        assert parts.rows.codes["v1"].equals(first.codes["v1"])
+
+
+@pytest.mark.parametrize("step", ["write_offline", "write_online", "send"])
+def test_a_store_that_is_away_is_tried_again_until_it_is_back(step: str) -> None:
+    faults = [ServiceUnavailableError("away"), OSError(28, "disk full")]
+    parts = FakeParts(_records(), {step: faults})
+
+    _worker(parts).handle(parts.batch)
+
+    assert parts.calls.count(step) == 3
+    assert parts.calls[-1] == "commit"
+
+
+def test_a_batch_revoked_during_an_outage_is_dropped_without_a_commit() -> None:
+    parts = FakeParts(_records(), {"write_online": [ServiceUnavailableError("away")] * 9})
+    # The two calls between the compute steps pass, the one that follows the outage does not.
+    parts.faults["keep_alive"] = []
+    worker = _worker(parts)
+    original = parts.write_online
+
+    def revoke_after_fault(rows: BatchRows) -> None:
+        parts.faults["keep_alive"] = [BatchRevokedError("gone")]
+        original(rows)
+
+    parts.write_online = revoke_after_fault  # type: ignore[method-assign]  # one call is watched
+
+    worker.handle(parts.batch)
+
+    assert parts.calls == ["write_offline", "write_online"]
+
+
+def test_draining_finishes_the_batch_in_hand_and_reads_no_other() -> None:
+    drain = Drain(timeout_seconds=60)
+    parts = FakeParts(_records(), {})
+    original = parts.write_online
+
+    def request_drain(rows: BatchRows) -> None:
+        drain.requested.set()
+        original(rows)
+
+    parts.write_online = request_drain  # type: ignore[method-assign]  # one call is watched
+
+    _worker(parts, drain).run()
+
+    assert parts.calls == ["read", "write_offline", "write_online", "send", "commit"]
+
+
+def test_draining_gives_up_on_a_store_that_stays_away() -> None:
+    drain = Drain(timeout_seconds=0.0)
+    drain.requested.set()
+    parts = FakeParts(_records(), {"write_online": [ServiceUnavailableError("away")] * 9})
+
+    with pytest.raises(DrainTimeoutError, match="4 records are not committed"):
+        _worker(parts, drain).handle(parts.batch)
+
+    assert "commit" not in parts.calls
+
+
+def test_an_empty_read_touches_no_store() -> None:
+    drain = Drain(timeout_seconds=60)
+    parts = FakeParts([], {})
+    reads = iter([None, None])
+    original = parts.read
+
+    def stop_after_two() -> Batch:
+        if next(reads, threading) is threading:
+            drain.requested.set()
+        return original()
+
+    parts.read = stop_after_two  # type: ignore[method-assign]  # ends the loop
+
+    _worker(parts, drain).run()
+
+    assert parts.calls == ["read", "read", "read"]

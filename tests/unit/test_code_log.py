@@ -1,0 +1,143 @@
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from qarm_feast import schema
+from qarm_feast.code_log import SEED_PART, CodeLog
+from qarm_feast.errors import ConfigError, DataError
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+PLAIN = pa.schema(
+    [
+        ("item_id", pa.int64()),
+        ("rq_code", schema.CODES),
+        (schema.EVENT_TIMESTAMP, schema.TIMESTAMP),
+    ]
+)
+
+
+def rows(*item_ids: int, time: datetime = NOON) -> pa.Table:
+    columns = [list(item_ids), [[i, i + 1] for i in item_ids], [time] * len(item_ids)]
+    return pa.table(columns, schema=PLAIN)
+
+
+def test_an_appended_part_lies_under_the_day_of_writing_and_reads_back(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+
+    part = log.append("codes", rows(1, 2), written_at=datetime(2026, 2, 1, 0, 30, tzinfo=UTC))
+
+    assert part.parent == tmp_path / "codes" / "written_date=2026-02-01"
+    assert log.read("codes").equals(rows(1, 2))
+
+
+def test_a_created_log_without_appends_reads_as_an_empty_table_with_its_schema(
+    tmp_path: Path,
+) -> None:
+    log = CodeLog(tmp_path)
+
+    log.create("codes", schema.CODE_ROWS)
+
+    assert log.read("codes").num_rows == 0
+    assert log.read("codes").schema == schema.CODE_ROWS
+
+
+def test_reading_a_log_that_was_never_created_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no log at .*codes"):
+        CodeLog(tmp_path).read("codes")
+
+
+def test_rows_come_back_by_column_and_filter(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    log.append("codes", rows(1, 2))
+    log.append("codes", rows(3))
+
+    table = log.read("codes", columns=["item_id"], where=pc.field("item_id") > 1)
+
+    assert table.column_names == ["item_id"]
+    assert sorted(table["item_id"].to_pylist()) == [2, 3]
+
+
+def test_a_part_that_was_not_completed_is_not_read(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    part = log.append("codes", rows(1))
+
+    part.with_name(".part-9-killed.tmp").write_bytes(b"half a part")
+
+    assert log.read("codes")["item_id"].to_pylist() == [1]
+
+
+def test_nanosecond_times_are_kept_to_the_microsecond(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    log.create("codes", PLAIN)
+    exact = NOON.replace(microsecond=123457)
+    in_ns = rows(1, time=exact).cast(
+        PLAIN.set(2, pa.field("event_timestamp", pa.timestamp("ns", "UTC")))
+    )
+
+    log.append("codes", in_ns)
+
+    assert log.read("codes")["event_timestamp"].to_pylist() == [exact]
+    assert log.read("codes").schema == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (rows(1).drop_columns(["rq_code"]), r"lack the columns \['rq_code'\]"),
+        (rows(1).append_column("extra", pa.array([1])), r"unknown \['extra'\]"),
+        (rows(1).set_column(0, "item_id", pa.array(["a"])), "item_id is string"),
+        (rows(1).set_column(0, "item_id", pa.array([1.5])), "item_id is double"),
+        (
+            rows(1).set_column(2, "event_timestamp", pa.array([datetime(2026, 1, 1)])),
+            "no time zone",
+        ),
+        (
+            rows(1).set_column(2, "event_timestamp", pa.nulls(1, schema.TIMESTAMP)),
+            "event_timestamp is null in 1 of 1",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_the_log_are_refused_whole(
+    tmp_path: Path, table: pa.Table, message: str
+) -> None:
+    log = CodeLog(tmp_path)
+    log.create("codes", PLAIN)
+
+    with pytest.raises(DataError, match=message):
+        log.append("codes", table)
+
+    assert log.read("codes").num_rows == 0
+
+
+def test_creating_a_log_again_with_other_columns_is_refused(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    log.create("codes", PLAIN)
+
+    log.create("codes", PLAIN)
+    with pytest.raises(DataError, match="move the folder away"):
+        log.create("codes", schema.CODE_ROWS)
+
+
+def test_many_writers_at_once_lose_no_row(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: CodeLog(tmp_path).append("codes", rows(i)), range(32)))
+
+    log = CodeLog(tmp_path)
+    assert sorted(log.read("codes")["item_id"].to_pylist()) == list(range(32))
+    assert len(log.parts("codes")) == 33
+
+
+def test_the_seed_is_a_plain_parquet_file_that_other_tools_read(tmp_path: Path) -> None:
+    CodeLog(tmp_path).create("codes", PLAIN)
+
+    assert pq.read_schema(tmp_path / "codes" / SEED_PART) == PLAIN
+
+
+def test_an_object_store_root_is_refused_with_the_key_to_set() -> None:
+    with pytest.raises(ConfigError, match=r"offline_store\.uri"):
+        CodeLog("s3://bucket/offline")

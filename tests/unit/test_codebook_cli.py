@@ -1,0 +1,170 @@
+"""The command line from exported vectors to a published codebook."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from qarm_feast.codebook import Codebook
+from qarm_feast.codebook_cli import codebook_group
+from qarm_feast.codebook_jobs import read_vectors
+from qarm_feast.errors import DataError, GateRefusedError
+from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
+
+NUM_ITEMS = 240
+NUM_COLD = 20
+DIM = 8
+START = datetime(2024, 1, 1, tzinfo=UTC)
+ENCODER_CUTOFF = START + timedelta(hours=5)
+NEWEST_TRAIN = START + timedelta(hours=NUM_ITEMS - NUM_COLD - 1)
+
+
+def _write_input(folder: Path) -> None:
+    """One interaction per item, hour by hour; the last items have test rows only."""
+    folder.mkdir(parents=True)
+    times = pa.array(
+        [START + timedelta(hours=n) for n in range(NUM_ITEMS)], pa.timestamp("us", tz="UTC")
+    )
+    ids = pa.array(range(NUM_ITEMS), pa.int64())
+    items = pa.table(
+        {"item_id": ids, "upload_timestamp": times, "title": [f"t{n}" for n in range(NUM_ITEMS)]}
+    )
+    interactions = pa.table(
+        {
+            "user_id": pa.array([n % 7 for n in range(NUM_ITEMS)], pa.int64()),
+            "item_id": ids,
+            "event_timestamp": times,
+            "is_click": [n % 2 == 0 for n in range(NUM_ITEMS)],
+            "split": ["train"] * (NUM_ITEMS - NUM_COLD) + ["test"] * NUM_COLD,
+        }
+    )
+    pq.write_table(items, folder / "items.parquet")
+    pq.write_table(interactions, folder / "interactions.parquet")
+
+
+def _write_vectors(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    x_ND = np.random.default_rng(0).standard_normal((NUM_ITEMS, DIM)).astype(np.float32)
+    table = pa.table(
+        {
+            "item_id": pa.array(range(NUM_ITEMS), pa.int64()),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(x_ND.ravel()), DIM),
+            "content_hash": [f"{n:032x}" for n in range(NUM_ITEMS)],
+        }
+    )
+    pq.write_table(table.slice(0, 100), folder / "part-00000.parquet")
+    pq.write_table(table.slice(100), folder / "part-00001.parquet")
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    _write_input(tmp_path / "data" / "input")
+    _write_vectors(tmp_path / "data" / "vectors" / "e1")
+    encoder = tmp_path / "data" / "encoders" / "e1"
+    encoder.mkdir(parents=True)
+    manifest = {"version": "e1", "behaviour_cutoff": ENCODER_CUTOFF.isoformat(), "files": {}}
+    (encoder / "manifest.json").write_text(json.dumps(manifest))
+    path = tmp_path / "qarm.yaml"
+    path.write_text("quantizer: {rq: {num_levels: 2}, vq: {num_neighbors: 5}}\n")
+    return path
+
+
+def _run(config_path: Path, *arguments: str) -> str:
+    command = [arguments[0], "--config", str(config_path), *arguments[1:]]
+    result = CliRunner().invoke(codebook_group, command, catch_exceptions=True)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_train_evaluate_publish_list_show(config_path: Path) -> None:
+    uri = str(config_path.parent / "data" / "codebooks")
+    version = ("--codebook-version", "v1")
+
+    trained = _run(config_path, "train", *version)
+    drafted = _run(config_path, "list")
+    evaluated = _run(config_path, "evaluate", *version)
+    published = _run(config_path, "publish", *version)
+
+    assert trained.startswith("trained v1: 220 items, RQ levels 4 x 4, VQ pool 220 (top 5)")
+    assert drafted.splitlines()[1].split()[:2] == ["v1", "draft"]
+    assert "collision rate" in evaluated
+    report = Path(evaluated.splitlines()[-1].removeprefix("written to "))
+    assert json.loads(report.read_text())["quality"]["num_items"] == NUM_ITEMS
+    assert published == f"published v1 as default in {uri}\n"
+    assert _run(config_path, "list").splitlines()[1].split()[:2] == ["v1", "default"]
+    assert json.loads(_run(config_path, "show", *version))["quality"]["num_items"] == NUM_ITEMS
+    assert Codebook.load(uri, "v1").vq.pool_item_ids_P.max() == NUM_ITEMS - NUM_COLD - 1
+
+
+def test_the_cutoff_is_the_newest_interaction_that_encoder_or_pool_saw(config_path: Path) -> None:
+    _run(config_path, "train", "--codebook-version", "v1")
+
+    uri = config_path.parent / "data" / "codebooks" / ".drafts"
+    assert read_manifest(str(uri), "v1").behaviour_cutoff == NEWEST_TRAIN
+
+
+def test_a_second_version_can_be_retired_and_the_default_cannot(config_path: Path) -> None:
+    for version in ("v1", "v2"):
+        for verb in ("train", "evaluate", "publish"):
+            _run(config_path, verb, "--codebook-version", version)
+
+    _run(config_path, "retire", "--codebook-version", "v2")
+
+    states = CodebookRegistry(str(config_path.parent / "data" / "codebooks")).states()
+    assert states == {"v1": VersionState.DEFAULT, "v2": VersionState.RETIRED}
+
+
+def test_a_gate_of_the_configuration_refuses(config_path: Path) -> None:
+    with config_path.open("a") as file:
+        file.write("codebook: {gates: {max_collision_rate: 0.1}}\n")
+    _run(config_path, "train", "--codebook-version", "v1")
+    _run(config_path, "evaluate", "--codebook-version", "v1")
+
+    with pytest.raises(GateRefusedError, match=r"max_collision_rate: measured 0\.9"):
+        _run(config_path, "publish", "--codebook-version", "v1")
+    _run(config_path, "publish", "--codebook-version", "v1", "--force")
+
+    shown = json.loads(_run(config_path, "show", "--codebook-version", "v1"))
+    assert shown["forced_gates"][0].startswith("max_collision_rate")
+
+
+def test_the_options_of_every_command_are_pinned() -> None:
+    options = {
+        name: [option for parameter in command.params for option in parameter.opts]
+        for name, command in codebook_group.commands.items()
+    }
+
+    common = ["--config", "--log-level", "--codebook-version"]
+    assert options == {
+        "train": common,
+        "evaluate": common,
+        "publish": [*common, "--force"],
+        "list": ["--config"],
+        "show": ["--config", "--codebook-version"],
+        "retire": common,
+    }
+
+
+def test_vectors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="qarm align export"):
+        read_vectors(tmp_path)
+
+    embedding = pa.array([[1.0]], pa.list_(pa.float32()))
+    table = pa.table({"item_id": [1], "embedding": embedding, "content_hash": ["h"]})
+    pq.write_table(table, tmp_path / "part.parquet")
+    with pytest.raises(DataError, match="embedding is list"):
+        read_vectors(tmp_path)
+
+    fixed = pa.FixedSizeListArray.from_arrays(pa.array([1.0], pa.float32()), 1)
+    table = pa.table(
+        {"item_id": pa.array([None], pa.int64()), "embedding": fixed, "content_hash": ["h"]}
+    )
+    pq.write_table(table, tmp_path / "part.parquet")
+    with pytest.raises(DataError, match="1 values of item_id are null"):
+        read_vectors(tmp_path)

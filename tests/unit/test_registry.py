@@ -1,0 +1,351 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from qarm_feast import artifact
+from qarm_feast.artifact import sha256
+from qarm_feast.codebook_config import GateConfig
+from qarm_feast.errors import (
+    CodebookError,
+    CodebookNotFoundError,
+    CorruptArtifactError,
+    GateRefusedError,
+)
+from qarm_feast.registry import (
+    CodebookRegistry,
+    Manifest,
+    VersionState,
+    drafts_uri,
+    publish_codebook,
+    read_manifest,
+    stored_versions,
+    trained_uri,
+    write_artifact,
+    write_report,
+)
+
+GOOD = {
+    "collision_rate": 0.25,
+    "hr10": 0.9,
+    "levels": [
+        {"codebook_coverage": 0.75, "relative_residual_norm": 0.5},
+        {"codebook_coverage": 1.0, "relative_residual_norm": 0.25},
+    ],
+}
+
+
+def _artifact(version: str = "v1", content: bytes = b"arrays") -> tuple[Manifest, dict[str, bytes]]:
+    payloads = {f"rq-{sha256(content)[:16]}.safetensors": content}
+    manifest = Manifest(
+        version=version,
+        encoder_version="e1",
+        encoder_hash="0" * 64,
+        behaviour_cutoff=datetime(2024, 1, 1, tzinfo=UTC),
+        embedding_dim=8,
+        level_sizes=(4, 4),
+        num_neighbors=2,
+        pool_size=10,
+        seed=0,
+        num_training_items=10,
+        files={name: sha256(payload) for name, payload in payloads.items()},
+        created=datetime(2024, 1, 2, tzinfo=UTC),
+    )
+    return manifest, payloads
+
+
+def _store(uri: str, version: str = "v1", content: bytes = b"arrays") -> Manifest:
+    manifest, payloads = _artifact(version, content)
+    write_artifact(uri, manifest, payloads)
+    return manifest
+
+
+def _draft(uri: str, version: str = "v1", content: bytes = b"arrays") -> Manifest:
+    manifest, payloads = _artifact(version, content)
+    write_artifact(drafts_uri(uri), manifest, payloads, replace=True)
+    return manifest
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return str(tmp_path / "codebooks")
+
+
+def test_the_first_published_version_is_the_default_and_later_ones_are_staged(uri: str) -> None:
+    _store(uri, "v1")
+    _store(uri, "v2")
+    codebooks = CodebookRegistry(uri)
+
+    assert codebooks.states() == {}
+    assert codebooks.publish("v1") is VersionState.DEFAULT
+    assert codebooks.publish("v2") is VersionState.STAGED
+    assert codebooks.publish("v1") is VersionState.DEFAULT
+    assert codebooks.states() == {"v1": VersionState.DEFAULT, "v2": VersionState.STAGED}
+    assert codebooks.default_version() == "v1"
+
+
+def test_versions_are_found_by_state(uri: str) -> None:
+    codebooks = CodebookRegistry(uri)
+    for version in ("v1", "v2", "v3"):
+        _store(uri, version)
+        codebooks.publish(version)
+    codebooks.set_state("v2", VersionState.LIVE)
+    codebooks.set_state("v3", VersionState.RETIRED)
+
+    assert codebooks.versions() == ["v1", "v2", "v3"]
+    assert codebooks.versions(VersionState.LIVE, VersionState.DEFAULT) == ["v1", "v2"]
+
+
+def test_a_new_default_makes_the_old_one_live(uri: str) -> None:
+    codebooks = CodebookRegistry(uri)
+    for version in ("v1", "v2"):
+        _store(uri, version)
+        codebooks.publish(version)
+
+    codebooks.set_state("v2", VersionState.DEFAULT)
+
+    assert codebooks.states() == {"v1": VersionState.LIVE, "v2": VersionState.DEFAULT}
+
+
+def test_the_default_cannot_be_retired_and_the_refusal_changes_nothing(uri: str) -> None:
+    _store(uri)
+    codebooks = CodebookRegistry(uri)
+    codebooks.publish("v1")
+
+    with pytest.raises(CodebookError, match="make another version the default"):
+        codebooks.set_state("v1", VersionState.RETIRED)
+
+    assert codebooks.default_version() == "v1"
+
+
+def test_what_is_not_there_is_named_with_what_is(uri: str) -> None:
+    _store(uri)
+    codebooks = CodebookRegistry(uri)
+
+    with pytest.raises(CodebookNotFoundError, match=r"'v2' \(it holds: v1\)"):
+        codebooks.publish("v2")
+    with pytest.raises(CodebookNotFoundError, match=r"'v1' \(it holds: none\)"):
+        codebooks.set_state("v1", VersionState.LIVE)
+    with pytest.raises(CodebookError, match="has no default codebook version"):
+        codebooks.default_version()
+
+
+@pytest.mark.parametrize("name", ["V1", "1v", "", "v-1", "v" * 33, "../v1", ".drafts"])
+def test_an_illegal_version_name_is_refused(uri: str, name: str) -> None:
+    with pytest.raises(CodebookError, match="no legal name"):
+        read_manifest(uri, name)
+
+
+def test_a_manifest_comes_back_as_it_was_stored(uri: str) -> None:
+    manifest = _store(uri)
+
+    assert read_manifest(uri, "v1") == manifest
+    assert manifest.num_levels == 2
+
+
+def test_a_manifest_of_another_format_is_refused(uri: str) -> None:
+    _store(uri)
+    path = Path(uri) / "v1" / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "format_version": 2}))
+
+    with pytest.raises(CodebookError, match="no codebook manifest that this version"):
+        read_manifest(uri, "v1")
+
+
+def test_storing_the_same_content_again_changes_nothing(uri: str) -> None:
+    manifest = _store(uri)
+    _, payloads = _artifact()
+    later = manifest.model_copy(update={"created": datetime(2025, 1, 1, tzinfo=UTC)})
+
+    write_artifact(uri, later, payloads)
+
+    assert read_manifest(uri, "v1") == manifest
+
+
+def test_a_stored_version_is_never_overwritten(uri: str) -> None:
+    manifest = _store(uri)
+
+    with pytest.raises(CodebookError, match=r"already stored .* with other content"):
+        _store(uri, content=b"other arrays")
+
+    assert read_manifest(uri, "v1") == manifest
+
+
+def test_a_draft_may_be_replaced_and_leaves_no_file_behind(uri: str) -> None:
+    _draft(uri, content=b"first")
+    second = _draft(uri, content=b"second")
+
+    names = {path.name for path in (Path(drafts_uri(uri)) / "v1").iterdir()}
+
+    assert names == {"manifest.json", *second.files}
+
+
+def test_a_file_with_another_hash_or_none_is_refused(uri: str) -> None:
+    manifest = _store(uri)
+    folder = Path(uri) / "v1"
+    (name,) = manifest.files
+    (folder / name).write_bytes(b"arrayz")
+
+    with pytest.raises(CorruptArtifactError, match=f"{name} has SHA-256 {sha256(b'arrayz')}"):
+        artifact.read_verified(folder, name, manifest.files)
+    (folder / name).unlink()
+    with pytest.raises(CorruptArtifactError, match="no such file"):
+        artifact.read_verified(folder, name, manifest.files)
+
+
+def test_publish_stores_the_figures_and_removes_the_draft(uri: str) -> None:
+    manifest = _draft(uri)
+    write_report(uri, manifest, GOOD)
+    assert trained_uri(uri, "v1") == drafts_uri(uri)
+
+    assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
+
+    assert read_manifest(uri, "v1").quality == GOOD
+    assert read_manifest(uri, "v1").forced_gates == ()
+    assert stored_versions(drafts_uri(uri)) == []
+    assert trained_uri(uri, "v1") == uri
+    assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
+
+
+def test_publish_refuses_below_a_gate_and_says_which_and_by_how_much(uri: str) -> None:
+    write_report(uri, _draft(uri), GOOD)
+    gates = GateConfig(max_collision_rate=0.2, min_codebook_coverage=0.5, min_hr10=0.95)
+
+    with pytest.raises(GateRefusedError) as refusal:
+        publish_codebook(uri, "v1", gates)
+
+    assert "max_collision_rate: measured 0.2500, limit 0.2000, missed by 0.0500" in str(
+        refusal.value
+    )
+    assert "min_hr10: measured 0.9000, limit 0.9500, missed by 0.0500" in str(refusal.value)
+    assert "coverage" not in str(refusal.value)
+    assert CodebookRegistry(uri).states() == {}
+    assert stored_versions(uri) == []
+
+
+def test_a_forced_publication_is_written_into_the_manifest(uri: str) -> None:
+    write_report(uri, _draft(uri), GOOD)
+
+    publish_codebook(uri, "v1", GateConfig(max_relative_residual_norm=0.2), force=True)
+
+    assert read_manifest(uri, "v1").forced_gates == (
+        "max_relative_residual_norm: measured 0.2500, limit 0.2000, missed by 0.0500",
+    )
+
+
+def test_an_evaluation_of_an_earlier_draft_does_not_count(uri: str) -> None:
+    write_report(uri, _draft(uri, content=b"first"), GOOD)
+    _draft(uri, content=b"second")
+
+    with pytest.raises(GateRefusedError, match="not evaluated"):
+        publish_codebook(uri, "v1", GateConfig())
+
+
+def test_training_a_published_version_anew_cannot_change_it(uri: str) -> None:
+    write_report(uri, _draft(uri), GOOD)
+    publish_codebook(uri, "v1", GateConfig())
+    published = read_manifest(uri, "v1")
+
+    write_report(uri, _draft(uri), GOOD)
+    assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
+    write_report(uri, _draft(uri, content=b"other"), GOOD)
+    with pytest.raises(CodebookError, match="already stored"):
+        publish_codebook(uri, "v1", GateConfig())
+
+    assert read_manifest(uri, "v1") == published
+
+
+@pytest.mark.fault
+def test_publish_killed_between_any_two_steps_leaves_old_or_new_and_ends_well(
+    tmp_path: Path,
+) -> None:
+    """Kills a publishing process before its n-th change of the disk, for every n."""
+    script = (
+        "import os, signal, sys\n"
+        "from qarm_feast import artifact, registry\n"
+        "from qarm_feast.codebook_config import GateConfig\n"
+        "left = int(sys.argv[2])\n"
+        "def dying(function):\n"
+        "    def call(*args, **kwargs):\n"
+        "        global left\n"
+        "        left -= 1\n"
+        "        if left < 0:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return function(*args, **kwargs)\n"
+        "    return call\n"
+        "for name in ('replace', 'link', 'unlink', 'rmdir', 'mkdir'):\n"
+        "    setattr(os, name, dying(getattr(os, name)))\n"
+        "registry.publish_codebook(sys.argv[1], 'v1', GateConfig())\n"
+    )
+    outcomes = []
+    for num_changes in range(30):
+        uri = str(tmp_path / str(num_changes))
+        write_report(uri, _draft(uri), GOOD)
+
+        command = [sys.executable, "-c", script, uri, str(num_changes)]
+        outcomes.append(subprocess.run(command, check=False).returncode)
+
+        published = "v1" in CodebookRegistry(uri).states()
+        if published:
+            manifest = read_manifest(uri, "v1")
+            for name in manifest.files:
+                artifact.read_verified(Path(uri) / "v1", name, manifest.files)
+        else:
+            assert stored_versions(drafts_uri(uri)) == ["v1"]
+        assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
+        assert read_manifest(uri, "v1").quality == GOOD
+        if outcomes[-1] == 0:
+            break
+
+    assert outcomes[-1] == 0
+    assert set(outcomes[:-1]) == {-signal.SIGKILL}
+    assert len(outcomes) > 5
+
+
+def test_two_publishers_at_once_make_one_default(uri: str) -> None:
+    versions = [f"v{number}" for number in range(8)]
+    for version in versions:
+        _store(uri, version)
+    barrier = threading.Barrier(len(versions))
+
+    def publish(version: str) -> None:
+        barrier.wait()
+        CodebookRegistry(uri).publish(version)
+
+    threads = [threading.Thread(target=publish, args=(version,)) for version in versions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    states = CodebookRegistry(uri).states()
+    assert sorted(states) == versions
+    assert list(states.values()).count(VersionState.DEFAULT) == 1
+
+
+def test_of_two_creators_of_one_file_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+
+    assert artifact.create_file(path, b"first")
+    assert not artifact.create_file(path, b"second")
+
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+def test_the_registry_is_light() -> None:
+    script = (
+        "import sys, qarm_feast.registry;"
+        "print([n for n in ('torch', 'faiss', 'numpy', 'pyarrow') if n in sys.modules])"
+    )
+
+    found = subprocess.check_output([sys.executable, "-c", script], text=True)
+
+    assert found.strip() == "[]"

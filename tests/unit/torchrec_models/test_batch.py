@@ -1,0 +1,109 @@
+import numpy as np
+import pyarrow as pa
+import torch
+
+from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RowColumns
+from torchrec_models.config import FeatureName, RankerConfig
+from torchrec_models.vocabulary import IdVocabulary, Vocabularies
+
+VOCABULARIES = Vocabularies(
+    user_ids=IdVocabulary(np.array([1, 2])), item_ids=IdVocabulary(np.array([10, 11, 12]))
+)
+
+
+class _Lookup:
+    """Item 10 has codes [4, 5] and vector (1, 0); 11 [6, 7] and (0, 1); others nothing."""
+
+    def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
+        codes = {10: (4, 5), 11: (6, 7)}
+        rq_HL = np.array([codes.get(item, (-1, -1)) for item in item_ids_H.tolist()])
+        return HistoryCodes(rq_HL.reshape(-1, 2), rq_HL.reshape(-1, 2)[:, 0] >= 0)
+
+    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
+        known = {10: (1.0, 0.0), 11: (0.0, 1.0)}
+        return torch.tensor([known.get(item, (0.0, 0.0)) for item in item_ids_N.tolist()])
+
+
+def _rows() -> RowColumns:
+    """User 1 with history 11, 10, 12 and target 10; user 9 without history and code, target 99."""
+    return RowColumns(
+        user_ids_B=np.array([1, 9]),
+        item_ids_B=np.array([10, 99]),
+        label_times_B=np.array([100, 200]),
+        rq_BL=np.array([[4, 5], [-1, -1]]),
+        vq_BK=np.array([[3, 8, 1], [-1, -1, -1]]),
+        history_item_ids_H=np.array([11, 10, 12]),
+        history_lengths_B=np.array([3, 0]),
+        labels_BT=np.array([[1, 0], [0, 0]], dtype=np.float32),
+    )
+
+
+def _builder(
+    features: tuple[FeatureName, ...], names: tuple[str, ...], **keys: int
+) -> BatchBuilder:
+    config = RankerConfig(features=features, **keys)
+    return BatchBuilder(config, VOCABULARIES, names, _Lookup(), _Lookup())
+
+
+def test_ids_and_codes_become_jagged_features() -> None:
+    names = ("item_id", "history_item_id", "vq_code", "rq_0", "rq_1", "history_rq_0")
+    builder = _builder(
+        ("item_id", "history_item_id", "vq_code", "rq_code", "history_rq_code"), names
+    )
+
+    batch = builder.build(_rows())
+
+    lists = {name: batch.sparse_features[name].to_dense() for name in names}
+    as_lists = {name: [row.tolist() for row in rows] for name, rows in lists.items()}
+    assert as_lists == {
+        "item_id": [[1], [0]],
+        "history_item_id": [[2, 1, 3], []],
+        "vq_code": [[3, 8, 1], []],
+        "rq_0": [[4], []],
+        "rq_1": [[5], []],
+        "history_rq_0": [[6, 4], []],
+    }
+    assert batch.is_cold.tolist() == [False, True]
+    assert batch.dense_features.shape == (2, 0)
+
+
+def test_a_history_is_cut_to_its_newest_items() -> None:
+    builder = _builder(("history_item_id",), ("history_item_id",), history_length=2)
+
+    batch = builder.build(_rows())
+
+    assert batch.sparse_features["history_item_id"].lengths().tolist() == [2, 0]
+    assert batch.sparse_features["history_item_id"].values().tolist() == [2, 1]
+
+
+def test_vector_features_are_target_mean_history_and_cosines() -> None:
+    batch = _builder(("item_id", "vector"), ("item_id",)).build(_rows())
+
+    third = 1 / 3
+    expected = torch.tensor([[1, 0, third, third, third, 1], [0, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(batch.dense_features, expected)
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    batch = _builder(("item_id",), ("item_id",)).build(_rows())
+
+    moved = batch.to(torch.device("meta"))
+
+    assert moved.labels.device.type == moved.dense_features.device.type == "meta"
+    assert moved.sparse_features.device().type == "meta"
+
+
+def test_user_columns_go_through_their_vocabulary() -> None:
+    train = pa.table({"user_id": [1], "item_id": [10], "gender": ["F"]})
+    from torchrec_models.vocabulary import build_vocabularies
+
+    builder = BatchBuilder(
+        RankerConfig(features=("user_columns",)),
+        build_vocabularies(train, ("gender",), 2),
+        ("user_gender",),
+        _Lookup(),
+    )
+    rows = _rows()
+    rows = RowColumns(**(vars(rows) | {"user_columns": {"gender": pa.array(["F", None])}}))
+
+    assert builder.build(rows).sparse_features["user_gender"].values().tolist() == [1, 0]

@@ -1,0 +1,119 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_dataset import make_dataset
+
+from qarm_feast.errors import CodebookMismatchError, ConfigError, DataError
+from torchrec_models import checkpoint as checkpoint_module
+from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.config import RankerConfig
+from torchrec_models.inputs import TrainInputs
+from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
+from torchrec_models.ranker import RankerTrainTask, build_ranker
+from torchrec_models.sharding import Ranks
+from torchrec_models.training import train
+
+
+def _config(folder: Path, **keys: object) -> RankerConfig:
+    small = {
+        "checkpoint_dir": str(folder),
+        "batch_size": 200,
+        "embedding_dim": 8,
+        "num_epochs": 4,
+        "id_dropout": 0.2,
+    }
+    return RankerConfig.model_validate(small | keys)
+
+
+def test_a_saved_run_scores_alike_when_loaded_into_an_unsharded_model(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path
+) -> None:
+    config = _config(tmp_path)
+    result = train(config, inputs)
+    checkpoint = Checkpoint(str(tmp_path), "ranker_v1")
+    manifest = checkpoint.manifest
+
+    ranker = build_ranker(
+        manifest.config,
+        manifest.tasks,
+        checkpoint.vocabularies(),
+        manifest.sizes,
+        torch.device("cpu"),
+    )
+    task = RankerTrainTask(ranker, [1.0, 1.0])
+    checkpoint.load_into(task)
+    batches = list(make_dataset(inputs, "test", config, ranks).eval_batches())
+    with torch.no_grad():
+        parts = [
+            Predictions(task(batch)[1][0], batch.labels, batch.user_ids, batch.is_cold)
+            for batch in batches
+        ]
+    metrics = ranking_metrics(Predictions.concatenate(parts), ["like", "love"])
+
+    assert result.checkpoint == checkpoint.folder
+    assert manifest.codebook_version == "v1"
+    assert manifest.step == result.num_steps == 4 * 8
+    assert metrics == pytest.approx(result.metrics, abs=1e-6, nan_ok=True)
+    assert metrics["auc/like"] > 0.8
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path
+) -> None:
+    results = [
+        train(_config(tmp_path, num_epochs=1, seed=seed), inputs, enable_checkpoint=False)
+        for seed in (3, 3, 4)
+    ]
+
+    first, again, other = (defined_metrics(result.metrics) for result in results)
+    assert first == again
+    assert first != other
+    assert results[0].checkpoint is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_service_is_refused(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path
+) -> None:
+    train(_config(tmp_path, num_epochs=1), inputs)
+    os.rename(tmp_path / "ranker_v1", tmp_path / "ranker_v2")
+
+    with pytest.raises(CodebookMismatchError, match="'ranker_v1', but this process loaded"):
+        Checkpoint(str(tmp_path), "ranker_v2")
+
+
+def test_without_a_checkpoint_the_error_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="torchrun"):
+        Checkpoint(str(tmp_path), "ranker_v1")
+
+
+def test_a_save_that_dies_before_the_rename_leaves_the_old_checkpoint(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(_config(tmp_path, num_epochs=1), inputs)
+    before = Checkpoint(str(tmp_path), "ranker_v1").manifest
+
+    def die(folder: Path) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(checkpoint_module, "sync_folder", die)
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(_config(tmp_path, num_epochs=2), inputs)
+
+    assert Checkpoint(str(tmp_path), "ranker_v1").manifest == before
+
+
+def test_a_centroid_start_without_a_codebook_is_refused(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path
+) -> None:
+    bare = TrainInputs(store=inputs.store, codebook=None)
+
+    with pytest.raises(ConfigError, match="enable_centroid_start"):
+        train(_config(tmp_path), bare, enable_checkpoint=False)
+
+    result = train(
+        _config(tmp_path, enable_centroid_start=False, num_epochs=1), bare, enable_checkpoint=False
+    )
+    assert result.num_steps == 8

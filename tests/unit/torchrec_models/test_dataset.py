@@ -1,0 +1,111 @@
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from qarm_feast.errors import DataError
+from torchrec_models.batch import BatchBuilder, RankingBatch
+from torchrec_models.config import RankerConfig
+from torchrec_models.dataset import RowDataset
+from torchrec_models.inputs import TrainInputs
+from torchrec_models.row_store import code_sizes
+from torchrec_models.sharding import Ranks
+from torchrec_models.snapshot import ItemSnapshot
+from torchrec_models.tables import ranker_tables, sparse_feature_names
+
+
+def make_dataset(inputs: TrainInputs, split: str, config: RankerConfig, ranks: Ranks) -> RowDataset:
+    store = inputs.store
+    vocabularies = store.vocabularies()
+    snapshot = ItemSnapshot(store.snapshot_folder)
+    tables = ranker_tables(code_sizes(store.manifest), vocabularies, config)
+    return RowDataset(
+        path=store.split_path(split),
+        label_names=store.manifest.label_names,
+        user_columns=store.manifest.user_columns,
+        builder=BatchBuilder(
+            config, vocabularies, sparse_feature_names(tables), snapshot, snapshot
+        ),
+        ranks=ranks,
+        batch_size=config.batch_size,
+    )
+
+
+def _users(batches: list[RankingBatch]) -> Counter[int]:
+    return Counter(np.concatenate([batch.user_ids.numpy() for batch in batches]).tolist())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("window_rows", [1, 300, 10_000])
+def test_ranks_see_each_row_once_in_equally_many_batches(
+    inputs: TrainInputs, world_size: int, window_rows: int
+) -> None:
+    config = RankerConfig(batch_size=101)
+    passes = [
+        list(
+            make_dataset(inputs, "train", config, Ranks(rank, world_size)).train_batches(
+                seed=0, epoch=0, window_rows=window_rows
+            )
+        )
+        for rank in range(world_size)
+    ]
+
+    stored = pq.read_table(inputs.store.split_path("train"))["user_id"].to_pylist()
+    assert sum((_users(batches) for batches in passes), Counter()) == Counter(stored)
+    assert len({len(batches) for batches in passes}) == 1
+    assert max(len(batch.user_ids) for batches in passes for batch in batches) <= 101
+
+
+def test_the_same_seed_and_epoch_give_the_same_batches(inputs: TrainInputs) -> None:
+    dataset = make_dataset(inputs, "train", RankerConfig(batch_size=200), Ranks(0, 2))
+
+    def values(seed: int, epoch: int) -> list[int]:
+        batches = dataset.train_batches(seed=seed, epoch=epoch, window_rows=500)
+        return [v for batch in batches for v in batch.sparse_features.values().tolist()]
+
+    assert values(1, 0) == values(1, 0)
+    assert values(1, 0) != values(1, 1)
+    assert values(1, 0) != values(2, 0)
+
+
+def test_a_train_pass_is_shuffled_and_an_evaluation_is_not(inputs: TrainInputs) -> None:
+    dataset = make_dataset(inputs, "train", RankerConfig(batch_size=4000), Ranks(0, 1))
+    stored = pq.read_table(inputs.store.split_path("train"))["user_id"].to_pylist()
+
+    shuffled = next(dataset.train_batches(seed=0, epoch=0, window_rows=10_000)).user_ids.tolist()
+    in_order = next(dataset.eval_batches()).user_ids.tolist()
+
+    assert in_order == stored
+    assert shuffled != stored
+
+
+def test_id_dropout_hits_the_target_ids_of_train_rows_only(inputs: TrainInputs) -> None:
+    config = RankerConfig(batch_size=4000, id_dropout=0.5)
+    dataset = make_dataset(inputs, "train", config, Ranks(0, 1))
+
+    trained = next(dataset.train_batches(seed=0, epoch=0, window_rows=10_000)).sparse_features
+    evaluated = next(dataset.eval_batches()).sparse_features
+
+    for name in ("user_id", "item_id"):
+        assert 0.45 < (trained[name].values() == 0).float().mean() < 0.55
+        assert (evaluated[name].values() != 0).all()
+    assert (trained["history_item_id"].values() != 0).all()
+
+
+def test_an_item_without_a_train_row_is_cold(inputs: TrainInputs) -> None:
+    dataset = make_dataset(inputs, "test", RankerConfig(batch_size=4000), Ranks(0, 1))
+    batch = next(dataset.eval_batches())
+    items = pq.read_table(inputs.store.split_path("test"))["item_id"].to_numpy()
+    train_items = pq.read_table(inputs.store.split_path("train"))["item_id"].to_numpy()
+
+    assert batch.is_cold.any()
+    assert batch.is_cold.tolist() == (~np.isin(items, train_items)).tolist()
+
+
+def test_fewer_rows_than_ranks_are_refused(inputs: TrainInputs) -> None:
+    dataset = make_dataset(inputs, "test", RankerConfig(), Ranks(0, 1))
+
+    with pytest.raises(DataError, match="has 200 rows for 201 ranks"):
+        replace(dataset, ranks=Ranks(0, 201)).num_batches()

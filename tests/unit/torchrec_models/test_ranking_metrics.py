@@ -1,0 +1,83 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+
+from torchrec_models.metrics import (
+    Predictions,
+    auc,
+    normalized_entropy,
+    ranking_metrics,
+    user_auc,
+)
+from torchrec_models.sharding import Ranks
+
+
+def _draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores with many ties, labels, users; some users have one class only."""
+    rng = np.random.default_rng(seed)
+    scores_N = rng.integers(-8, 9, 500) / 4
+    labels_N = rng.random(500) < 1 / (1 + np.exp(-scores_N))
+    users_N = rng.integers(0, 60, 500)
+    labels_N[users_N < 5] = True
+    return scores_N, labels_N, users_N
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_equals_scikit_learn(seed: int) -> None:
+    scores_N, labels_N, _ = _draw(seed)
+
+    assert auc(scores_N, labels_N) == pytest.approx(roc_auc_score(labels_N, scores_N), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gauc_and_uauc_equal_a_loop_over_users(seed: int) -> None:
+    scores_N, labels_N, users_N = _draw(seed)
+    per_user = [
+        (roc_auc_score(labels_N[users_N == user], scores_N[users_N == user]), sum(users_N == user))
+        for user in np.unique(users_N)
+        if len(set(labels_N[users_N == user])) == 2
+    ]
+
+    gauc, uauc = user_auc(scores_N, labels_N, users_N)
+
+    aucs, counts = np.array(per_user).T
+    assert len(per_user) < len(np.unique(users_N))
+    assert gauc == pytest.approx((aucs * counts).sum() / counts.sum(), abs=1e-12)
+    assert uauc == pytest.approx(aucs.mean(), abs=1e-12)
+
+
+def test_normalized_entropy_equals_log_loss_over_base_rate_log_loss() -> None:
+    logits_N, labels_N, _ = _draw(0)
+    base_rate_N = np.full(len(labels_N), labels_N.mean())
+
+    expected = log_loss(labels_N, 1 / (1 + np.exp(-logits_N))) / log_loss(labels_N, base_rate_N)
+
+    assert normalized_entropy(logits_N, labels_N) == pytest.approx(expected, abs=1e-9)
+
+
+def test_metrics_without_both_classes_are_not_a_number() -> None:
+    scores_N, labels_N = np.array([0.1, 0.2]), np.array([True, True])
+
+    assert math.isnan(auc(scores_N, labels_N))
+    assert all(math.isnan(value) for value in user_auc(scores_N, labels_N, np.array([1, 2])))
+    assert math.isnan(normalized_entropy(scores_N, labels_N))
+    assert math.isnan(auc(np.zeros(0), np.zeros(0, dtype=bool)))
+
+
+def test_the_cold_slice_holds_cold_rows_only(ranks: Ranks) -> None:
+    predictions = Predictions(
+        logits_NT=torch.tensor([[2.0], [1.0], [0.0], [3.0]]),
+        labels_NT=torch.tensor([[1.0], [0.0], [1.0], [0.0]]),
+        user_ids_N=torch.tensor([1, 1, 2, 2]),
+        is_cold_N=torch.tensor([False, False, True, True]),
+    )
+
+    metrics = ranking_metrics(predictions.gathered(), ["like"])
+
+    assert (metrics["rows"], metrics["cold_rows"]) == (4, 2)
+    assert metrics["auc/like"] == 0.25
+    assert metrics["cold_auc/like"] == 0.0
+    assert metrics["gauc/like"] == 0.5

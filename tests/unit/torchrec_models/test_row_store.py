@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from synthetic import write_synthetic_rows
+
+from qarm_feast.errors import DataError
+from torchrec_models import row_store
+from torchrec_models.row_store import RowStore
+
+
+def test_without_rows_the_error_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="qarm-rank rows"):
+        RowStore(str(tmp_path), "ranker_v1")
+
+
+def test_a_new_build_replaces_the_old_one_and_keeps_it_for_its_readers(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_synthetic_rows(tmp_path, num_rows=100, seed=seed)
+
+    store = RowStore(str(tmp_path), "ranker_v1")
+    builds = sorted(path.name for path in store.folder.glob("build-*"))
+
+    assert store.manifest.build == "build-0002"
+    assert builds == ["build-0001", "build-0002"]
+    for split, num_rows in store.manifest.num_rows.items():
+        times = pq.read_table(store.split_path(split))["event_timestamp"].to_numpy()
+        assert len(times) == num_rows
+        assert (np.diff(times) >= np.timedelta64(0)).all()
+
+
+def test_a_build_that_dies_before_the_manifest_is_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_synthetic_rows(tmp_path, num_rows=100, seed=0)
+
+    def die(path: Path, text: str) -> None:
+        raise OSError("killed between the steps")
+
+    monkeypatch.setattr(row_store, "write_atomically", die)
+    with pytest.raises(OSError, match="killed between"):
+        write_synthetic_rows(tmp_path, num_rows=100, seed=1)
+
+    assert RowStore(str(tmp_path), "ranker_v1").manifest.build == "build-0000"

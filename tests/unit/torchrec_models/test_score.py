@@ -1,0 +1,130 @@
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from test_dataset import make_dataset
+
+from qarm_feast.codebook import ItemCodes
+from qarm_feast.errors import ConfigError
+from qarm_feast.online_stores.codec import Column
+from qarm_feast.online_stores.rows import ColumnBatch
+from torchrec_models.batch import Ints
+from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.config import RankerConfig
+from torchrec_models.inputs import TrainInputs
+from torchrec_models.score import OnlineScorer
+from torchrec_models.sharding import Ranks, process_group
+from torchrec_models.training import train
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class StoredReader:
+    """An online store that holds what one stored row was joined from."""
+
+    rows: list[dict[str, object]]
+    codes: dict[int, list[int]]
+
+    def read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, npt.NDArray[np.bool_]]:
+        vq = {row["item_id"]: row["vq_code"] for row in self.rows}
+        rq_NL = np.array([self.codes.get(item, [-1, -1]) for item in item_ids_N.tolist()])
+        vq_NV = np.array([vq.get(item, [-1] * 4) for item in item_ids_N.tolist()])
+        present_N = np.array([item in self.codes for item in item_ids_N.tolist()], dtype=bool)
+        return ItemCodes(item_ids_N, vq_NV, rq_NL.reshape(-1, 2)), present_N
+
+    def read_recent_items(self, user_ids_N: Ints, length: int) -> tuple[Ints, Ints, Ints]:
+        (row,) = (row for row in self.rows if row["user_id"] == user_ids_N[0])
+        items, times = row["history_item_ids"], row["history_timestamps"]
+        return np.array([items]), np.array([times]), np.array([len(items)])
+
+    def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
+        (row,) = (row for row in self.rows if row["user_id"] == user_ids_N[0])
+        columns = {name: Column(np.array([row[name]]), np.array([1])) for name in ("age", "gender")}
+        return ColumnBatch(np.array([True]), columns)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    with process_group():
+        train(RankerConfig(checkpoint_dir=folder, num_epochs=1, batch_size=500), inputs)
+    return Checkpoint(folder, "ranker_v1")
+
+
+def _stored_rows(inputs: TrainInputs) -> list[dict[str, object]]:
+    """The first test row of each user."""
+    rows = pq.read_table(inputs.store.split_path("test")).to_pylist()
+    return list({row["user_id"]: row for row in reversed(rows)}.values())
+
+
+def _reader(inputs: TrainInputs) -> StoredReader:
+    folder = inputs.store.snapshot_folder
+    item_ids, rq = np.load(folder / "item_ids.npy"), np.load(folder / "rq.npy")
+    codes = dict(zip(item_ids.tolist(), rq.tolist(), strict=True))
+    return StoredReader(_stored_rows(inputs), codes)
+
+
+def test_serving_builds_the_same_features_as_training(
+    inputs: TrainInputs, checkpoint: Checkpoint
+) -> None:
+    reader = _reader(inputs)
+    scorer = OnlineScorer(checkpoint, reader)
+    config = checkpoint.manifest.config
+    dataset = make_dataset(inputs, "test", config, Ranks(0, 1))
+    table = pq.read_table(dataset.path)
+
+    for row in reader.rows:
+        one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
+        assert len(one) == 1
+        trained = dataset.builder.build(dataset._columns(one)).sparse_features
+        served = scorer._builder.build(
+            scorer.rows(row["user_id"], np.array([row["item_id"]]), NOW)
+        ).sparse_features
+
+        assert served.keys() == trained.keys()
+        assert served.values().tolist() == trained.values().tolist()
+        assert served.lengths().tolist() == trained.lengths().tolist()
+
+
+def test_scores_are_probabilities_per_task_in_the_order_asked(
+    inputs: TrainInputs, checkpoint: Checkpoint
+) -> None:
+    reader = _reader(inputs)
+    scorer = OnlineScorer(checkpoint, reader)
+    user = reader.rows[0]["user_id"]
+    items = [5000, 5001, 5002]
+
+    scores = scorer.score(user, items, NOW)
+    turned = scorer.score(user, items[::-1], NOW)
+
+    assert list(scores) == ["like", "love"]
+    assert scores["like"].shape == (3,)
+    assert ((scores["like"] > 0) & (scores["like"] < 1)).all()
+    np.testing.assert_allclose(turned["love"], scores["love"][::-1], rtol=1e-5)
+
+
+def test_an_item_without_codes_is_scored_by_what_is_known(
+    inputs: TrainInputs, checkpoint: Checkpoint
+) -> None:
+    reader = _reader(inputs)
+
+    scores = OnlineScorer(checkpoint, reader).score(reader.rows[0]["user_id"], [123456], NOW)
+
+    assert np.isfinite(scores["like"]).all()
+
+
+def test_a_ranker_trained_on_vectors_is_not_served(inputs: TrainInputs, tmp_path: Path) -> None:
+    config = RankerConfig(
+        checkpoint_dir=str(tmp_path), features=("item_id", "vector"), num_epochs=1
+    )
+    with process_group():
+        train(config, inputs)
+
+    with pytest.raises(ConfigError, match="in no online view"):
+        OnlineScorer(Checkpoint(str(tmp_path), "ranker_v1"), _reader(inputs))

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qarm_feast.errors import ConfigError
+from torchrec_models.row_store import SnapshotArrays
+from torchrec_models.snapshot import ItemSnapshot
+
+
+def _snapshot(folder: Path, vectors_ID: np.ndarray | None = None) -> ItemSnapshot:
+    SnapshotArrays(
+        item_ids_I=np.array([30, 10, 20]),
+        event_times_I=np.array([300, 100, 200]),
+        rq_IL=np.array([[3, 33], [1, 11], [-1, -1]]),
+        vectors_ID=vectors_ID,
+    ).write(folder)
+    return ItemSnapshot(folder)
+
+
+def test_a_code_row_later_than_the_label_is_masked_and_counted(tmp_path: Path) -> None:
+    snapshot = _snapshot(tmp_path)
+
+    found = snapshot.history_codes(np.array([30, 30, 10, 99]), np.array([299, 300, 100, 500]))
+
+    assert found.present_H.tolist() == [False, True, True, False]
+    assert found.rq_HL[found.present_H].tolist() == [[3, 33], [1, 11]]
+    assert snapshot.masked_share == 0.25
+
+
+def test_a_deleted_item_has_no_code(tmp_path: Path) -> None:
+    found = _snapshot(tmp_path).history_codes(np.array([20]), np.array([500]))
+
+    assert found.present_H.tolist() == [False]
+
+
+def test_vectors_are_zero_where_unknown_or_later(tmp_path: Path) -> None:
+    snapshot = _snapshot(tmp_path, np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32))
+
+    vectors_ND = snapshot.vectors(np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
+
+    assert vectors_ND.tolist() == [[1, 0], [0, 0], [0, 3], [0, 0]]
+
+
+def test_a_snapshot_without_vectors_says_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="qarm align export"):
+        _snapshot(tmp_path).vectors(np.array([10]), np.array([100]))

@@ -1,0 +1,73 @@
+"""Parts of the ranker below the heads: sparse lookup, dense net, feature interaction.
+
+Shape letters: B rows, F features, E table width, W dense width, X interaction width.
+May import: torch, torchrec.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+
+class SparseArch(nn.Module):
+    """Looks up every sparse feature: ``KeyedJaggedTensor`` to ``[B, F, E]``."""
+
+    def __init__(self, embedding_bag_collection: EmbeddingBagCollection) -> None:
+        super().__init__()
+        self.embedding_bag_collection = embedding_bag_collection
+        configs = embedding_bag_collection.embedding_bag_configs()
+        self._feature_names = [name for config in configs for name in config.feature_names]
+        self._embedding_dim = configs[0].embedding_dim
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
+        """Return pooled embeddings in table order, whatever order the sharding plan gave them."""
+        embeddings = self.embedding_bag_collection(sparse_features)
+        grouped = KeyedTensor.regroup([embeddings], [self._feature_names])[0]
+        embeddings_BFE: torch.Tensor = grouped.view(
+            -1, len(self._feature_names), self._embedding_dim
+        )
+        return embeddings_BFE
+
+
+class DenseArch(nn.Module):
+    """Brings dense features to the width of a table: ``[B, W]`` to ``[B, E]``."""
+
+    def __init__(self, in_features: int, layer_sizes: Sequence[int], embedding_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            mlp(in_features, layer_sizes), nn.Linear(layer_sizes[-1], embedding_dim)
+        )
+
+    def forward(self, dense_features_BW: torch.Tensor) -> torch.Tensor:
+        """Return one embedding per row."""
+        embedding_BE: torch.Tensor = self.net(dense_features_BW)
+        return embedding_BE
+
+
+class InteractionArch(nn.Module):
+    """DLRM's dot interaction: all embeddings and the dot product of every pair, ``[B, X]``."""
+
+    def __init__(self, num_features: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.out_features = num_features * embedding_dim + num_features * (num_features - 1) // 2
+        self._pairs: torch.Tensor
+        pairs = torch.triu_indices(num_features, num_features, offset=1)
+        self.register_buffer("_pairs", pairs, persistent=False)
+
+    def forward(self, features_BFE: torch.Tensor) -> torch.Tensor:
+        """Return the flattened embeddings followed by the pairwise dot products."""
+        dots_BFF = torch.bmm(features_BFE, features_BFE.transpose(1, 2))
+        dots_BP = dots_BFF[:, self._pairs[0], self._pairs[1]]
+        return torch.cat([features_BFE.flatten(1), dots_BP], dim=1)
+
+
+def mlp(in_features: int, layer_sizes: Sequence[int]) -> nn.Sequential:
+    """Return linear layers of the given sizes, each followed by a ReLU."""
+    layers: list[nn.Module] = []
+    for out_features in layer_sizes:
+        layers += [nn.Linear(in_features, out_features), nn.ReLU()]
+        in_features = out_features
+    return nn.Sequential(*layers)

@@ -1,0 +1,245 @@
+"""From columns of rows to a :class:`RankingBatch`: the one feature builder of training and serving.
+
+Both doors fill a :class:`RowColumns` (training from parquet, serving from the online store) and
+call :class:`BatchBuilder`, so that a feature cannot mean two things.
+Shape letters: B rows of a batch, H history items of all rows together, L levels,
+K neighbours, D aligned embedding width, W dense width, T tasks.
+May import: numpy, pyarrow, torch, torchrec; does no I/O.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from qarm_feast.schema import ABSENT_CODE
+from torchrec_models.config import RankerConfig
+from torchrec_models.tables import (
+    HISTORY_ITEM_FEATURE,
+    ITEM_ID_FEATURE,
+    USER_ID_FEATURE,
+    VQ_FEATURE,
+    history_rq_feature,
+    rq_feature,
+    user_column_feature,
+)
+from torchrec_models.vocabulary import DEFAULT_ROW, Vocabularies
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass
+class RankingBatch(Pipelineable):
+    """One step's input of one rank; moves between devices as a whole."""
+
+    sparse_features: KeyedJaggedTensor
+    dense_features: torch.Tensor
+    labels: torch.Tensor
+    user_ids: torch.Tensor
+    is_cold: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "RankingBatch":
+        """Return the batch on a device."""
+        return RankingBatch(
+            **{
+                part.name: getattr(self, part.name).to(device=device, non_blocking=non_blocking)
+                for part in fields(self)
+            }
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until the stream has used it."""
+        for part in fields(self):
+            getattr(self, part.name).record_stream(stream)
+
+    def pin_memory(self) -> "RankingBatch":
+        """Return the batch in page-locked memory, from where a GPU copies without waiting."""
+        return RankingBatch(
+            **{part.name: getattr(self, part.name).pin_memory() for part in fields(self)}
+        )
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """B rows as columns, before any vocabulary is applied.
+
+    History items stand newest first, row after row, ``history_lengths_B`` of them per row.
+    A missing code is :data:`~qarm_feast.schema.ABSENT_CODE`; times are microseconds, UTC.
+    """
+
+    user_ids_B: Ints
+    item_ids_B: Ints
+    label_times_B: Ints
+    rq_BL: Ints
+    vq_BK: Ints
+    history_item_ids_H: Ints
+    history_lengths_B: Ints
+    labels_BT: Floats
+    user_columns: Mapping[str, pa.Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HistoryCodes:
+    """RQ codes of history items; ``present_H`` is false where there is none to use."""
+
+    rq_HL: Ints
+    present_H: npt.NDArray[np.bool_]
+
+
+class CodeLookup(Protocol):
+    """Codes of history items: the snapshot in training, the online store in serving."""
+
+    def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
+        """Return the codes of items as known at the time of the row that lists them."""
+        ...
+
+
+class VectorLookup(Protocol):
+    """Where aligned vectors of items come from."""
+
+    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
+        """Return ``[N, D]`` float32 unit vectors, zero where there is none at that time."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Turns :class:`RowColumns` into a :class:`RankingBatch`."""
+
+    config: RankerConfig
+    vocabularies: Vocabularies
+    feature_names: tuple[str, ...]
+    code_lookup: CodeLookup
+    vector_lookup: VectorLookup | None = None
+
+    def build(
+        self, rows: RowColumns, dropout_rng: np.random.Generator | None = None
+    ) -> RankingBatch:
+        """Return the batch of these rows.
+
+        Args:
+            rows: Columns of B rows.
+            dropout_rng: Source of ID dropout; given for train rows only.
+
+        Returns:
+            A batch whose sparse features stand in the order of ``feature_names``.
+        """
+        rows = _cut_histories(rows, self.config.history_length)
+        features = self._sparse_features(rows, dropout_rng)
+        ordered = [features[name] for name in self.feature_names]
+        item_rows_B = self.vocabularies.item_ids.rows(rows.item_ids_B)
+        return RankingBatch(
+            sparse_features=KeyedJaggedTensor(
+                keys=list(self.feature_names),
+                values=torch.from_numpy(np.concatenate([values for values, _ in ordered])),
+                lengths=torch.from_numpy(
+                    np.concatenate([lengths_B for _, lengths_B in ordered]).astype(np.int32)
+                ),
+                # Known here, and costly to find again: the keys' shares of the values.
+                length_per_key=[len(values) for values, _ in ordered],
+            ),
+            dense_features=self._dense_features(rows),
+            labels=torch.from_numpy(rows.labels_BT),
+            user_ids=torch.from_numpy(rows.user_ids_B),
+            is_cold=torch.from_numpy(item_rows_B == DEFAULT_ROW),
+        )
+
+    def _sparse_features(
+        self, rows: RowColumns, dropout_rng: np.random.Generator | None
+    ) -> dict[str, tuple[Ints, Ints]]:
+        config, vocabularies = self.config, self.vocabularies
+        features: dict[str, tuple[Ints, Ints]] = {}
+        if config.has("user_id"):
+            user_rows_B = vocabularies.user_ids.rows(rows.user_ids_B)
+            features[USER_ID_FEATURE] = _one_each(self._drop(user_rows_B, dropout_rng))
+        if config.has("item_id"):
+            item_rows_B = vocabularies.item_ids.rows(rows.item_ids_B)
+            features[ITEM_ID_FEATURE] = _one_each(self._drop(item_rows_B, dropout_rng))
+        if config.has("history_item_id"):
+            history_rows_H = vocabularies.item_ids.rows(rows.history_item_ids_H)
+            features[HISTORY_ITEM_FEATURE] = (history_rows_H, rows.history_lengths_B)
+        if config.has("user_columns"):
+            for name, vocabulary in vocabularies.user_columns.items():
+                column_rows_B = vocabulary.rows(rows.user_columns[name])
+                features[user_column_feature(name)] = _one_each(column_rows_B)
+        return features | self._code_features(rows)
+
+    def _drop(self, rows_B: Ints, rng: np.random.Generator | None) -> Ints:
+        if rng is None or not self.config.id_dropout:
+            return rows_B
+        return np.where(rng.random(len(rows_B)) < self.config.id_dropout, DEFAULT_ROW, rows_B)
+
+    def _code_features(self, rows: RowColumns) -> dict[str, tuple[Ints, Ints]]:
+        features: dict[str, tuple[Ints, Ints]] = {}
+        if self.config.has("rq_code"):
+            for level, codes_B in enumerate(rows.rq_BL.T):
+                features[rq_feature(level)] = _without_absent(codes_B[:, None])
+        if self.config.has("vq_code"):
+            features[VQ_FEATURE] = _without_absent(rows.vq_BK)
+        if self.config.has("history_rq_code"):
+            label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
+            found = self.code_lookup.history_codes(rows.history_item_ids_H, label_times_H)
+            lengths_B = _segment_sums(found.present_H.astype(np.int64), rows.history_lengths_B)
+            present_HL = found.rq_HL[found.present_H]
+            for level in range(rows.rq_BL.shape[1]):
+                codes_H = np.ascontiguousarray(present_HL[:, level])
+                features[history_rq_feature(level)] = (codes_H, lengths_B)
+        return features
+
+    def _dense_features(self, rows: RowColumns) -> torch.Tensor:
+        if not self.config.has("vector"):
+            return torch.zeros(len(rows.user_ids_B), 0)
+        assert self.vector_lookup is not None
+        targets_BD = self.vector_lookup.vectors(rows.item_ids_B, rows.label_times_B)
+        label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
+        history_HD = self.vector_lookup.vectors(rows.history_item_ids_H, label_times_H)
+        return _vector_features(targets_BD, history_HD, torch.from_numpy(rows.history_lengths_B))
+
+
+def _vector_features(
+    targets_BD: torch.Tensor, history_HD: torch.Tensor, lengths_B: torch.Tensor
+) -> torch.Tensor:
+    """Return target, mean history vector, mean and largest cosine; zeros for an empty history."""
+    row_of_H = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
+    sums_BD = torch.zeros_like(targets_BD).index_add_(0, row_of_H, history_HD)
+    means_BD = sums_BD / lengths_B.clamp(min=1)[:, None]
+    cosines_H = (history_HD * targets_BD[row_of_H]).sum(dim=1)
+    largest_B = torch.full((len(lengths_B),), -1.0).scatter_reduce_(0, row_of_H, cosines_H, "amax")
+    largest_B = torch.where(lengths_B > 0, largest_B, 0.0)
+    mean_B = (means_BD * targets_BD).sum(dim=1)
+    return torch.cat([targets_BD, means_BD, mean_B[:, None], largest_B[:, None]], dim=1)
+
+
+def _one_each(rows_B: Ints) -> tuple[Ints, Ints]:
+    return rows_B, np.ones(len(rows_B), dtype=np.int64)
+
+
+def _without_absent(codes_BK: Ints) -> tuple[Ints, Ints]:
+    present_BK = codes_BK != ABSENT_CODE
+    return codes_BK[present_BK], present_BK.sum(axis=1)
+
+
+def _segment_sums(values_H: Ints, lengths_B: Ints) -> Ints:
+    cumulative = np.concatenate([[0], np.cumsum(values_H)])
+    ends_B = np.cumsum(lengths_B)
+    sums_B: Ints = cumulative[ends_B] - cumulative[ends_B - lengths_B]
+    return sums_B
+
+
+def _cut_histories(rows: RowColumns, history_length: int) -> RowColumns:
+    lengths_B = rows.history_lengths_B
+    if not len(lengths_B) or lengths_B.max() <= history_length:
+        return rows
+    starts_B = np.cumsum(lengths_B) - lengths_B
+    places_H = np.arange(len(rows.history_item_ids_H)) - np.repeat(starts_B, lengths_B)
+    parts = {part.name: getattr(rows, part.name) for part in fields(rows)}
+    parts["history_item_ids_H"] = rows.history_item_ids_H[places_H < history_length]
+    parts["history_lengths_B"] = np.minimum(lengths_B, history_length)
+    return RowColumns(**parts)

@@ -1,0 +1,90 @@
+"""``qarm-rank``: the ranker's command line; training itself is started by torchrun."""
+
+import json
+from datetime import UTC, datetime
+
+import click
+
+from qarm_feast.command import (
+    config_option,
+    log_level_option,
+    run_command_line,
+    start_logging,
+)
+from torchrec_models.dependency import require_torchrec
+from torchrec_models.options import load_ranker_config, set_option
+
+
+@click.group(
+    epilog="Example: qarm-rank score --config feature_repo/qarm.yaml --user-id 42 --items 7,8,9"
+)
+@click.version_option(package_name="qarm-feast")
+def qarm_rank() -> None:
+    """Build training rows and score candidates.
+
+    Training: torchrun --standalone --nproc-per-node 2 -m torchrec_models.train
+    """
+
+
+@qarm_rank.command(epilog="Example: qarm-rank rows --config feature_repo/qarm.yaml")
+@config_option
+@click.option("--codebook-version", help="Overrides ranker.codebook_version.")
+@set_option
+@log_level_option
+def rows(
+    config_path: str,
+    codebook_version: str | None,
+    assignments: tuple[str, ...],
+    log_level: str | None,
+) -> None:
+    """Join, check and store training rows; print what they hold as JSON."""
+    from torchrec_models.rows import build_training_rows
+
+    start_logging(config_path, log_level)
+    config = load_ranker_config(config_path, assignments)
+    manifest = build_training_rows(config_path, config, codebook_version)
+    click.echo(manifest.model_dump_json(indent=2))
+
+
+@qarm_rank.command(
+    epilog="Example: qarm-rank score --config feature_repo/qarm.yaml --user-id 42 --items 7,8,9"
+)
+@config_option
+@click.option("--user-id", type=int, required=True, help="The user.")
+@click.option("--items", "item_list", required=True, help="Candidate item ids, comma-separated.")
+@click.option("--checkpoint", help="Checkpoint folder name; default: the newest.")
+@set_option
+@log_level_option
+def score(
+    config_path: str,
+    user_id: int,
+    item_list: str,
+    checkpoint: str | None,
+    assignments: tuple[str, ...],
+    log_level: str | None,
+) -> None:
+    """Score candidates of one user from the online store; one JSON object per line."""
+    require_torchrec()
+    from torchrec_models.score import open_scorer
+
+    start_logging(config_path, log_level)
+    scorer = open_scorer(config_path, load_ranker_config(config_path, assignments), checkpoint)
+    try:
+        item_ids = [int(text) for text in item_list.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(
+            "give integers separated by commas", param_hint="--items"
+        ) from error
+    scores = scorer.score(user_id, item_ids, datetime.now(UTC))
+    for row, item_id in enumerate(item_ids):
+        values = {name: round(float(values_B[row]), 6) for name, values_B in scores.items()}
+        click.echo(json.dumps({"item_id": item_id, "scores": values}))
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    run_command_line(qarm_rank)
+
+
+if __name__ == "__main__":
+    main()

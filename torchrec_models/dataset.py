@@ -1,0 +1,148 @@
+"""Training rows from parquet, streamed straight into batches without per-row Python.
+
+Rank ``r`` of ``w`` reads the rows whose number is ``r`` modulo ``w``, holds a window of them,
+shuffles inside the window and cuts it into batches. Every rank makes the same number of batches,
+because sharded tables talk to each other on every step.
+Shape letters: B rows, H history items of all rows, L levels, K neighbours, T tasks.
+May import: numpy, pyarrow.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qarm_feast.errors import DataError
+from torchrec_models.batch import BatchBuilder, Ints, RankingBatch, RowColumns
+from torchrec_models.sharding import Ranks
+
+_SCAN_ROWS = 16384
+_READ_COLUMNS = ("user_id", "item_id", "event_timestamp", "rq_code", "vq_code", "history_item_ids")
+
+
+@dataclass(frozen=True)
+class RowDataset:
+    """One split's rows as batches of one rank."""
+
+    path: Path
+    label_names: tuple[str, ...]
+    user_columns: tuple[str, ...]
+    builder: BatchBuilder
+    ranks: Ranks
+    batch_size: int
+
+    def num_batches(self) -> int:
+        """Return the number of batches of every rank in one pass.
+
+        Raises:
+            DataError: If there are fewer rows than ranks.
+        """
+        num_rows: int = pq.ParquetFile(self.path).metadata.num_rows
+        if num_rows < self.ranks.world_size:
+            raise DataError(
+                f"{self.path} has {num_rows} rows for {self.ranks.world_size} ranks; "
+                "give each rank at least one row"
+            )
+        return -(-num_rows // (self.ranks.world_size * self.batch_size))
+
+    def train_batches(self, *, seed: int, epoch: int, window_rows: int) -> Iterator[RankingBatch]:
+        """Yield one shuffled pass with ID dropout; the same seed and epoch give the same batches.
+
+        Args:
+            seed: Run's seed.
+            epoch: Number of this pass.
+            window_rows: Rows that are held and shuffled at a time.
+
+        Yields:
+            Batches of nearly equal size.
+        """
+        rng = np.random.default_rng([seed, epoch, self.ranks.rank])
+        for table in self._tables(max(window_rows, self.batch_size), rng):
+            yield self.builder.build(self._columns(table), dropout_rng=rng)
+
+    def eval_batches(self) -> Iterator[RankingBatch]:
+        """Yield one pass in file order, ids as they are."""
+        for table in self._tables(_SCAN_ROWS, None):
+            yield self.builder.build(self._columns(table))
+
+    def _tables(self, window_rows: int, rng: np.random.Generator | None) -> Iterator[pa.Table]:
+        sizes = iter(self._batch_sizes())
+        size = next(sizes)
+        held: list[pa.RecordBatch] = []
+        for part in self._own_rows():
+            held.append(part)
+            if sum(len(batch) for batch in held) < window_rows:
+                continue
+            window = _shuffled(held, rng)
+            start = 0
+            while start + size <= len(window):
+                yield window.slice(start, size)
+                start += size
+                size = next(sizes, len(window) + 1)
+            held = window.slice(start).combine_chunks().to_batches()
+        if held:
+            window = _shuffled(held, rng)
+            start = 0
+            while start < len(window):
+                yield window.slice(start, size)
+                start += size
+                size = next(sizes, 0)
+
+    def _batch_sizes(self) -> Ints:
+        num_rows = pq.ParquetFile(self.path).metadata.num_rows
+        own_rows = (num_rows - self.ranks.rank + self.ranks.world_size - 1) // self.ranks.world_size
+        bounds = np.linspace(0, own_rows, self.num_batches() + 1).astype(np.int64)
+        return np.diff(bounds)
+
+    def _own_rows(self) -> Iterator[pa.RecordBatch]:
+        columns = [*_READ_COLUMNS, *self.label_names, *self.user_columns]
+        first_row = 0
+        with pq.ParquetFile(self.path) as file:
+            for part in file.iter_batches(batch_size=_SCAN_ROWS, columns=columns):
+                offset = (self.ranks.rank - first_row) % self.ranks.world_size
+                own = np.arange(offset, len(part), self.ranks.world_size)
+                first_row += len(part)
+                yield part.take(pa.array(own)) if self.ranks.world_size > 1 else part
+
+    def _columns(self, table: pa.Table) -> RowColumns:
+        return row_columns(table, self.label_names, self.user_columns)
+
+
+def row_columns(
+    table: pa.Table, label_names: Sequence[str], user_columns: Sequence[str]
+) -> RowColumns:
+    """Return the columns of a table of training rows as the batch builder takes them."""
+    num_rows = len(table)
+    history = table["history_item_ids"].combine_chunks()
+    offsets_B = history.offsets.to_numpy()
+    return RowColumns(
+        user_ids_B=_ints(table["user_id"]),
+        item_ids_B=_ints(table["item_id"]),
+        label_times_B=_ints(table["event_timestamp"].cast(pa.int64())),
+        rq_BL=_code_matrix(table["rq_code"], num_rows),
+        vq_BK=_code_matrix(table["vq_code"], num_rows),
+        history_item_ids_H=history.flatten().to_numpy(),
+        history_lengths_B=np.diff(offsets_B).astype(np.int64),
+        labels_BT=np.stack(
+            [table[name].to_numpy().astype(np.float32) for name in label_names], axis=1
+        ),
+        user_columns={name: table[name].combine_chunks() for name in user_columns},
+    )
+
+
+def _shuffled(held: list[pa.RecordBatch], rng: np.random.Generator | None) -> pa.Table:
+    window = pa.Table.from_batches(held)
+    return window if rng is None else window.take(pa.array(rng.permutation(len(window))))
+
+
+def _ints(column: pa.ChunkedArray) -> Ints:
+    # A copy: Arrow's memory is read-only, and torch wants to own what it wraps.
+    return np.array(column.to_numpy(), dtype=np.int64)
+
+
+def _code_matrix(column: pa.ChunkedArray, num_rows: int) -> Ints:
+    flat: Ints = column.combine_chunks().flatten().to_numpy()
+    return flat.reshape(num_rows, -1)

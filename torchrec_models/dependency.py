@@ -1,0 +1,20 @@
+"""The one optional package of the ranker. May import: nothing heavy."""
+
+from importlib.util import find_spec
+
+from qarm_feast.errors import MissingDependencyError
+
+TORCHREC_COMMAND = "pip install --no-deps torchrec==1.8.0"
+
+
+def require_torchrec() -> None:
+    """Return if torchrec can be imported.
+
+    Raises:
+        MissingDependencyError: If it cannot; names the command that installs it. TorchRec stands
+            in no extra, because it would bring a CUDA build of fbgemm over the CPU one.
+    """
+    if find_spec("torchrec") is None:
+        raise MissingDependencyError(
+            package="torchrec", needed_for="the ranker", command=TORCHREC_COMMAND
+        )

@@ -1,0 +1,146 @@
+"""Ranking metrics per task, over the rows of all ranks, for all items and for cold ones.
+
+AUC; GAUC = sum n_u AUC_u / sum n_u and UAUC = mean AUC_u over the users with both classes;
+NE = log loss / entropy of the base rate. A metric that is not defined (one class only) is NaN.
+Shape letters: N rows, T tasks, G groups (users).
+May import: numpy, torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits with what is needed to judge them."""
+
+    logits_NT: torch.Tensor
+    labels_NT: torch.Tensor
+    user_ids_N: torch.Tensor
+    is_cold_N: torch.Tensor
+
+    @staticmethod
+    def concatenate(parts: Sequence["Predictions"]) -> "Predictions":
+        """Return the rows of all parts, in order."""
+        return Predictions(
+            logits_NT=torch.cat([part.logits_NT for part in parts]),
+            labels_NT=torch.cat([part.labels_NT for part in parts]),
+            user_ids_N=torch.cat([part.user_ids_N for part in parts]),
+            is_cold_N=torch.cat([part.is_cold_N for part in parts]),
+        )
+
+    def gathered(self) -> "Predictions":
+        """Return the rows of all ranks, on every rank."""
+        return Predictions(
+            logits_NT=_all_rows(self.logits_NT),
+            labels_NT=_all_rows(self.labels_NT),
+            user_ids_N=_all_rows(self.user_ids_N),
+            is_cold_N=_all_rows(self.is_cold_N.to(torch.uint8)).to(torch.bool),
+        )
+
+
+def _all_rows(rows: torch.Tensor) -> torch.Tensor:
+    world_size = dist.get_world_size()
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    most = int(max(counts))
+    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype)
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict[str, float]:
+    """Return every metric under its key, for example ``auc/like`` and ``cold_auc/like``.
+
+    Args:
+        predictions: Rows of all ranks.
+        task_names: One name per column of the logits.
+    """
+    is_cold_N = predictions.is_cold_N.numpy()
+    user_ids_N = predictions.user_ids_N.numpy()
+    metrics: dict[str, float] = {"rows": len(is_cold_N), "cold_rows": int(is_cold_N.sum())}
+    for task, name in enumerate(task_names):
+        logits_N = predictions.logits_NT[:, task].double().numpy()
+        labels_N = predictions.labels_NT[:, task].numpy() > 0.5
+        for prefix, chosen_N in (("", np.ones_like(is_cold_N)), ("cold_", is_cold_N)):
+            values = _slice_metrics(logits_N[chosen_N], labels_N[chosen_N], user_ids_N[chosen_N])
+            metrics |= {f"{prefix}{metric}/{name}": value for metric, value in values.items()}
+    return metrics
+
+
+def _slice_metrics(logits_N: Floats, labels_N: Bools, user_ids_N: Ints) -> dict[str, float]:
+    gauc, uauc = user_auc(logits_N, labels_N, user_ids_N)
+    return {
+        "auc": auc(logits_N, labels_N),
+        "gauc": gauc,
+        "uauc": uauc,
+        "ne": normalized_entropy(logits_N, labels_N),
+    }
+
+
+def defined_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that are defined: JSON has no NaN."""
+    return {key: value for key, value in metrics.items() if not math.isnan(value)}
+
+
+def auc(scores_N: Floats, labels_N: Bools) -> float:
+    """Return the area under the ROC curve, ties counted half; NaN without both classes."""
+    auc_G, _ = _group_aucs(scores_N, labels_N, np.zeros(len(scores_N), dtype=np.int64))
+    return float(auc_G[0]) if len(auc_G) else float("nan")
+
+
+def user_auc(scores_N: Floats, labels_N: Bools, user_ids_N: Ints) -> tuple[float, float]:
+    """Return GAUC and UAUC over the users that have both classes; NaN when there is none."""
+    auc_G, rows_G = _group_aucs(scores_N, labels_N, user_ids_N)
+    if not len(auc_G):
+        return float("nan"), float("nan")
+    return float((auc_G * rows_G).sum() / rows_G.sum()), float(auc_G.mean())
+
+
+def normalized_entropy(logits_N: Floats, labels_N: Bools) -> float:
+    """Return log loss divided by the log loss of always saying the base rate; NaN for one class."""
+    base_rate = labels_N.mean() if len(labels_N) else 0.0
+    if not 0.0 < base_rate < 1.0:
+        return float("nan")
+    log_loss = (np.logaddexp(0.0, logits_N) - labels_N * logits_N).mean()
+    entropy = -(base_rate * np.log(base_rate) + (1 - base_rate) * np.log(1 - base_rate))
+    return float(log_loss / entropy)
+
+
+def _group_aucs(scores_N: Floats, labels_N: Bools, groups_N: Ints) -> tuple[Floats, Ints]:
+    """Return AUC and row count of each group with both classes.
+
+    The rank-sum formula over all groups at once: rows are sorted by (group, score), and rows of
+    equal group and score share their mean rank.
+    """
+    if not len(scores_N):
+        return np.zeros(0), np.zeros(0, dtype=np.int64)
+    order_N = np.lexsort((scores_N, groups_N))
+    scores_N, labels_N, groups_N = scores_N[order_N], labels_N[order_N], groups_N[order_N]
+    is_new_group_N = np.concatenate([[True], groups_N[1:] != groups_N[:-1]])
+    is_new_tie_N = is_new_group_N | np.concatenate([[True], scores_N[1:] != scores_N[:-1]])
+    group_N = np.cumsum(is_new_group_N) - 1
+    tie_N = np.cumsum(is_new_tie_N) - 1
+    tie_starts = np.flatnonzero(is_new_tie_N)
+    tie_sizes = np.diff(np.append(tie_starts, len(scores_N)))
+    group_starts_N = np.flatnonzero(is_new_group_N)[group_N]
+    mean_rank_N = (tie_starts + (tie_sizes + 1) / 2)[tie_N] - group_starts_N
+    rows_G = np.bincount(group_N)
+    positives_G = np.bincount(group_N, weights=labels_N)
+    negatives_G = rows_G - positives_G
+    rank_sums_G = np.bincount(group_N, weights=mean_rank_N * labels_N)
+    has_both_G = (positives_G > 0) & (negatives_G > 0)
+    wins_G = (rank_sums_G - positives_G * (positives_G + 1) / 2)[has_both_G]
+    return wins_G / (positives_G * negatives_G)[has_both_G], rows_G[has_both_G]

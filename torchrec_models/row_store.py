@@ -1,0 +1,186 @@
+"""Where training rows lie: the folder of one feature service and its manifest.
+
+    <rows_uri>/<service>/manifest.json            what is current, replaced in one step
+    <rows_uri>/<service>/<build>/<split>.parquet  rows in time order, never altered
+    <rows_uri>/<service>/<build>/vocabularies.json
+    <rows_uri>/<service>/<build>/snapshot/*.npy
+
+Shape letters: I items, L levels, D aligned embedding width.
+May import: numpy, pydantic, pyarrow; neither feast nor torch.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from qarm_feast.errors import DataError
+from qarm_feast.schema import CODES, SPLITS, TIMESTAMP
+from torchrec_models.config import CodeSizes
+from torchrec_models.vocabulary import Vocabularies
+
+
+class RowsManifest(BaseModel):
+    """What a build of training rows holds and what it was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    service: str
+    codebook_version: str
+    encoder_version: str
+    build: str
+    created: str
+    label_names: tuple[str, ...]
+    user_columns: tuple[str, ...]
+    level_sizes: tuple[int, ...]
+    num_neighbors: int
+    pool_size: int
+    vector_dim: int
+    num_rows: Mapping[str, int] = Field(description="Rows per split.")
+    counts: Mapping[str, int] = Field(description="What the builder counted, by name.")
+
+
+@dataclass(frozen=True)
+class SnapshotArrays:
+    """Arrays of an item snapshot, one entry per item, in any order.
+
+    ``event_times_I`` is the time of the item's code row in microseconds; ``rq_IL`` holds
+    :data:`~qarm_feast.schema.ABSENT_CODE` for a deleted item; ``vectors_ID`` zero rows where
+    there is no vector, None when the encoder's vectors were not exported.
+    """
+
+    item_ids_I: npt.NDArray[np.int64]
+    event_times_I: npt.NDArray[np.int64]
+    rq_IL: npt.NDArray[np.int64]
+    vectors_ID: npt.NDArray[np.float32] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the arrays, sorted by item id, as ``.npy`` files that can be mapped."""
+        order_I = np.argsort(self.item_ids_I, kind="stable")
+        np.save(folder / "item_ids.npy", self.item_ids_I[order_I])
+        np.save(folder / "event_times.npy", self.event_times_I[order_I])
+        np.save(folder / "rq.npy", self.rq_IL[order_I].astype(np.int32))
+        if self.vectors_ID is not None:
+            np.save(folder / "vectors.npy", self.vectors_ID[order_I].astype(np.float32))
+
+
+class RowStore:
+    """The current build of one service's rows, read only."""
+
+    def __init__(self, rows_uri: str, service: str) -> None:
+        self.folder = Path(rows_uri) / service
+        manifest_path = self.folder / "manifest.json"
+        if not manifest_path.exists():
+            raise DataError(f"no training rows at {self.folder}; run `qarm-rank rows` first")
+        self.manifest = RowsManifest.model_validate_json(manifest_path.read_text("utf-8"))
+        self.build_folder = self.folder / self.manifest.build
+
+    @property
+    def snapshot_folder(self) -> Path:
+        """Folder of the item snapshot."""
+        return self.build_folder / "snapshot"
+
+    def split_path(self, split: str) -> Path:
+        """Return the parquet file of one split."""
+        return self.build_folder / f"{split}.parquet"
+
+    def vocabularies(self) -> Vocabularies:
+        """Return the vocabularies learnt from the train rows."""
+        return Vocabularies.from_json(
+            (self.build_folder / "vocabularies.json").read_text(encoding="utf-8")
+        )
+
+
+def publish_rows(
+    rows_uri: str,
+    manifest: RowsManifest,
+    rows: pa.Table,
+    vocabularies: Vocabularies,
+    snapshot: SnapshotArrays,
+) -> RowStore:
+    """Make a build the current one of its service and return it.
+
+    1. Rows, vocabularies and snapshot are written under a temporary name and flushed.
+    2. The folder gets its own name.
+    3. ``manifest.json`` is replaced: from here on readers see the new build.
+    4. Builds older than the one before are removed; a trainer may still read that one.
+
+    Args:
+        rows_uri: ``ranker.rows_uri``.
+        manifest: Names the service and the build.
+        rows: Rows of all splits, schema :func:`row_schema`.
+        vocabularies: Learnt from the train rows.
+        snapshot: Codes and vectors of the items.
+    """
+    folder = Path(rows_uri) / manifest.service
+    temporary = folder / f".{manifest.build}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "snapshot").mkdir(parents=True)
+    ordered = rows.sort_by([("event_timestamp", "ascending"), ("user_id", "ascending")])
+    for split in SPLITS:
+        part = ordered.filter(pc.equal(ordered["split"], split))
+        pq.write_table(part, temporary / f"{split}.parquet", row_group_size=65536)
+    (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
+    snapshot.write(temporary / "snapshot")
+    sync_folder(temporary)
+    os.replace(temporary, folder / manifest.build)
+    write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=2))
+    for old in sorted(folder.glob("build-*"))[:-2]:
+        shutil.rmtree(old)
+    return RowStore(rows_uri, manifest.service)
+
+
+def row_schema(label_names: tuple[str, ...], user_columns: list[pa.Field]) -> pa.Schema:
+    """Return the schema of training rows; lists are never null, codes padded with ABSENT_CODE."""
+    return pa.schema(
+        [
+            pa.field("user_id", pa.int64()),
+            pa.field("item_id", pa.int64()),
+            pa.field("event_timestamp", TIMESTAMP),
+            pa.field("split", pa.string()),
+            *[pa.field(name, pa.bool_()) for name in label_names],
+            pa.field("rq_code", CODES),
+            pa.field("vq_code", CODES),
+            pa.field("history_item_ids", CODES),
+            pa.field("history_timestamps", CODES),
+            *user_columns,
+        ]
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file below a folder, and the folders, to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def code_sizes(manifest: RowsManifest) -> CodeSizes:
+    """Return the sizes of the codebook that the rows were built with."""
+    return CodeSizes(
+        level_sizes=manifest.level_sizes,
+        num_neighbors=manifest.num_neighbors,
+        pool_size=manifest.pool_size,
+        vector_dim=manifest.vector_dim,
+    )

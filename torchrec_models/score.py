@@ -1,0 +1,167 @@
+"""Scores of candidates for one user, everything read from the online store.
+
+The features come out of the same :class:`~torchrec_models.batch.BatchBuilder` as in training.
+Shape letters: B candidates, H history items of all rows, K neighbours, L levels, T tasks.
+May import: numpy, pyarrow, torch, torchrec, feast through the code reader.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from qarm_feast.codebook import ItemCodes
+from qarm_feast.errors import ConfigError
+from qarm_feast.online_stores.rows import ColumnBatch
+from qarm_feast.reader import CodeReader
+from qarm_feast.repo_paths import open_feature_store
+from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RowColumns
+from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.config import RankerConfig
+from torchrec_models.inputs import resolve_codebook_version
+from torchrec_models.leaks import to_microseconds
+from torchrec_models.ranker import RankerTrainTask, build_ranker
+from torchrec_models.tables import ranker_tables, sparse_feature_names
+
+
+class OnlineReader(Protocol):
+    """What scoring reads; :class:`qarm_feast.reader.CodeReader` is one."""
+
+    def read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, npt.NDArray[np.bool_]]:
+        """Return codes of items and which of them have any."""
+        ...
+
+    def read_recent_items(self, user_ids_N: Ints, length: int) -> tuple[Ints, Ints, Ints]:
+        """Return padded item ids and times, newest first, and the lengths."""
+        ...
+
+    def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
+        """Return the user columns."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnlineCodes:
+    """Codes of history items from the online store, which only holds what is known now."""
+
+    reader: OnlineReader
+
+    def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
+        """Return the RQ codes of items, absent where the store has none."""
+        codes, present_H = self.reader.read_codes(item_ids_H)
+        return HistoryCodes(rq_HL=codes.rq_NL, present_H=present_H)
+
+
+class OnlineScorer:
+    """A trained ranker over the online store, in one process."""
+
+    def __init__(self, checkpoint: Checkpoint, reader: OnlineReader) -> None:
+        """Load the checkpoint's weights.
+
+        Args:
+            checkpoint: Of the feature service that the reader serves.
+            reader: Codes, recent items and profiles.
+
+        Raises:
+            ConfigError: If the ranker was trained on aligned vectors, which are not served.
+        """
+        manifest = checkpoint.manifest
+        self._config = manifest.config
+        if self._config.has("vector"):
+            raise ConfigError(
+                f"{checkpoint.folder} was trained with the feature `vector`, which is in no "
+                "online view; train without it to score online"
+            )
+        self._reader = reader
+        self._vocabularies = checkpoint.vocabularies()
+        tables = ranker_tables(manifest.sizes, self._vocabularies, self._config)
+        self._builder = BatchBuilder(
+            config=self._config,
+            vocabularies=self._vocabularies,
+            feature_names=sparse_feature_names(tables),
+            code_lookup=OnlineCodes(reader),
+        )
+        ranker = build_ranker(
+            self._config, manifest.tasks, self._vocabularies, manifest.sizes, torch.device("cpu")
+        )
+        task = RankerTrainTask(ranker, [task.weight for task in manifest.tasks])
+        checkpoint.load_into(task)
+        self._ranker = ranker.eval()
+        self.task_names = tuple(task.name for task in manifest.tasks)
+
+    def rows(self, user_id: int, item_ids_B: Ints, now: datetime) -> RowColumns:
+        """Return one row per candidate, as the batch builder takes them.
+
+        Args:
+            user_id: The user; one without profile and history is served too.
+            item_ids_B: Candidates.
+            now: Time of the request, aware.
+        """
+        num_rows = len(item_ids_B)
+        user = np.array([user_id], dtype=np.int64)
+        codes, _ = self._reader.read_codes(item_ids_B)
+        recent_1H, _, lengths = self._reader.read_recent_items(user, self._config.history_length)
+        history = recent_1H[0, : lengths[0]]
+        return RowColumns(
+            user_ids_B=np.repeat(user, num_rows),
+            item_ids_B=item_ids_B,
+            label_times_B=np.full(num_rows, to_microseconds(now)),
+            rq_BL=codes.rq_NL,
+            vq_BK=codes.vq_NV,
+            history_item_ids_H=np.tile(history, num_rows),
+            history_lengths_B=np.full(num_rows, len(history)),
+            labels_BT=np.zeros((num_rows, len(self.task_names)), dtype=np.float32),
+            user_columns=self._user_columns(user, num_rows),
+        )
+
+    def score(self, user_id: int, item_ids: Sequence[int], now: datetime) -> Mapping[str, Ints]:
+        """Return per task the probability of each candidate, in the order given.
+
+        Args:
+            user_id: The user.
+            item_ids: Candidates.
+            now: Time of the request, aware.
+        """
+        rows = self.rows(user_id, np.asarray(item_ids, dtype=np.int64), now)
+        batch = self._builder.build(rows)
+        with torch.inference_mode():
+            logits_BT = self._ranker(batch.sparse_features, batch.dense_features)
+            scores_BT = torch.sigmoid(logits_BT).numpy()
+        return {name: scores_BT[:, task] for task, name in enumerate(self.task_names)}
+
+    def _user_columns(self, user: Ints, num_rows: int) -> dict[str, pa.Array]:
+        names = self._vocabularies.user_columns
+        if not names or not self._config.has("user_columns"):
+            return {}
+        profile = self._reader.read_profiles(user)
+        columns = {}
+        for name in names:
+            values = pa.array(profile.columns[name].values)
+            place = pa.array(
+                np.zeros(num_rows, dtype=np.int64), mask=np.full(num_rows, not len(values))
+            )
+            columns[name] = values.take(place)
+        return columns
+
+
+def open_scorer(
+    config_path: str, config: RankerConfig, checkpoint_name: str | None = None
+) -> OnlineScorer:
+    """Return a scorer over the repository's online store and the newest checkpoint.
+
+    Args:
+        config_path: Path of ``qarm.yaml``, beside ``feature_store.yaml``.
+        config: The ranker section: service name and checkpoint folder.
+        checkpoint_name: Another checkpoint than the newest.
+    """
+    version = resolve_codebook_version(config_path, config.codebook_version)
+    service = config.service_name(version)
+    checkpoint = Checkpoint(config.checkpoint_dir, service, checkpoint_name)
+    store = open_feature_store(Path(config_path).resolve().parent)
+    return OnlineScorer(checkpoint, CodeReader(store, version))

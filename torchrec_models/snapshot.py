@@ -1,0 +1,76 @@
+"""Memory-mapped snapshot: item id to codes, the time of the code row, and the aligned vector.
+
+Every rank maps the same files (:class:`~torchrec_models.row_store.SnapshotArrays` writes them),
+so memory does not grow with ranks.
+Shape letters: I items, L levels, D aligned embedding width, H history items, N looked-up items.
+May import: numpy, torch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qarm_feast.errors import ConfigError
+from qarm_feast.schema import ABSENT_CODE
+from torchrec_models.batch import HistoryCodes, Ints
+
+
+class ItemSnapshot:
+    """Codes and vectors of items as of a row's time; a code later than the row is masked."""
+
+    def __init__(self, directory: str | Path) -> None:
+        folder = Path(directory)
+        self._folder = folder
+        self._item_ids_I: Ints = np.load(folder / "item_ids.npy", mmap_mode="r")
+        self._event_times_I: Ints = np.load(folder / "event_times.npy", mmap_mode="r")
+        self._rq_IL: npt.NDArray[np.int32] = np.load(folder / "rq.npy", mmap_mode="r")
+        vectors_path = folder / "vectors.npy"
+        # A mapping opened copy-on-write is one that torch may wrap; nobody writes to it.
+        self._vectors_ID = (
+            torch.from_numpy(np.load(vectors_path, mmap_mode="c"))
+            if vectors_path.exists()
+            else None
+        )
+        self.num_looked_up = 0
+        self.num_masked_later = 0
+
+    @property
+    def masked_share(self) -> float:
+        """Share of looked-up history items whose code row is later than the row's label."""
+        return self.num_masked_later / max(self.num_looked_up, 1)
+
+    def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
+        """Return the RQ codes of items, absent where unknown or later than the row's time."""
+        positions_H, is_known_H, is_in_time_H = self._find(item_ids_H, label_times_H)
+        self.num_looked_up += len(item_ids_H)
+        self.num_masked_later += int((is_known_H & ~is_in_time_H).sum())
+        rq_HL = self._rq_IL[positions_H].astype(np.int64)
+        present_H = is_known_H & is_in_time_H & (rq_HL[:, 0] != ABSENT_CODE)
+        return HistoryCodes(rq_HL=rq_HL, present_H=present_H)
+
+    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
+        """Return ``[N, D]`` vectors, zero where the item has none at the row's time.
+
+        Raises:
+            ConfigError: If the snapshot was built without exported vectors.
+        """
+        if self._vectors_ID is None:
+            raise ConfigError(
+                f"{self._folder} holds no vectors, but ranker.features asks for `vector`; "
+                "run `qarm align export`, then `qarm-rank rows`"
+            )
+        positions_N, is_known_N, is_in_time_N = self._find(item_ids_N, label_times_N)
+        vectors_ND = self._vectors_ID[torch.from_numpy(positions_N)]
+        vectors_ND[torch.from_numpy(~(is_known_N & is_in_time_N))] = 0.0
+        return vectors_ND
+
+    def _find(
+        self, item_ids_N: Ints, label_times_N: Ints
+    ) -> tuple[Ints, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        positions_N = np.searchsorted(self._item_ids_I, item_ids_N)
+        positions_N[positions_N == len(self._item_ids_I)] = 0
+        is_known_N = self._item_ids_I[positions_N] == item_ids_N
+        is_in_time_N = self._event_times_I[positions_N] <= label_times_N
+        return positions_N, is_known_N, is_in_time_N

@@ -1,0 +1,140 @@
+"""Embedding tables of the ranker, sized from the codebook manifest and the vocabularies.
+
+A table is shared by every feature that means the same thing: the target's code of a level and
+the codes of the user's history on that level read the same rows.
+Shape letters: K codebook size, P pool size, D aligned embedding width, E table width.
+May import: numpy, torchrec; does no I/O.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+
+from torchrec_models.config import CodeSizes, RankerConfig
+from torchrec_models.vocabulary import Vocabularies
+
+Weights = npt.NDArray[np.float32]
+
+USER_ID_FEATURE = "user_id"
+ITEM_ID_FEATURE = "item_id"
+HISTORY_ITEM_FEATURE = "history_item_id"
+VQ_FEATURE = "vq_code"
+
+
+def rq_feature(level: int) -> str:
+    """Return the feature, and the table, of the target item's RQ code on a level."""
+    return f"rq_{level}"
+
+
+def history_rq_feature(level: int) -> str:
+    """Return the feature that holds the history items' RQ codes on a level."""
+    return f"history_rq_{level}"
+
+
+def user_column_feature(name: str) -> str:
+    """Return the feature, and the table, of a typed user column."""
+    return f"user_{name}" if name != "id" else "user_column_id"
+
+
+def code_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingBagConfig]:
+    """Return one table per RQ level and the VQ bag, as far as their features are switched on.
+
+    Args:
+        sizes: Level sizes and pool size of the codebook.
+        config: The ranker section.
+
+    Returns:
+        Tables ``rq_<level>`` with ``level_sizes[level]`` rows, read by the target and the
+        history, and ``vq_code`` with one row per pool row, mean-pooled over the neighbours.
+    """
+    tables = []
+    for level, codebook_size in enumerate(sizes.level_sizes):
+        features = [rq_feature(level)] * config.has("rq_code")
+        features += [history_rq_feature(level)] * config.has("history_rq_code")
+        tables.append(_table(rq_feature(level), codebook_size, features, config))
+    tables.append(_table(VQ_FEATURE, sizes.pool_size, [VQ_FEATURE] * config.has("vq_code"), config))
+    return [table for table in tables if table.feature_names]
+
+
+def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[EmbeddingBagConfig]:
+    """Return the tables of user ids, item ids (shared with the history) and user columns."""
+    item_features = [ITEM_ID_FEATURE] * config.has("item_id")
+    item_features += [HISTORY_ITEM_FEATURE] * config.has("history_item_id")
+    user_features = [USER_ID_FEATURE] * config.has("user_id")
+    tables = [
+        _table(USER_ID_FEATURE, vocabularies.user_ids.num_embeddings, user_features, config),
+        _table(ITEM_ID_FEATURE, vocabularies.item_ids.num_embeddings, item_features, config),
+    ]
+    if config.has("user_columns"):
+        for name, vocabulary in vocabularies.user_columns.items():
+            feature = user_column_feature(name)
+            tables.append(_table(feature, vocabulary.num_embeddings, [feature], config))
+    return [table for table in tables if table.feature_names]
+
+
+def ranker_tables(
+    sizes: CodeSizes, vocabularies: Vocabularies, config: RankerConfig
+) -> list[EmbeddingBagConfig]:
+    """Return every table of the ranker; the order fixes the order of the sparse features."""
+    return [*id_tables(vocabularies, config), *code_tables(sizes, config)]
+
+
+def sparse_feature_names(tables: Sequence[EmbeddingBagConfig]) -> tuple[str, ...]:
+    """Return the features of all tables in table order: the keys of a batch."""
+    return tuple(feature for table in tables for feature in table.feature_names)
+
+
+def dense_width(sizes: CodeSizes, config: RankerConfig) -> int:
+    """Return the number of dense inputs: target and mean history vector, two cosines."""
+    return 2 * sizes.vector_dim + 2 if config.has("vector") else 0
+
+
+def _table(
+    name: str, num_embeddings: int, feature_names: list[str], config: RankerConfig
+) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=name,
+        embedding_dim=config.embedding_dim,
+        num_embeddings=num_embeddings,
+        feature_names=feature_names,
+        pooling=PoolingType.MEAN,
+    )
+
+
+def centroid_start(
+    codebooks: Sequence[Weights], pool_vectors_PD: Weights, config: RankerConfig
+) -> Mapping[str, Weights]:
+    """Return first weights of the code tables: centroids, projected by one SVD, scaled.
+
+    All levels and the pool go through one projection and one factor, so that dot products
+    between tables mean what they mean between centroids. The pool's mean is taken out of the
+    pool and of the first level, the only one that carries it.
+
+    Args:
+        codebooks: Centroids of each RQ level, ``[K_l, D]``.
+        pool_vectors_PD: Aligned vectors of the VQ pool, row by row.
+        config: The ranker section; ``centroid_scale`` is the first level's standard deviation.
+
+    Returns:
+        Table name to weights of shape ``[rows, E]``, float32; columns beyond D are zero.
+    """
+    mean_D = pool_vectors_PD.mean(axis=0)
+    centred_PD = pool_vectors_PD - mean_D
+    projection_DE = _principal_directions(centred_PD, config.embedding_dim)
+    centred = [codebooks[0] - mean_D, *codebooks[1:]]
+    first_std = float((centred[0] @ projection_DE).std())
+    projection_DE *= config.centroid_scale / max(first_std, float(np.finfo(np.float32).tiny))
+    weights = {rq_feature(level): x_KD @ projection_DE for level, x_KD in enumerate(centred)}
+    weights[VQ_FEATURE] = centred_PD @ projection_DE
+    return weights
+
+
+def _principal_directions(centred_PD: Weights, width: int) -> Weights:
+    # Singular vectors through the D x D product: the pool may have far more rows than columns.
+    _, directions_DD = np.linalg.eigh(centred_PD.T @ centred_PD)
+    kept_DE = directions_DD[:, ::-1][:, :width]
+    projection_DE = np.zeros((centred_PD.shape[1], width), dtype=np.float32)
+    projection_DE[:, : kept_DE.shape[1]] = kept_DE
+    return projection_DE

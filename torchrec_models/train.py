@@ -1,0 +1,54 @@
+"""Trains the ranker on all processes that torchrun starts.
+
+Run it:
+
+    torchrun --standalone --nproc-per-node 2 -m torchrec_models.train --config PATH/qarm.yaml
+
+The logic lives in :mod:`torchrec_models.training`; nothing imports this module.
+"""
+
+import json
+
+import click
+
+from qarm_feast.command import config_option, log_level_option, run_command_line, start_logging
+from torchrec_models.dependency import require_torchrec
+from torchrec_models.inputs import load_train_inputs
+from torchrec_models.options import load_ranker_config, set_option
+
+
+@click.command(
+    epilog="Example: torchrun --standalone --nproc-per-node 2 -m torchrec_models.train "
+    "--config feature_repo/qarm.yaml --set ranker.batch_size=1024"
+)
+@config_option
+@set_option
+@log_level_option
+def main(config_path: str, assignments: tuple[str, ...], log_level: str | None) -> None:
+    """Train the ranker; the first rank prints its metrics on test rows as one JSON line."""
+    require_torchrec()
+    from torchrec_models.metrics import defined_metrics
+    from torchrec_models.sharding import process_group
+    from torchrec_models.training import train
+
+    start_logging(config_path, log_level)
+    config = load_ranker_config(config_path, assignments)
+    inputs = load_train_inputs(config_path, config)
+    with process_group() as ranks:
+        result = train(config, inputs)
+    if ranks.is_first:
+        click.echo(
+            json.dumps(
+                {
+                    "checkpoint": str(result.checkpoint),
+                    "num_steps": result.num_steps,
+                    "samples_per_second": round(result.samples_per_second),
+                    "masked_history_share": result.masked_history_share,
+                    "metrics": defined_metrics(result.metrics),
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    run_command_line(main)
