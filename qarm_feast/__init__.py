@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qarm_feast.offline_store import CodeLogOfflineStore as CodeLogOfflineStore
     from qarm_feast.offline_store import CodeLogOfflineStoreConfig as CodeLogOfflineStoreConfig
     from qarm_feast.quality import codebook_quality as codebook_quality
+    from qarm_feast.quantizers import build_quantizer as build_quantizer
     from qarm_feast.quantizers.base import Quantizer as Quantizer
     from qarm_feast.registry import publish_codebook as publish_codebook
 
@@ -26,6 +27,7 @@ _HOME_OF = {
     "ItemCodes": "codebook",
     "QarmError": "errors",
     "Quantizer": "quantizers.base",
+    "build_quantizer": "quantizers",
     "codebook_quality": "quality",
     "encode_items": "encode",
     "item_code_view": "feature_views",

@@ -52,7 +52,13 @@ class _Environment(BaseSettings):
 
 
 def read_yaml(config_path: str | Path) -> dict[str, Any]:
-    """Return the parsed ``qarm.yaml``.
+    """Return the sections of a ``qarm.yaml``, parsed and not yet validated.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+
+    Returns:
+        Keys and values by section name.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, or is not a mapping of sections.
@@ -82,6 +88,9 @@ def load_section(
         name: Section name, for example ``"stream"``.
         section_type: The section's class.
         overrides: Keys of this section given on the command line; they win over everything.
+
+    Returns:
+        The section; paths in it are absolute.
 
     Raises:
         ConfigError: With every wrong key of the section at once.
@@ -113,7 +122,13 @@ def _environment_values(name: str) -> dict[str, Any]:
 
 
 def parse_overrides(assignments: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Turn ``("ranker.batch_size=64",)`` into ``{"ranker": {"batch_size": 64}}``.
+    """Return what ``--set`` options say, as keys and values by section.
+
+    Args:
+        assignments: Texts of the form ``section.key=value``, the value as in YAML.
+
+    Returns:
+        For example ``{"ranker": {"batch_size": 64}}`` for ``ranker.batch_size=64``.
 
     Raises:
         ConfigError: If an assignment is not of the form ``section.key=value``.

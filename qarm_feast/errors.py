@@ -1,4 +1,4 @@
-"""The exceptions that users of this package can meet, one tree, each with the exit status of its door.
+"""The exceptions that users of this package can meet, one tree, with exit statuses.
 
 QarmError (1)
 ├── ConfigError (2)              a key in qarm.yaml, an option, a missing optional package

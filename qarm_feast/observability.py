@@ -22,9 +22,7 @@ STREAM_EVENTS = Counter(
 STREAM_DEAD_LETTERS = Counter(
     "qarm_stream_dead_letters", "Refused records, or rows of them, by reason.", ["reason"]
 )
-STREAM_RETRIES = Counter(
-    "qarm_stream_write_retries", "Tries at a store that failed.", ["store"]
-)
+STREAM_RETRIES = Counter("qarm_stream_write_retries", "Tries at a store that failed.", ["store"])
 STREAM_BATCH_ITEMS = Histogram(
     "qarm_stream_batch_items",
     "Records of one batch.",

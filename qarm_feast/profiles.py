@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from feast import FeatureStore
 from feast.errors import FeatureViewNotFoundException
-from feast.infra.online_stores.helpers import get_online_store_from_config
 
 from qarm_feast.command import config_option, log_level_option, start_logging
 from qarm_feast.config import load_section
 from qarm_feast.errors import ConfigError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
 from qarm_feast.offline_store import open_code_log
+from qarm_feast.online_stores import code_online_store
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import CREATED, EVENT_TIMESTAMP, TIMESTAMP, USER_PROFILE_VIEW
 
@@ -66,8 +66,7 @@ def write_profiles(store: FeatureStore, input_data: InputData, created: datetime
     rows = profile_rows(input_data.users, known_since, created)
     # Offline first: what is lost online can be materialized again.
     open_code_log(store.config).append(USER_PROFILE_VIEW, rows)
-    online_store = get_online_store_from_config(store.config.online_store)
-    online_store.write_table(store.config, view, rows)
+    code_online_store(store).write_table(store.config, view, rows)
     return len(rows)
 
 

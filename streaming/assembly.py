@@ -63,6 +63,9 @@ def open_pipeline(
         config_path: Path of ``qarm.yaml``.
         config: Its section ``stream``.
 
+    Yields:
+        The parts, and the settings for reading events.
+
     Raises:
         ConfigError: If ``feast apply`` has not run or the task names are not known.
         CodebookError: If no codebook is published or one is damaged.
@@ -86,6 +89,12 @@ def open_pipeline(
 
 def load_codebooks(config_path: str) -> LiveCodebooks:
     """Return the codebooks that workers write, hashes verified, the default version first.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+
+    Returns:
+        The codebooks by version, and how to load their encoders.
 
     Raises:
         CodebookError: If no version is live or default, or a file is damaged.
@@ -118,6 +127,15 @@ def worker_settings(
 ) -> WorkerSettings:
     """Return how this repository's events are read.
 
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        config: Section ``stream``.
+        feature_store: The opened repository.
+        code_log: Its offline log.
+
+    Returns:
+        Task names, positive label and limits.
+
     Raises:
         ConfigError: If the task names are not known, or the positive label is none of them.
     """
@@ -141,6 +159,14 @@ def worker_settings(
 
 def find_task_names(config_path: str, config: StreamConfig, code_log: CodeLog) -> tuple[str, ...]:
     """Return the task flags that interaction events carry, in the log's order.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        config: Section ``stream``.
+        code_log: Its offline log.
+
+    Returns:
+        The names; the first one is the positive label unless the configuration says another.
 
     Raises:
         ConfigError: If nothing tells them.

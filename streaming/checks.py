@@ -48,6 +48,9 @@ def run_checks(config_path: str) -> list[CheckResult]:
 
     Args:
         config_path: Path of ``qarm.yaml``.
+
+    Returns:
+        One result per thing; topics are left out when no broker answers.
     """
     try:
         config = load_section(config_path, "stream", StreamConfig)
@@ -78,6 +81,12 @@ def exit_code_of(results: Sequence[CheckResult]) -> int:
 def check_broker(config: StreamConfig) -> str:
     """Return the broker's address.
 
+    Args:
+        config: Section ``stream``.
+
+    Returns:
+        The address.
+
     Raises:
         ServiceUnavailableError: If it does not answer.
     """
@@ -87,6 +96,12 @@ def check_broker(config: StreamConfig) -> str:
 
 def check_topics(config: StreamConfig) -> str:
     """Return the topics' names.
+
+    Args:
+        config: Section ``stream``.
+
+    Returns:
+        The names.
 
     Raises:
         ConfigError: If one is missing or has settings under which events get lost.
@@ -118,6 +133,12 @@ def check_topics(config: StreamConfig) -> str:
 def check_codebooks(config_path: str) -> str:
     """Return the versions that workers write; every file's hash is verified.
 
+    Args:
+        config_path: Path of ``qarm.yaml``.
+
+    Returns:
+        The versions.
+
     Raises:
         CodebookError: If there is none, or one is damaged.
     """
@@ -126,6 +147,13 @@ def check_codebooks(config_path: str) -> str:
 
 def check_stores(config_path: str, config: StreamConfig) -> str:
     """Return where both stores are; nothing is written.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        config: Section ``stream``.
+
+    Returns:
+        Where they are and what they hold.
 
     Raises:
         ConfigError: If ``feast apply`` has not run, or a setting is wrong.

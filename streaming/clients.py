@@ -3,6 +3,8 @@
 May import: kafka-python.
 """
 
+import socket
+import time
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -13,6 +15,7 @@ from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from streaming.config import StreamConfig
 
 _BOOTSTRAP_TIMEOUT_MS = 10_000
+_PROBE_SECONDS = 0.25
 _OWN_OPTIONS = {
     "bootstrap_servers": "set stream.bootstrap_servers",
     "group_id": "set stream.consumer_group",
@@ -31,6 +34,9 @@ def connect_consumer(config: StreamConfig, connect_timeout_ms: int) -> KafkaCons
     Args:
         config: Section ``stream``.
         connect_timeout_ms: How long a broker may take to answer first.
+
+    Returns:
+        The consumer, not subscribed yet.
 
     Raises:
         ServiceUnavailableError: If no broker answers.
@@ -52,6 +58,12 @@ def connect_consumer(config: StreamConfig, connect_timeout_ms: int) -> KafkaCons
 def connect_producer(config: StreamConfig) -> KafkaProducer:
     """Return a producer that waits for every replica in sync; it sends in small batches.
 
+    Args:
+        config: Section ``stream``.
+
+    Returns:
+        The producer; the caller closes it.
+
     Raises:
         ServiceUnavailableError: If no broker answers.
         ConfigError: If a Kafka option is wrong.
@@ -68,6 +80,12 @@ def connect_producer(config: StreamConfig) -> KafkaProducer:
 def connect_admin(config: StreamConfig) -> KafkaAdminClient:
     """Return an admin client.
 
+    Args:
+        config: Section ``stream``.
+
+    Returns:
+        The client; the caller closes it.
+
     Raises:
         ServiceUnavailableError: If no broker answers.
         ConfigError: If a Kafka option is wrong.
@@ -77,8 +95,12 @@ def connect_admin(config: StreamConfig) -> KafkaAdminClient:
 
 def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> Any:
     options = fixed | _options_of(client_type, config.kafka_options)
+    servers = config.bootstrap_servers.split(",")
+    # kafka-python leaks sockets and a thread when its constructor finds nobody.
+    if "proxy_url" not in options:
+        _wait_for_listener(servers, options["bootstrap_timeout_ms"] / 1000)
     try:
-        return client_type(bootstrap_servers=config.bootstrap_servers.split(","), **options)
+        return client_type(bootstrap_servers=servers, **options)
     except (KafkaConfigurationError, AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"stream.kafka_options do not work: {error}") from error
     except (KafkaError, OSError) as error:
@@ -86,6 +108,28 @@ def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> A
             f"no Kafka broker answers at {config.bootstrap_servers} ({error}); "
             "start it, or set stream.bootstrap_servers"
         ) from error
+
+
+def _wait_for_listener(servers: list[str], timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        for server in servers:
+            host, _, port = server.strip().rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout_seconds).close()
+                return
+            except ValueError as error:
+                raise ConfigError(
+                    f"stream.bootstrap_servers has {server!r}, which is not host:port"
+                ) from error
+            except OSError as error:
+                fault = error
+        if time.monotonic() > deadline:
+            raise ServiceUnavailableError(
+                f"no Kafka broker answers at {', '.join(servers)} ({fault}); "
+                "start it, or set stream.bootstrap_servers"
+            )
+        time.sleep(_PROBE_SECONDS)
 
 
 def _options_of(client_type: Any, options: dict[str, Any]) -> dict[str, Any]:

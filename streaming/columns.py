@@ -98,6 +98,9 @@ def decode_items(records: Sequence[Record], max_future_seconds: float) -> Decode
     Args:
         records: Records of the item topic; ``record_index`` counts them.
         max_future_seconds: An event may lie this much later than its append time.
+
+    Returns:
+        Rows in the order of the records, and the dead letters.
     """
     events: list[ItemEvent] = []
     places: list[tuple[int, int]] = []
@@ -127,6 +130,9 @@ def decode_interactions(
         records: Records of the interaction topic.
         task_names: The task flags that every event carries.
         max_future_seconds: An event may lie this much later than its append time.
+
+    Returns:
+        Rows, and the dead letters.
     """
     events: list[InteractionEvent] = []
     tables: list[pa.Table] = []
@@ -157,6 +163,9 @@ def letters_of_rows(
         records: What was given to :func:`decode_items`.
         rows: The refused rows.
         letter: Reason, detail and codebook versions.
+
+    Returns:
+        The letters, each with the refused rows only.
     """
     reason, detail, versions = letter
     letters = []

@@ -51,11 +51,14 @@ def run_worker(config_path: str, metrics_port: int | None = None) -> None:
         HealthServer(config.metrics_host, port, health) as server,
         open_pipeline(config_path, config) as (pipeline, settings),
     ):
+        logger.info("worker_started pid=%d metrics_port=%d", os.getpid(), server.port)
         # What is loaded now stays: a full collection would only walk over it again and again.
         gc.freeze()
-        logger.info("worker_started pid=%d metrics_port=%d", os.getpid(), server.port)
-        worker = StreamWorker(pipeline, settings, health, drain)
-        worker.run()
+        try:
+            StreamWorker(pipeline, settings, health, drain).run()
+        finally:
+            # duckdb's binding reports whatever is still frozen at exit as a leak.
+            gc.unfreeze()
     logger.info("worker_stopped pid=%d", os.getpid())
 
 

@@ -144,6 +144,12 @@ class InteractionEvent(NamedTuple):
 def content_type(record: Record) -> bytes:
     """Return the record's content type; JSON if it names none.
 
+    Args:
+        record: One consumed record.
+
+    Returns:
+        ``JSON_TYPE`` or ``ARROW_TYPE``.
+
     Raises:
         EventError: If the schema version or the content type is not known.
     """
@@ -167,6 +173,9 @@ def decode_item_event(record: Record, max_future_seconds: float = MAX_FUTURE_SEC
     Args:
         record: One record whose content type is JSON.
         max_future_seconds: The event may lie this much later than the append time.
+
+    Returns:
+        The event.
 
     Raises:
         EventError: If the record breaks the contract.
@@ -200,6 +209,9 @@ def decode_interaction_event(
         task_names: The task flags that every event carries.
         max_future_seconds: The event may lie this much later than the append time.
 
+    Returns:
+        The event.
+
     Raises:
         EventError: If the record breaks the contract.
     """
@@ -222,6 +234,12 @@ def decode_interaction_event(
 
 def decode_arrow(record: Record) -> pa.Table:
     """Return the rows of an Arrow record, every buffer checked.
+
+    Args:
+        record: One consumed record.
+
+    Returns:
+        The rows, with whatever columns they came.
 
     Raises:
         EventError: If the stream is damaged or the record has a key.
@@ -299,6 +317,9 @@ def timestamp_fault(timestamp: int, append_ms: int, max_future_seconds: float) -
         timestamp: Event time, microseconds since the epoch.
         append_ms: The record's append time, milliseconds since the epoch.
         max_future_seconds: Tolerance for producers whose clocks run ahead.
+
+    Returns:
+        ``ABSURD_TIMESTAMP``, ``FUTURE_TIMESTAMP`` or None.
     """
     if timestamp < MIN_EVENT_TIMESTAMP:
         return Reason.ABSURD_TIMESTAMP

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.encode import content_hashes, encode_items
+from qarm_feast.errors import DataError
 from qarm_feast.schema import (
     ABSENT_CODE,
     CODE_ROWS,
@@ -48,7 +49,17 @@ class Encoder(Protocol):
     """Content to aligned embeddings; ``qarm_feast.alignment.encoder.ItemEncoder`` is one."""
 
     def encode(self, items: pa.Table) -> np.ndarray:
-        """Return one L2-normalised float32 row per item."""
+        """Return one L2-normalised float32 row per item.
+
+        Args:
+            items: Text columns; any may be null.
+
+        Returns:
+            Aligned embeddings in the order of the items.
+
+        Raises:
+            DataError: If this encoder reads no text.
+        """
         ...
 
 
@@ -56,7 +67,7 @@ class Encoder(Protocol):
 class LiveCodebooks:
     """The codebooks that this worker writes.
 
-    Args:
+    Attributes:
         codebooks: By version; the default version first.
         load_encoder: Gives the encoder of a version; called only when content must be encoded.
     """
@@ -96,17 +107,31 @@ def encode_rows(
         records: The records that the rows came from.
         rows: Hashed item rows; takedowns are passed over.
         live: The codebooks to write.
+
+    Returns:
+        One entry per encoder version, and the dead letters of rows that it cannot read.
     """
     encoded: list[EncodedItems] = []
     dead_letters: list[DeadLetter] = []
     for encoder_version, codebooks in live.by_encoder().items():
         width = next(iter(codebooks.values())).embedding_dim
         parts = _split_by_readiness(rows, encoder_version, width)
-        versions = ",".join(codebooks)
-        for refused_N, reason, detail in parts.refused(encoder_version, width):
-            letter = (reason, detail, versions)
+        refusals = parts.refused(encoder_version, width)
+        # Outside of the try: a missing encoder is no fault of the event, and stops the worker.
+        encoder = live.load_encoder(encoder_version) if len(parts.readable) else None
+        try:
+            made_ND = _encode_content(rows, parts, encoder, width)
+        except DataError as error:
+            # An encoder that takes vectors only cannot read text, whatever the item.
+            refusals.append((parts.readable, Reason.ENCODER_MISMATCH, str(error)))
+            parts, made_ND = parts._replace(readable=parts.readable[:0]), _no_vectors(width)
+        for refused_N, reason, detail in refusals:
+            letter = (reason, detail, ",".join(codebooks))
             dead_letters += letters_of_rows(records, rows.take(refused_N), letter)
-        encoded.append(_encode_group(rows, parts, encoder_version, width, live.load_encoder))
+        ready_ND = embedding_matrix(rows[EMBEDDING].take(parts.ready), width)
+        positions_N = np.concatenate([parts.ready, parts.readable])
+        vectors_ND = np.concatenate([ready_ND, made_ND])
+        encoded.append(EncodedItems(encoder_version, positions_N, vectors_ND))
     return encoded, dead_letters
 
 
@@ -120,6 +145,9 @@ def quantize_rows(
         encoded: What :func:`encode_rows` returned for them.
         live: The codebooks to write.
         created: When the rows are written, aware UTC.
+
+    Returns:
+        Tables of ``schema.CODE_ROWS`` by codebook version; none for a batch without items.
     """
     if not rows.num_rows:
         return {}
@@ -238,19 +266,16 @@ def _mask(condition: pa.ChunkedArray) -> np.ndarray:
     return mask_N
 
 
-def _encode_group(
-    rows: pa.Table,
-    parts: _Parts,
-    encoder_version: str,
-    width: int,
-    load_encoder: Callable[[str], Encoder],
-) -> EncodedItems:
-    vectors = [embedding_matrix(rows[EMBEDDING].take(parts.ready), width)]
-    if len(parts.readable):
-        items = rows.select(CONTENT_TEXT_COLUMNS).take(parts.readable)
-        vectors.append(load_encoder(encoder_version).encode(items))
-    positions_N = np.concatenate([parts.ready, parts.readable])
-    return EncodedItems(encoder_version, positions_N, np.concatenate(vectors))
+def _encode_content(
+    rows: pa.Table, parts: _Parts, encoder: Encoder | None, width: int
+) -> np.ndarray:
+    if encoder is None:
+        return _no_vectors(width)
+    return encoder.encode(rows.select(CONTENT_TEXT_COLUMNS).take(parts.readable))
+
+
+def _no_vectors(width: int) -> np.ndarray:
+    return np.empty((0, width), dtype=np.float32)
 
 
 def _with_vectors(rows: pa.Table, first: EncodedItems) -> pa.Table:

@@ -126,6 +126,9 @@ class FeastOnlineTables:
     def check_views(self, view_names: Iterable[str]) -> None:
         """Look the views up once, so that a missing one is told before anything is read.
 
+        Args:
+            view_names: Names of applied feature views.
+
         Raises:
             ConfigError: If a view is not applied.
         """
@@ -144,6 +147,13 @@ class FeastOnlineTables:
 
     def write(self, view_name: str, table: pa.Table) -> int:
         """Store the rows that are newer than what is there, and return how many were.
+
+        Args:
+            view_name: Name of an applied feature view.
+            table: The view's join key, features and times.
+
+        Returns:
+            Number of entities that changed.
 
         Raises:
             ConfigError: If the view is not applied.
@@ -181,6 +191,9 @@ class DeadLetterTopic:
         """Send each letter with its key, value, headers, and the headers that tell why.
 
         A letter too large for the topic is sent without its value.
+
+        Args:
+            letters: The letters.
 
         Raises:
             ServiceUnavailableError: If the broker does not take them.
@@ -259,6 +272,9 @@ def recent_item_rows(positives: pa.Table, history_length: int) -> pa.Table:
         positives: ``user_id``, ``item_id``, ``event_timestamp``, ``created``; any order, with
             duplicates.
         history_length: Items kept per user.
+
+    Returns:
+        The rows, in ascending order of the users.
     """
     users_M = positives[USER_ID].to_numpy()
     items_M = positives[ITEM_ID].to_numpy()

@@ -80,6 +80,9 @@ class KafkaSource:
     def read(self) -> Batch:
         """Return the next batch; it is empty if nothing came within a tenth of a second.
 
+        Returns:
+            Records in partition order with the offsets to commit.
+
         Raises:
             ServiceUnavailableError: If the broker refuses to serve this member.
         """
@@ -95,6 +98,9 @@ class KafkaSource:
 
     def keep_alive(self, batch: Batch) -> None:
         """Stay in the group during slow work on ``batch``; cheap, so call it often.
+
+        Args:
+            batch: The batch in hand.
 
         Raises:
             BatchRevokedError: If the group took the partitions away meanwhile.
@@ -253,4 +259,4 @@ class _Listener(ConsumerRebalanceListener):
         for partition, offset in self._waiting.assign(assigned).items():
             # kafka-python keeps the position of a partition that comes back: without this,
             # records that were read and dropped would never be read again.
-            pass
+            self._consumer.seek(partition, offset)

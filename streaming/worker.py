@@ -108,6 +108,11 @@ class Drain:
     def check(self, store: str, num_records: int, fault: Exception) -> None:
         """Raise if a store is still away when the time to drain is over.
 
+        Args:
+            store: The store's name.
+            num_records: Records in hand.
+            fault: Why the store is away.
+
         Raises:
             DrainTimeoutError: The records in hand are left to the next owner.
         """
@@ -126,7 +131,7 @@ class Drain:
 class WorkerSettings:
     """What a worker must know to read events and to wait.
 
-    Args:
+    Attributes:
         item_topic: Topic of item events; everything else is an interaction.
         task_names: Task flags of interactions.
         positive_label: The flag that brings an item into the user's recent items.

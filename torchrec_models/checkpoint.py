@@ -57,6 +57,9 @@ def save_checkpoint(
         model: The sharded training task, the same on all ranks.
         manifest: What the checkpoint is.
         vocabularies: Stored beside the weights, whose rows they number.
+
+    Returns:
+        ``<directory>/<service>/step-<number>``.
     """
     folder = Path(directory) / manifest.service
     name = f"step-{manifest.step:08d}"
@@ -88,20 +91,19 @@ def _replace_folder(temporary: Path, target: Path) -> None:
 
 
 class Checkpoint:
-    """One saved checkpoint of a service; the newest unless a name is given."""
+    """One saved checkpoint of a service, checked to belong to it.
+
+    Args:
+        directory: ``ranker.checkpoint_dir``.
+        service: Feature service whose features the caller will feed.
+        name: Folder name, for example ``step-00000120``; by default what ``LATEST`` names.
+
+    Raises:
+        DataError: If there is no such checkpoint.
+        CodebookMismatchError: If it was trained on another feature service.
+    """
 
     def __init__(self, directory: str, service: str, name: str | None = None) -> None:
-        """Open a checkpoint and check that it belongs to the service.
-
-        Args:
-            directory: ``ranker.checkpoint_dir``.
-            service: Feature service whose features the caller will feed.
-            name: Folder name, for example ``step-00000120``; by default what ``LATEST`` names.
-
-        Raises:
-            DataError: If there is no such checkpoint.
-            CodebookMismatchError: If it was trained on another feature service.
-        """
         folder = Path(directory) / service
         pointer = folder / _POINTER
         if name is None:

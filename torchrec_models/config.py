@@ -140,6 +140,9 @@ def resolve_tasks(config: RankerConfig, label_names: Sequence[str]) -> tuple[Tas
         config: The ranker section.
         label_names: Bool columns of the data, in file order.
 
+    Returns:
+        One task per column for ``auto``, else the configured ones.
+
     Raises:
         ConfigError: If a task names a label that the data does not have, or a name stands twice.
     """

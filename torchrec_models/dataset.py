@@ -1,8 +1,9 @@
 """Training rows from parquet, streamed straight into batches without per-row Python.
 
 Rank ``r`` of ``w`` reads the rows whose number is ``r`` modulo ``w``, holds a window of them,
-shuffles inside the window and cuts it into batches. Every rank makes the same number of batches,
-because sharded tables talk to each other on every step.
+shuffles inside the window and cuts it into batches. All ranks make equally many batches of equal
+sizes, because row-wise sharded tables exchange whole batches on every step (gloo refuses unequal
+ones); a rank that is one row short repeats its last row.
 Shape letters: B rows, H history items of all rows, L levels, K neighbours, T tasks.
 May import: numpy, pyarrow.
 """
@@ -34,19 +35,30 @@ class RowDataset:
     ranks: Ranks
     batch_size: int
 
-    def num_batches(self) -> int:
-        """Return the number of batches of every rank in one pass.
+    def num_rows(self) -> int:
+        """Return the number of rows of all ranks together.
+
+        Returns:
+            At least one row per rank.
 
         Raises:
             DataError: If there are fewer rows than ranks.
         """
-        num_rows: int = pq.ParquetFile(self.path).metadata.num_rows
+        num_rows: int = pq.read_metadata(self.path).num_rows
         if num_rows < self.ranks.world_size:
             raise DataError(
                 f"{self.path} has {num_rows} rows for {self.ranks.world_size} ranks; "
                 "give each rank at least one row"
             )
-        return -(-num_rows // (self.ranks.world_size * self.batch_size))
+        return num_rows
+
+    def num_own_rows(self) -> int:
+        """Return the number of this rank's rows, the repeated one left out."""
+        return -(-(self.num_rows() - self.ranks.rank) // self.ranks.world_size)
+
+    def num_batches(self) -> int:
+        """Return the number of batches of every rank in one pass."""
+        return len(self._batch_sizes())
 
     def train_batches(self, *, seed: int, epoch: int, window_rows: int) -> Iterator[RankingBatch]:
         """Yield one shuffled pass with ID dropout; the same seed and epoch give the same batches.
@@ -64,7 +76,13 @@ class RowDataset:
             yield self.builder.build(self._columns(table), dropout_rng=rng)
 
     def eval_batches(self) -> Iterator[RankingBatch]:
-        """Yield one pass in file order, ids as they are."""
+        """Yield one pass in file order, ids as they are.
+
+        Rows beyond :meth:`num_own_rows` are repeated ones, to be left out of metrics.
+
+        Yields:
+            Batches of nearly equal size.
+        """
         for table in self._tables(_SCAN_ROWS, None):
             yield self.builder.build(self._columns(table))
 
@@ -92,10 +110,10 @@ class RowDataset:
                 size = next(sizes, 0)
 
     def _batch_sizes(self) -> Ints:
-        num_rows = pq.ParquetFile(self.path).metadata.num_rows
-        own_rows = (num_rows - self.ranks.rank + self.ranks.world_size - 1) // self.ranks.world_size
-        bounds = np.linspace(0, own_rows, self.num_batches() + 1).astype(np.int64)
-        return np.diff(bounds)
+        rows_per_rank = -(-self.num_rows() // self.ranks.world_size)
+        num_batches = -(-rows_per_rank // self.batch_size)
+        bounds = np.linspace(0, rows_per_rank, num_batches + 1).astype(np.int64)
+        return bounds[1:] - bounds[:-1]
 
     def _own_rows(self) -> Iterator[pa.RecordBatch]:
         columns = [*_READ_COLUMNS, *self.label_names, *self.user_columns]
@@ -105,7 +123,11 @@ class RowDataset:
                 offset = (self.ranks.rank - first_row) % self.ranks.world_size
                 own = np.arange(offset, len(part), self.ranks.world_size)
                 first_row += len(part)
-                yield part.take(pa.array(own)) if self.ranks.world_size > 1 else part
+                if len(own):
+                    last = part.take(pa.array(own))
+                    yield last
+        if self.num_own_rows() * self.ranks.world_size < self.num_rows():
+            yield last.slice(len(last) - 1)
 
     def _columns(self, table: pa.Table) -> RowColumns:
         return row_columns(table, self.label_names, self.user_columns)

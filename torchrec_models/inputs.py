@@ -42,6 +42,9 @@ def resolve_codebook_version(config_path: str, codebook_version: str) -> str:
     Args:
         config_path: Path of ``qarm.yaml``.
         codebook_version: A version name, or ``default``.
+
+    Returns:
+        A version name.
     """
     if codebook_version != "default":
         return codebook_version
@@ -55,6 +58,9 @@ def load_train_inputs(config_path: str, config: RankerConfig) -> TrainInputs:
     Args:
         config_path: Path of ``qarm.yaml``.
         config: The ranker section.
+
+    Returns:
+        Rows, and the codebook if its centroids start the code tables.
 
     Raises:
         DataError: If the service has no rows yet.

@@ -19,10 +19,13 @@ _MICROSECOND = 1_000_000
 
 
 def check_history_times(rows: pa.Table) -> int:
-    """Refuse a history event at or after its row's label time; return the events checked.
+    """Refuse a history event at or after its row's label time.
 
     Args:
         rows: Columns ``user_id``, ``event_timestamp`` and ``history_timestamps``.
+
+    Returns:
+        The number of events checked.
 
     Raises:
         LeakError: Naming the first such row and how many there are.

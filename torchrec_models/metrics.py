@@ -39,6 +39,15 @@ class Predictions:
             is_cold_N=torch.cat([part.is_cold_N for part in parts]),
         )
 
+    def first(self, num_rows: int) -> "Predictions":
+        """Return the first rows."""
+        return Predictions(
+            logits_NT=self.logits_NT[:num_rows],
+            labels_NT=self.labels_NT[:num_rows],
+            user_ids_N=self.user_ids_N[:num_rows],
+            is_cold_N=self.is_cold_N[:num_rows],
+        )
+
     def gathered(self) -> "Predictions":
         """Return the rows of all ranks, on every rank."""
         return Predictions(
@@ -67,6 +76,9 @@ def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict
     Args:
         predictions: Rows of all ranks.
         task_names: One name per column of the logits.
+
+    Returns:
+        ``rows``, ``cold_rows``, and AUC, GAUC, UAUC and NE per task, of all and of cold rows.
     """
     is_cold_N = predictions.is_cold_N.numpy()
     user_ids_N = predictions.user_ids_N.numpy()

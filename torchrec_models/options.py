@@ -26,6 +26,13 @@ def set_option(command: CommandT) -> CommandT:
 def load_ranker_config(config_path: str, assignments: tuple[str, ...] = ()) -> RankerConfig:
     """Return section ``ranker`` with the assignments of ``--set``.
 
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        assignments: Values of ``--set``, for example ``ranker.batch_size=64``.
+
+    Returns:
+        The validated section.
+
     Raises:
         ConfigError: If an assignment is of another section, or the section is wrong.
     """

@@ -119,6 +119,9 @@ def publish_rows(
         rows: Rows of all splits, schema :func:`row_schema`.
         vocabularies: Learnt from the train rows.
         snapshot: Codes and vectors of the items.
+
+    Returns:
+        The store of the new build.
     """
     folder = Path(rows_uri) / manifest.service
     temporary = folder / f".{manifest.build}.tmp"

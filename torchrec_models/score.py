@@ -21,7 +21,7 @@ from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import CodeReader
 from qarm_feast.repo_paths import open_feature_store
-from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RowColumns
+from torchrec_models.batch import BatchBuilder, Floats, HistoryCodes, Ints, RowColumns
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import resolve_codebook_version
@@ -59,18 +59,17 @@ class OnlineCodes:
 
 
 class OnlineScorer:
-    """A trained ranker over the online store, in one process."""
+    """A trained ranker over the online store, in one process.
+
+    Args:
+        checkpoint: Of the feature service that the reader serves.
+        reader: Codes, recent items and profiles.
+
+    Raises:
+        ConfigError: If the ranker was trained on aligned vectors, which are not served.
+    """
 
     def __init__(self, checkpoint: Checkpoint, reader: OnlineReader) -> None:
-        """Load the checkpoint's weights.
-
-        Args:
-            checkpoint: Of the feature service that the reader serves.
-            reader: Codes, recent items and profiles.
-
-        Raises:
-            ConfigError: If the ranker was trained on aligned vectors, which are not served.
-        """
         manifest = checkpoint.manifest
         self._config = manifest.config
         if self._config.has("vector"):
@@ -102,6 +101,9 @@ class OnlineScorer:
             user_id: The user; one without profile and history is served too.
             item_ids_B: Candidates.
             now: Time of the request, aware.
+
+        Returns:
+            Rows without labels.
         """
         num_rows = len(item_ids_B)
         user = np.array([user_id], dtype=np.int64)
@@ -120,13 +122,16 @@ class OnlineScorer:
             user_columns=self._user_columns(user, num_rows),
         )
 
-    def score(self, user_id: int, item_ids: Sequence[int], now: datetime) -> Mapping[str, Ints]:
+    def score(self, user_id: int, item_ids: Sequence[int], now: datetime) -> Mapping[str, Floats]:
         """Return per task the probability of each candidate, in the order given.
 
         Args:
             user_id: The user.
             item_ids: Candidates.
             now: Time of the request, aware.
+
+        Returns:
+            Task name to float32 probabilities.
         """
         rows = self.rows(user_id, np.asarray(item_ids, dtype=np.int64), now)
         batch = self._builder.build(rows)
@@ -159,6 +164,9 @@ def open_scorer(
         config_path: Path of ``qarm.yaml``, beside ``feature_store.yaml``.
         config: The ranker section: service name and checkpoint folder.
         checkpoint_name: Another checkpoint than the newest.
+
+    Returns:
+        The scorer, its weights loaded.
     """
     version = resolve_codebook_version(config_path, config.codebook_version)
     service = config.service_name(version)

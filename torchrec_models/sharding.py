@@ -63,6 +63,9 @@ def process_group() -> Iterator[Ranks]:
 def current_ranks() -> Ranks:
     """Return this process's place in the joined process group.
 
+    Returns:
+        Rank and world size.
+
     Raises:
         ConfigError: If no process group was joined.
     """

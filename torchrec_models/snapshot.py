@@ -51,7 +51,14 @@ class ItemSnapshot:
         return HistoryCodes(rq_HL=rq_HL, present_H=present_H)
 
     def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        """Return ``[N, D]`` vectors, zero where the item has none at the row's time.
+        """Return the aligned vectors of items as known at given times.
+
+        Args:
+            item_ids_N: Items.
+            label_times_N: Times of the rows that name them, microseconds.
+
+        Returns:
+            ``[N, D]`` float32, zero where the item has no vector at that time.
 
         Raises:
             ConfigError: If the snapshot was built without exported vectors.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineBase
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from qarm_feast.errors import ConfigError
 from torchrec_models.batch import BatchBuilder, RankingBatch
@@ -125,20 +125,24 @@ class _Run:
             for logits_BT, labels_BT in _steps(pipeline, batches):
                 progress.add_step(logits_BT, labels_BT)
                 if progress.num_steps % self.config.eval_every_steps == 0:
+                    # Evaluation calls the model itself; batches in flight stay in the pipeline.
+                    pipeline.detach()
                     self._log_evaluation(progress)
+        pipeline.detach()
         return progress.num_steps, progress.train_seconds
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return the metrics of a split's rows over all ranks."""
         model = self.sharded.model
         model.eval()
+        dataset = self._dataset(split)
         parts = []
         with torch.no_grad():
-            for batch in self._dataset(split).eval_batches():
+            for batch in dataset.eval_batches():
                 _, (logits_BT, labels_BT) = model(batch)
                 parts.append(Predictions(logits_BT, labels_BT, batch.user_ids, batch.is_cold))
         model.train()
-        predictions = Predictions.concatenate(parts).gathered()
+        predictions = Predictions.concatenate(parts).first(dataset.num_own_rows()).gathered()
         return ranking_metrics(predictions, [task.name for task in self.tasks])
 
     def save(self, num_steps: int, metrics: dict[str, float]) -> Path:
@@ -166,8 +170,10 @@ class _Run:
             shown = " ".join(f"{key}={value:.4f}" for key, value in sorted(metrics.items()))
             logger.info("evaluated split=valid step=%d %s", progress.num_steps, shown)
 
-    def _pipeline(self) -> TrainPipelineBase[RankingBatch, StepOutput]:
-        return TrainPipelineBase(self.sharded.model, self.sharded.optimizer, torch.device("cpu"))
+    def _pipeline(self) -> TrainPipelineSparseDist[RankingBatch, StepOutput]:
+        return TrainPipelineSparseDist(
+            self.sharded.model, self.sharded.optimizer, torch.device("cpu")
+        )
 
     def _dataset(self, split: str) -> RowDataset:
         manifest = self.inputs.store.manifest
@@ -196,7 +202,7 @@ def _start_code_tables(sharded: ShardedRanker, config: RankerConfig, inputs: Tra
 
 
 def _steps(
-    pipeline: TrainPipelineBase[RankingBatch, StepOutput], batches: Iterator[RankingBatch]
+    pipeline: TrainPipelineSparseDist[RankingBatch, StepOutput], batches: Iterator[RankingBatch]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     pipeline.reset()
     while True:

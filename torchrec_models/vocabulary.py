@@ -131,6 +131,9 @@ def build_vocabularies(
         user_columns: Names of the typed user columns.
         num_numeric_buckets: Quantile buckets of a numeric column.
 
+    Returns:
+        Vocabularies in which everything else is unseen.
+
     Raises:
         DataError: If a user column is neither string, bool nor numeric.
     """

@@ -29,7 +29,8 @@ _HEAP = ("-Xms96m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 _LISTENER = "127.0.0.1"
 
 _LOG4J = """\
-status = warn
+status = error
+shutdownHook = disable
 appender.file.type = File
 appender.file.name = file
 appender.file.fileName = {log_path}
@@ -57,6 +58,9 @@ _PROPERTIES = {
     # A worker that joins or dies should not cost seconds here.
     "group.initial.rebalance.delay.ms": "100",
     "group.min.session.timeout.ms": "1000",
+    # After a crash the node is let in again when its old session has run out.
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
     "auto.create.topics.enable": "false",
     "log.cleaner.dedupe.buffer.size": "16777216",
     "num.network.threads": "2",
@@ -230,7 +234,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _answers(port: int) -> bool:
-    # The listener opens last in Kafka's start-up, so an accepted connection means ready.
+    # A client that connects before the start-up is through waits in the accept queue.
     with closing(socket.socket()) as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((_LISTENER, port)) == 0

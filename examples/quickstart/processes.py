@@ -48,6 +48,9 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # A second Ctrl-C must not leave a child behind; each is killed after its deadline anyway.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         for name in list(self._running):
             self.stop(name)
 

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow.compute as pc
 import yaml
 from feast import FeatureStore, FeatureView
-from feast.infra.online_stores.helpers import get_online_store_from_config
 
 from examples.quickstart.layout import RunLayout
 from examples.quickstart.processes import Processes
 from qarm_feast.config import load_section
 from qarm_feast.errors import DataError, ServiceUnavailableError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
+from qarm_feast.online_stores import code_online_store
 from qarm_feast.online_stores.codec import Column
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import EVENT_TIMESTAMP, ITEM_ID, USER_ID
@@ -87,7 +87,7 @@ def _compare_view(
     names = [field.name for field in view.features]
     batches = []
     for store in (first, second):
-        online_store = get_online_store_from_config(store.config.online_store)
+        online_store = code_online_store(store)
         batches.append(online_store.read_columns(store.config, view, ids_N, names))
     written, materialized = batches
     is_same_N = written.present_N == materialized.present_N

@@ -18,6 +18,7 @@ from examples.quickstart.processes import Processes
 from examples.quickstart.second_store import run_second_store
 from examples.quickstart.stream import run_stream
 from examples.quickstart.top_items import run_score
+from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.config import load_section
 from qarm_feast.input_data import DataConfig, describe, load_input_data
 
@@ -85,7 +86,11 @@ def _prepare_data(context: Context) -> dict[str, Any]:
 
 
 def _align(context: Context) -> dict[str, Any]:
-    for verb in ("pairs", "train", "evaluate", "export"):
+    alignment = load_section(context.layout.config_path, "alignment", AlignmentConfig)
+    encoder = Path(alignment.encoder_uri) / alignment.encoder_version / "manifest.json"
+    # An artifact never changes, so a run that was stopped after it was stored goes on from it.
+    verbs = ("evaluate", "export") if encoder.exists() else ("pairs", "train", "evaluate", "export")
+    for verb in verbs:
         context.command(f"align-{verb}", "qarm", "align", verb, *context.config)
     return {}
 

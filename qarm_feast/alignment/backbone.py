@@ -11,6 +11,7 @@ May import: torch; transformers is imported on first use.
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,21 @@ def _load_transformer(folder: Path) -> tuple[Any, Any]:
 class TextBackbone:
     """A frozen text model with mean pooling over its last layer (as sentence-transformers does).
 
-    Attributes:
-        folder: Where it was loaded from.
-        width: Length of a feature vector.
+    The model is read on the first call of :meth:`encode`.
+
+    Args:
+        folder: A backbone folder, see :func:`find_backbone`.
         max_tokens: Tokens of a text that are read; the rest is cut off.
     """
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
         self.folder = folder
         self.max_tokens = max_tokens
-        self._tokenizer, self._model = _load_transformer(folder)
-        self.width = int(self._model.config.hidden_size)
         self._lengths = [n for n in BUCKET_LENGTHS if n < max_tokens] + [max_tokens]
+
+    @cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        return _load_transformer(self.folder)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return the features of the texts: float32 ``[N, E]``, not normalised.
@@ -123,9 +127,8 @@ class TextBackbone:
         Returns:
             One row per text; the same bits whatever else is in ``texts``.
         """
-        features_NE = np.empty((len(texts), self.width), dtype=np.float32)
-        if not texts:
-            return features_NE
+        width = self._parts[1].config.hidden_size
+        features_NE = np.empty((len(texts), width), dtype=np.float32)
         token_ids = self._tokenize(texts)
         passes = list(self._passes(token_ids))
         for index, (rows_R, length) in enumerate(passes, start=1):
@@ -137,14 +140,17 @@ class TextBackbone:
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         # Cut first: the tokenizer would read a text of 100 kB to its end.
         limit = self.max_tokens * _CHARACTERS_PER_TOKEN
-        token_ids: list[list[int]] = self._tokenizer(
-            [text[:limit] for text in texts], truncation=True, max_length=self.max_tokens
-        )["input_ids"]
+        cut_texts = [text[:limit] for text in texts]
+        if not cut_texts:
+            return []
+        tokenizer, _ = self._parts
+        tokens = tokenizer(cut_texts, truncation=True, max_length=self.max_tokens)
+        token_ids: list[list[int]] = tokens["input_ids"]
         return token_ids
 
     def _passes(self, token_ids: list[list[int]]) -> Iterator[tuple[np.ndarray, int]]:
         """Yield the texts of each forward pass and its padded length."""
-        lengths_N = np.array([len(ids) for ids in token_ids])
+        lengths_N = np.array([len(ids) for ids in token_ids], dtype=np.int64)
         buckets_N = np.searchsorted(self._lengths, lengths_N)
         for bucket, length in enumerate(self._lengths):
             members = np.flatnonzero(buckets_N == bucket)
@@ -153,8 +159,9 @@ class TextBackbone:
                 yield members[begin : begin + num_rows], length
 
     def _forward(self, token_ids: list[list[int]], length: int) -> np.ndarray:
+        tokenizer, model = self._parts
         num_rows = _rows_per_forward(length)
-        ids_RT = torch.full((num_rows, length), self._tokenizer.pad_token_id, dtype=torch.int64)
+        ids_RT = torch.full((num_rows, length), tokenizer.pad_token_id, dtype=torch.int64)
         is_token_RT = torch.zeros((num_rows, length), dtype=torch.bool)
         # A dummy row attends to one token: a row that attends to none is not a number.
         is_token_RT[:, 0] = True
@@ -165,7 +172,7 @@ class TextBackbone:
         # attention kernel would then depend on which texts share the pass.
         mask_R1TT = is_token_RT[:, None, None, :].expand(num_rows, 1, length, length)
         with torch.inference_mode():
-            hidden_RTE = self._model(input_ids=ids_RT, attention_mask=mask_R1TT).last_hidden_state
+            hidden_RTE = model(input_ids=ids_RT, attention_mask=mask_R1TT).last_hidden_state
             kept_RTE = hidden_RTE * is_token_RT[:, :, None]
             pooled_RE = kept_RTE.sum(dim=1) / is_token_RT.sum(dim=1, keepdim=True)
         pooled: np.ndarray = pooled_RE[: len(token_ids)].numpy()

@@ -63,7 +63,7 @@ class AlignmentConfig(Section):
     )
     batch_size: int = Field(default=1024, gt=1, description="Pairs per training step.")
     temperature: float = Field(default=0.07, gt=0, description="Divides cosines in the loss.")
-    learning_rate: float = Field(default=1e-3, gt=0, description="Adam's step size, for the head.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Adam's step size, for the head.")
     geometry_weight: float = Field(
         default=10.0, ge=0, description="Weight of the term that keeps content similarities."
     )

@@ -97,6 +97,12 @@ class AlignmentHead(nn.Module):
 def source_of(items: pa.Table) -> Literal["text", "embedding"]:
     """Return what an encoder for these items reads: text where there is any, else ready vectors.
 
+    Args:
+        items: Input items; only the names of the columns matter.
+
+    Returns:
+        ``text`` or ``embedding``.
+
     Raises:
         DataError: If the only content is of a kind that no encoder here reads.
     """
@@ -254,6 +260,10 @@ class ItemEncoder:
 def check_version_is_free(uri: str, version: str) -> None:
     """Refuse to train or save a version that exists.
 
+    Args:
+        uri: Folder of encoder artifacts.
+        version: Name of the encoder.
+
     Raises:
         ConfigError: If ``<uri>/<version>`` exists.
     """
@@ -267,6 +277,13 @@ def check_version_is_free(uri: str, version: str) -> None:
 
 def read_encoder_manifest(uri: str, version: str) -> EncoderManifest:
     """Return the manifest of an encoder artifact without loading the model.
+
+    Args:
+        uri: Folder of encoder artifacts.
+        version: Name of the encoder.
+
+    Returns:
+        The manifest.
 
     Raises:
         DataError: If there is no such encoder, or its manifest cannot be read.

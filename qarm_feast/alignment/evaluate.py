@@ -48,6 +48,12 @@ class ValidationBehaviour:
 def read_behaviour(checked: InputData) -> ValidationBehaviour:
     """Return the validation behaviour of the data.
 
+    Args:
+        checked: Input data.
+
+    Returns:
+        What users did in the validation rows.
+
     Raises:
         DataError: If no validation row is positive.
     """

@@ -68,6 +68,12 @@ class Positives:
 def read_positives(checked: InputData) -> Positives:
     """Return the positive train rows of the data as dense, sorted, unique rows.
 
+    Args:
+        checked: Input data.
+
+    Returns:
+        At least one row.
+
     Raises:
         DataError: If no train row is positive.
     """

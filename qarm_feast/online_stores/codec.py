@@ -297,7 +297,7 @@ def _encode_parts(parts_NW: Ints, keep_NW: Bools) -> tuple[Bytes, Ints]:
 
 def _interleave(*streams: tuple[Bytes, Ints]) -> tuple[Bytes, Ints]:
     """Return, row by row, the row's bytes of each stream one after another."""
-    totals_N = np.sum([sizes_N for _, sizes_N in streams], axis=0, dtype=np.int64)
+    totals_N: Ints = np.sum([sizes_N for _, sizes_N in streams], axis=0, dtype=np.int64)
     woven = np.empty(int(totals_N.sum()), dtype=np.uint8)
     starts_N = np.cumsum(totals_N) - totals_N
     for source, sizes_N in streams:

@@ -9,8 +9,8 @@ The speed. A float32 matrix product leaves a short list for the rule. Vectors an
 centred first, which changes no distance but keeps an offset that all share out of the error; the
 centre is the median of each coordinate, which one huge centroid cannot pull away. With x the
 centred vector and c a centred centroid, the score |c|^2 - 2 x.c differs from the squared distance
-by |x|^2, the same for all centroids. In exact arithmetic and in any order of additions, its
-computed value is off by at most ``slack * (|x|^2 + |c|^2)``, where ``slack = (D + 16) u`` and u is
+by |x|^2, the same for all centroids. In whatever order the product adds, the
+computed score is off by at most ``slack * (|x|^2 + |c|^2)``, where ``slack = (D + 16) u`` and u is
 float32's unit roundoff: D for the dot product (its 2|x||c| is below |x|^2 + |c|^2), the 16 for
 centring, the bias, and the final rounding to float32. Every centroid whose score could still be
 among the k smallest within that bound goes to the rule. The part of the bound that belongs to c

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 
-def _run(
-    *arguments: str | Path, cwd: Path, check: bool = True
-) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     finished = subprocess.run(
         [str(argument) for argument in arguments],

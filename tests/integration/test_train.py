@@ -44,7 +44,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 START = 1_600_000_000_000_000
 STEP = 60_000_000
-NUM_USERS, NUM_ITEMS, NUM_ROWS, WIDTH = 30, 60, 3000, 16
+NUM_USERS, NUM_ITEMS, NUM_ROWS, WIDTH = 30, 60, 3001, 16
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 YAML = """
 data: {history_length: 8}
@@ -237,7 +237,7 @@ def test_rows_keep_every_label_with_its_codes_and_profile(repository: Repository
     assert rows["age"].to_pylist() == [user + 19 for user in rows["user_id"].to_pylist()]
     assert set(pc.list_value_length(rows["rq_code"]).to_pylist()) == {2}
     assert store.manifest.counts["rows_without_codes"] == 0
-    assert store.manifest.num_rows == {"train": 2400, "valid": 300, "test": 300}
+    assert store.manifest.num_rows == {"train": 2401, "valid": 299, "test": 301}
 
 
 def test_histories_are_the_users_train_likes_before_the_label(repository: Repository) -> None:
@@ -302,7 +302,7 @@ def test_two_ranks_learn_the_planted_signal_and_cold_items_by_their_codes(
 ) -> None:
     metrics = trained["metrics"]
 
-    assert metrics["rows"] == 300
+    assert metrics["rows"] == 301
     assert metrics["cold_rows"] > 15
     assert metrics["auc/like"] > 0.85
     assert metrics["cold_auc/like"] > 0.8
@@ -345,4 +345,4 @@ def test_a_comparison_trains_every_arm_in_one_process_group(
     runs = {run["arm"]: run for run in figures["runs"]}
     assert list(runs) == ["ids", "vectors"]
     assert runs["vectors"]["metrics"]["cold_auc/like"] > 0.8
-    assert runs["ids"]["metrics"]["rows"] == 300
+    assert runs["ids"]["metrics"]["rows"] == 301

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
@@ -62,13 +63,21 @@ def test_rows_come_back_by_column_and_filter(tmp_path: Path) -> None:
     assert sorted(table["item_id"].to_pylist()) == [2, 3]
 
 
-def test_a_part_that_was_not_completed_is_not_read(tmp_path: Path) -> None:
+def test_an_append_that_dies_before_its_rename_leaves_nothing_for_any_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = CodeLog(tmp_path)
-    part = log.append("codes", rows(1))
+    log.append("codes", rows(1))
 
-    part.with_name(".part-9-killed.tmp").write_bytes(b"half a part")
+    def die(source: object, target: object) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr("qarm_feast.code_log.os.replace", die)
+    with pytest.raises(OSError, match="killed"):
+        log.append("codes", rows(2))
 
     assert log.read("codes")["item_id"].to_pylist() == [1]
+    assert pads.dataset(tmp_path / "codes").to_table()["item_id"].to_pylist() == [1]
 
 
 def test_nanosecond_times_are_kept_to_the_microsecond(tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
 """Histories against a loop over the events, one question at a time."""
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
+from qarm_feast import schema, view_tags
+from qarm_feast.code_log import CodeLog
 from qarm_feast.recent_items import PositiveEvents, histories_as_of, newest_first
+from qarm_feast.source_rows import RecentItemLists
 
 
 def reference(
@@ -54,3 +60,18 @@ def test_histories_equal_the_loop_on_random_events() -> None:
     found = ask(events, questions, 4)
 
     assert found == [reference(events, user, time, 4) for user, time in questions]
+
+
+def test_a_list_expires_with_its_newest_event_and_a_null_user_has_none(tmp_path: Path) -> None:
+    times = pa.array([10, 20], pa.int64()).cast(schema.TIMESTAMP)
+    events = [[0, 0], [1, 2], [True, True], ["", ""], times, times]
+    CodeLog(tmp_path).append("log", pa.table(events, schema=schema.interaction_rows(("is_like",))))
+    rows = RecentItemLists(
+        tmp_path / "log", schema.EVENT_TIMESTAMP, tags={view_tags.HISTORY_LENGTH: "5"}
+    )
+    labels = pa.table({"user_id": [0, 0, None], "time_us": [25, 26, 25]})
+
+    found = rows.as_of(["user_id"], ["item_ids"], labels, ttl_us=5)
+
+    assert found is not None
+    assert found["item_ids"].to_pylist() == [[2, 1], None, None]

@@ -37,9 +37,13 @@ def _interaction(key: bytes = b"7", **changes: object) -> FakeRecord:
 
 def _reason(record: FakeRecord) -> str:
     with pytest.raises(EventError) as caught:
-        content_type(record)
-        decode_item_event(record)
+        _decode(record)
     return caught.value.reason
+
+
+def _decode(record: FakeRecord) -> None:
+    content_type(record)
+    decode_item_event(record)
 
 
 def test_item_event_survives_the_wire() -> None:
@@ -192,11 +196,13 @@ def test_damaged_arrow_stream_is_refused_wherever_it_is_cut() -> None:
     message = encode_arrow(pa.table({"title": ["a", "bb"], "embedding": [[1.0], [2.0, 3.0]]}))
     assert message.value is not None
 
+    refused = 0
     for length in range(0, len(message.value) - 8, 7):
+        cut = FakeRecord(None, message.value[:length])
         try:
-            table = decode_arrow(FakeRecord(None, message.value[:length]))
-        except EventError as error:
-            assert error.reason == "undecodable"
-        else:
             # Cut behind the schema: a stream without batches is a legal, empty one.
-            assert table.num_rows == 0
+            assert decode_arrow(cut).num_rows == 0
+        except EventError:
+            refused += 1
+
+    assert refused > 10

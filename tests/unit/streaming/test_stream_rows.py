@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, record_of
 
+from qarm_feast.errors import DataError
 from qarm_feast.schema import CODE_ROWS, CONTENT_LOG_ROWS, interaction_rows
 from streaming.columns import decode_interactions, decode_items
 from streaming.messages import InteractionEvent, ItemEvent, encode_interaction_event
@@ -93,6 +94,25 @@ def test_what_no_encoder_can_read_is_refused_for_its_versions_only() -> None:
         (3, "encoder_mismatch"),
     ]
     assert {letter.codebook_version for letter in refused} == {"v1,v2"}
+
+
+def test_text_for_an_encoder_that_takes_vectors_only_is_refused_and_the_batch_goes_on() -> None:
+    class VectorsOnly:
+        def encode(self, items: pa.Table) -> np.ndarray:
+            raise DataError("this encoder reads ready vectors")
+
+    records = _records(
+        ItemEvent(1, NOW, {"title": "A"}), ItemEvent(2, NOW, {}, _vector(1, 1), "e1")
+    )
+    live = LiveCodebooks({"v1": SignCodebook("e1")}, lambda version: VectorsOnly())
+    rows = hash_rows(decode_items(records, 300).rows)
+
+    encoded, refused = encode_rows(records, rows, live)
+
+    assert quantize_rows(rows, encoded, live, CREATED)["v1"]["item_id"].to_pylist() == [2]
+    assert [(letter.record.offset, letter.reason) for letter in refused] == [
+        (0, "encoder_mismatch")
+    ]
 
 
 def test_takedown_becomes_a_row_of_absent_codes_that_wins_a_tie() -> None:
