@@ -1,17 +1,25 @@
 # Each target sets up what it needs: `make quickstart` and `make test` work from a fresh clone.
 SHELL := /bin/bash
-PYTHON ?= python3
+# python3 if its version is right, else one that is.
+ifndef PYTHON
+PYTHON := $(firstword $(shell for each in python3 python3.11 python3.12; do \
+	if $$each -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+	then echo $$each; fi; done) python3)
+endif
 DATA ?=
 CACHE := .cache
-UV := $(shell command -v uv || echo $(CACHE)/uv/bin/uv)
+# The uv on the PATH, unless it is older than pyproject.toml asks for, or a shim without a uv behind it.
+UV := $(shell uv python dir >/dev/null 2>&1 && command -v uv || echo $(CACHE)/uv/bin/uv)
 # The interpreter is the one that the prerequisites name; uv never downloads one.
 export UV_PYTHON_DOWNLOADS := never
 RUN := $(UV) run --frozen --extra cpu
 
-.PHONY: quickstart test check setup prerequisites environment clean-run bench
+.PHONY: quickstart test check setup prerequisites environment clean-run
+# Prerequisites are checked first, also under `make -j`.
+.NOTPARALLEL:
 
 quickstart: setup $(CACHE)/packages/.complete
-	@$(RUN) python -m examples.quickstart.run $(if $(DATA),--data "$(DATA)")
+	@$(RUN) python -W ignore -m examples.quickstart.run $(if $(DATA),--data "$(DATA)")
 
 test: setup $(CACHE)/packages/.complete
 	@$(RUN) pytest
@@ -23,7 +31,7 @@ check: environment
 	$(RUN) lint-imports
 	$(RUN) pydoclint qarm_feast streaming torchrec_models
 
-clean-run:
+clean-run: environment
 	@$(RUN) python -m examples.quickstart.run --clean $(if $(DATA),--data "$(DATA)")
 
 setup: prerequisites environment $(CACHE)/kafka/.complete
@@ -31,8 +39,9 @@ setup: prerequisites environment $(CACHE)/kafka/.complete
 prerequisites:
 	@PYTHON=$(PYTHON) bash examples/quickstart/prerequisites.sh
 
+# Compiled once: where PYTHONDONTWRITEBYTECODE is set, every process would compile feast and torch.
 environment: $(UV)
-	@$(UV) sync --quiet --frozen --extra cpu --python $(PYTHON)
+	@$(UV) sync --quiet --frozen --extra cpu --python $(PYTHON) --compile-bytecode
 
 $(CACHE)/uv/bin/uv:
 	$(PYTHON) -m venv $(CACHE)/uv
@@ -40,7 +49,8 @@ $(CACHE)/uv/bin/uv:
 
 $(CACHE)/kafka/.complete: examples/quickstart/kafka-pom.xml | prerequisites
 	@echo "fetching Apache Kafka's jars through Maven" >&2
-	@mvn -q -B -Dstyle.color=never -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/$(CACHE)/kafka
+	@rm -rf $(CACHE)/kafka
+	@mvn -q -B -Dstyle.color=never -f $< dependency:copy-dependencies "-DoutputDirectory=$(CURDIR)/$(CACHE)/kafka"
 	@touch $@
 
 $(CACHE)/packages/.complete: examples/quickstart/packages.txt | environment

@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from qarm_feast.codebook import ItemCodes as ItemCodes
     from qarm_feast.config import load_section as load_section
     from qarm_feast.encode import encode_items as encode_items
+    from qarm_feast.errors import CodebookError as CodebookError
+    from qarm_feast.errors import CodebookMismatchError as CodebookMismatchError
+    from qarm_feast.errors import CodebookNotFoundError as CodebookNotFoundError
+    from qarm_feast.errors import ConfigError as ConfigError
+    from qarm_feast.errors import ContractError as ContractError
+    from qarm_feast.errors import CorruptArtifactError as CorruptArtifactError
+    from qarm_feast.errors import DataError as DataError
+    from qarm_feast.errors import EventError as EventError
+    from qarm_feast.errors import GateRefusedError as GateRefusedError
+    from qarm_feast.errors import LeakError as LeakError
+    from qarm_feast.errors import MissingDependencyError as MissingDependencyError
     from qarm_feast.errors import QarmError as QarmError
+    from qarm_feast.errors import ServiceUnavailableError as ServiceUnavailableError
     from qarm_feast.feature_views import item_code_view as item_code_view
     from qarm_feast.offline_store import CodeLogOfflineStore as CodeLogOfflineStore
     from qarm_feast.offline_store import CodeLogOfflineStoreConfig as CodeLogOfflineStoreConfig
@@ -20,12 +32,26 @@ if TYPE_CHECKING:
     from qarm_feast.quantizers.base import Quantizer as Quantizer
     from qarm_feast.registry import publish_codebook as publish_codebook
 
-_HOME_OF = {
+_ERRORS = (
+    "CodebookError",
+    "CodebookMismatchError",
+    "CodebookNotFoundError",
+    "ConfigError",
+    "ContractError",
+    "CorruptArtifactError",
+    "DataError",
+    "EventError",
+    "GateRefusedError",
+    "LeakError",
+    "MissingDependencyError",
+    "QarmError",
+    "ServiceUnavailableError",
+)
+_HOME_OF = dict.fromkeys(_ERRORS, "errors") | {
     "Codebook": "codebook",
     "CodeLogOfflineStore": "offline_store",
     "CodeLogOfflineStoreConfig": "offline_store",
     "ItemCodes": "codebook",
-    "QarmError": "errors",
     "Quantizer": "quantizers.base",
     "build_quantizer": "quantizers",
     "codebook_quality": "quality",

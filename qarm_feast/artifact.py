@@ -18,7 +18,7 @@ def replace_file(path: Path, payload: bytes) -> None:
     """Put ``payload`` at ``path``, in place of what may be there; readers see old or new."""
     temporary = _write_temporary(path, payload)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def create_file(path: Path, payload: bytes) -> bool:
@@ -39,7 +39,7 @@ def create_file(path: Path, payload: bytes) -> bool:
         return False
     finally:
         temporary.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -72,6 +72,15 @@ def sha256(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries survive a power cut: new names, and renames in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _write_temporary(path: Path, payload: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -82,11 +91,3 @@ def _write_temporary(path: Path, payload: bytes) -> Path:
     # mkstemp makes a file that only its owner may read; an artifact is for every process.
     Path(name).chmod(0o644)
     return Path(name)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

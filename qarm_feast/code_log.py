@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from qarm_feast.artifact import sync_folder
 from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.schema import CREATED, EVENT_TIMESTAMP
 
@@ -130,11 +131,11 @@ class CodeLog:
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(temporary, part)
-        _fsync_folder(part.parent)
+        sync_folder(part.parent)
         if part.parent not in self._durable_days:
             # The day folder may be new, by whichever process: its own entry must last as well.
-            _fsync_folder(part.parent.parent)
-            _fsync_folder(self.root)
+            sync_folder(part.parent.parent)
+            sync_folder(self.root)
             self._durable_days.add(part.parent)
 
 
@@ -183,14 +184,6 @@ def _log_schema(schema: pa.Schema) -> pa.Schema:
         for field in schema
     ]
     return pa.schema(fields)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _scan_parts(log_dir: Path) -> Iterator[str]:

@@ -28,7 +28,13 @@ from qarm_feast.quantizers.base import (
 )
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
-from qarm_feast.registry import Manifest, check_version_name, read_manifest, write_artifact
+from qarm_feast.registry import (
+    Manifest,
+    check_version_name,
+    read_manifest,
+    registry_folder,
+    write_artifact,
+)
 
 ItemIds = npt.NDArray[np.int64]
 _SUFFIX = ".safetensors"
@@ -160,7 +166,7 @@ class Codebook:
             CorruptArtifactError: If a file is missing or has another hash than the manifest says.
         """
         manifest = read_manifest(uri, version)
-        folder = Path(uri) / version
+        folder = registry_folder(uri) / version
         rq_arrays = _load_arrays(folder, "rq", manifest.files)
         vq_arrays = _load_arrays(folder, "vq", manifest.files)
         override_arrays = _load_arrays(folder, "overrides", manifest.files)

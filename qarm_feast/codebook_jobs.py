@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AwareDatetime, BaseModel
+from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.artifact import MANIFEST_NAME, sha256
@@ -129,12 +129,15 @@ def read_vectors(folder: Path) -> ItemVectors:
         All rows, files in name order.
 
     Raises:
-        DataError: If there are no rows, a column is missing, or a value is null or of another type.
+        DataError: If there are no rows, a column is missing, a value is null or of another type,
+            or files hold vectors of unequal width.
     """
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise DataError(f"{folder} holds no parquet file; run `qarm align export` first")
-    table = pa.concat_tables([_read_part(path) for path in paths]).combine_chunks()
+    parts = [_read_part(path) for path in paths]
+    _check_widths(paths, parts)
+    table = pa.concat_tables(parts).combine_chunks()
     if table.num_rows == 0:
         raise DataError(f"{folder} holds no vectors; run `qarm align export` again")
     # A table's combined column is still chunked; it has one chunk.
@@ -163,12 +166,27 @@ def _read_part(path: Path) -> pa.Table:
     return table.select(_COLUMNS)
 
 
+def _check_widths(paths: list[Path], parts: list[pa.Table]) -> None:
+    widths = [part.schema.field("embedding").type.list_size for part in parts]
+    for path, width in zip(paths, widths, strict=True):
+        if width != widths[0]:
+            raise DataError(
+                f"{path} holds vectors of width {width}, {paths[0]} of {widths[0]}; remove the "
+                "file that is no longer valid, or run `qarm align export` into an empty folder"
+            )
+
+
 def _encoder_facts(alignment: AlignmentConfig, dataset: InputData) -> EncoderFacts:
     path = Path(alignment.encoder_uri) / alignment.encoder_version / MANIFEST_NAME
     if not path.is_file():
         raise DataError(f"there is no encoder at {path.parent}; run `qarm align train` first")
     content = path.read_bytes()
-    encoder = _EncoderManifest.model_validate_json(content)
+    try:
+        encoder = _EncoderManifest.model_validate_json(content)
+    except ValidationError as error:
+        raise DataError(
+            f"{path} is no encoder manifest: {error}; run `qarm align train` again"
+        ) from error
     # The choice of items with a train row has seen the newest train interaction.
     seen = [dataset.behaviour_cutoff()]
     if encoder.behaviour_cutoff is not None:

@@ -23,6 +23,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from qarm_feast.errors import ConfigError
 
+SECTIONS = (
+    "data",
+    "codebook",
+    "quantizer",
+    "alignment",
+    "stream",
+    "ranker",
+    "comparison",
+    "observability",
+)
+"""Every section that a ``qarm.yaml`` may hold; each has one owner, which checks its keys."""
+
 
 def _resolve(value: str, info: ValidationInfo) -> str:
     """Make a relative path absolute; leave ``scheme://`` URIs as they are."""
@@ -61,7 +73,8 @@ def read_yaml(config_path: str | Path) -> dict[str, Any]:
         Keys and values by section name.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, or is not a mapping of sections.
+        ConfigError: If the file is missing, is not YAML, is not a mapping of sections, or holds
+            an unknown section.
     """
     path = Path(config_path)
     if not path.is_file():
@@ -70,8 +83,17 @@ def read_yaml(config_path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise ConfigError(f"{path} must be a mapping of sections, each a mapping of keys")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is a {type(content).__name__}, it must be a mapping of sections")
+    problems = [
+        f"  - {name}: no such section; there are {', '.join(SECTIONS)}"
+        if name not in SECTIONS
+        else f"  - {name}: is {keys!r}, it must be a mapping of keys ({{}} for the defaults)"
+        for name, keys in content.items()
+        if name not in SECTIONS or not isinstance(keys, dict)
+    ]
+    if problems:
+        raise ConfigError(f"{path} is wrong:\n" + "\n".join(problems))
     return content
 
 
@@ -111,12 +133,11 @@ def load_section(
 
 
 def _environment_values(name: str) -> dict[str, Any]:
-    environment = create_model(
-        "_SectionEnvironment", __base__=_Environment, **{name: (dict[str, Any], {})}
-    )
+    section: dict[str, Any] = {name: (dict[str, Any], {})}
+    environment = create_model("_SectionEnvironment", __base__=_Environment, **section)
     # A variable is text; a list or a number in it is written as it would stand in the file.
     return {
-        key: yaml.safe_load(value) if isinstance(value, str) else value
+        key: _parse(value, f"QARM_{name}__{key}".upper()) if isinstance(value, str) else value
         for key, value in getattr(environment(), name).items()
     }
 
@@ -131,7 +152,8 @@ def parse_overrides(assignments: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         For example ``{"ranker": {"batch_size": 64}}`` for ``ranker.batch_size=64``.
 
     Raises:
-        ConfigError: If an assignment is not of the form ``section.key=value``.
+        ConfigError: If an assignment is not of the form ``section.key=value``, or its value is
+            not YAML.
     """
     result: dict[str, dict[str, Any]] = {}
     for assignment in assignments:
@@ -139,8 +161,18 @@ def parse_overrides(assignments: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         section, dot, key = dotted.partition(".")
         if not (equals and dot and section and key):
             raise ConfigError(f"--set {assignment!r} is not of the form section.key=value")
-        result.setdefault(section, {})[key] = yaml.safe_load(text)
+        result.setdefault(section, {})[key] = _parse(text, f"--set {dotted}")
     return result
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        # Neither the value nor the parser's excerpt of it: it may be a password.
+        raise ConfigError(
+            f"the value of {where} is not YAML; put text with signs in quotes, as in the file"
+        ) from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

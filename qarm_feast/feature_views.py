@@ -314,7 +314,10 @@ def _offline_uri(repo_dir: Path) -> str:
     if not path.is_file():
         return DEFAULT_OFFLINE_URI
     content = yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf-8")))
-    uri: str = (content.get("offline_store") or {}).get("uri", DEFAULT_OFFLINE_URI)
+    offline_store = content.get("offline_store")
+    # Feast also takes the store's type alone, as a text.
+    settings = offline_store if isinstance(offline_store, dict) else {}
+    uri: str = settings.get("uri", DEFAULT_OFFLINE_URI)
     return uri
 
 
@@ -374,8 +377,10 @@ def _feast_type(column: pa.Field) -> FeastType:
         raise ConfigError(f"users.parquet: the column name {column.name!r} is taken by Feast rows")
     if pa.types.is_timestamp(column.type):
         return UnixTimestamp
+    # The input data are read with dictionary columns made plain.
     is_list = pa.types.is_list(column.type)
-    found = _SCALAR_TYPES.get(column.type.value_type if is_list else column.type)
+    has_values = is_list or pa.types.is_dictionary(column.type)
+    found = _SCALAR_TYPES.get(column.type.value_type if has_values else column.type)
     if found is None:
         raise ConfigError(
             f"users.parquet: column {column.name!r} is {column.type}, for which Feast has no type; "

@@ -10,7 +10,7 @@ Shape letters in this file: N rows, W width of a ready vector.
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import click
 import numpy as np
@@ -25,6 +25,7 @@ from qarm_feast.errors import ConfigError, ContractError
 from qarm_feast.schema import (
     CONTENT_BINARY_COLUMNS,
     CONTENT_TEXT_COLUMNS,
+    CREATED,
     EVENT_TIMESTAMP,
     ITEM_ID,
     SPLITS,
@@ -48,6 +49,15 @@ _FILE_COLUMNS: dict[str, dict[str, pa.DataType]] = {
     },
     "users.parquet": {USER_ID: pa.int64()},
 }
+USER_COLUMN_TYPES = (
+    pa.int64(),
+    pa.int32(),
+    pa.float64(),
+    pa.float32(),
+    pa.bool_(),
+    pa.string(),
+)
+"""Types of columns of ``users.parquet``: those that the view ``user_profile`` can hold."""
 _UNIQUE_KEYS = {"items.parquet": ITEM_ID, "users.parquet": USER_ID}
 
 
@@ -64,7 +74,7 @@ class DataConfig(Section):
         default="auto",
         description="Without a split column, train rows lie before this; auto = 80 % quantile.",
     )
-    valid_days: Literal["auto"] | float = Field(
+    valid_days: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default="auto",
         description="Days of validation rows after the cut-off; auto = half of the rest.",
     )
@@ -271,13 +281,13 @@ def _is_repeat(ids: pa.ChunkedArray) -> pa.Array:
 
 
 def _check_user_columns(users: pa.Table, problems: _Problems) -> None:
+    wanted = ", ".join(map(str, USER_COLUMN_TYPES))
     for field in users.schema:
-        if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
-            problems.add(
-                "users.parquet",
-                field.name,
-                f"has type {field.type}, the contract wants numbers, strings or bools",
-            )
+        if field.name in (EVENT_TIMESTAMP, CREATED):
+            problems.add("users.parquet", field.name, "is a name that the stored rows need")
+        elif field.name != USER_ID and field.type not in USER_COLUMN_TYPES:
+            text = f"has type {field.type}, the contract wants one of {wanted}"
+            problems.add("users.parquet", field.name, text)
 
 
 def _check_content(items: pa.Table, problems: _Problems) -> None:
@@ -330,7 +340,9 @@ def _check_tasks(interactions: pa.Table, problems: _Problems) -> tuple[str, ...]
     for field in interactions.schema:
         if field.name in known:
             continue
-        if pa.types.is_boolean(field.type):
+        if field.name == CREATED:
+            problems.add(file, field.name, "is a name that the stored rows need")
+        elif pa.types.is_boolean(field.type):
             task_names.append(field.name)
             is_null = pc.is_null(interactions[field.name])
             problems.add_rows(file, field.name, "is null", is_null)

@@ -25,7 +25,12 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from qarm_feast.artifact import MANIFEST_NAME, create_file, read_verified, replace_file
 from qarm_feast.codebook_config import GateConfig
-from qarm_feast.errors import CodebookError, CodebookNotFoundError, GateRefusedError
+from qarm_feast.errors import (
+    CodebookError,
+    CodebookNotFoundError,
+    ConfigError,
+    GateRefusedError,
+)
 
 _REGISTRY_NAME = "registry.json"
 _LOCK_NAME = ".registry.lock"
@@ -91,7 +96,7 @@ class CodebookRegistry:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._path = Path(uri) / _REGISTRY_NAME
+        self._path = registry_folder(uri) / _REGISTRY_NAME
 
     def states(self) -> dict[str, VersionState]:
         """Return the state of each published version, in the order of publishing."""
@@ -195,7 +200,7 @@ def read_manifest(uri: str, version: str) -> Manifest:
         CodebookNotFoundError: If no such version is stored.
         CodebookError: If the name is none, or the manifest is of another format.
     """
-    path = Path(uri) / check_version_name(version) / MANIFEST_NAME
+    path = registry_folder(uri) / check_version_name(version) / MANIFEST_NAME
     if not path.is_file():
         raise CodebookNotFoundError(version=version, uri=uri, known=stored_versions(uri))
     try:
@@ -223,9 +228,13 @@ def write_artifact(
     Raises:
         CodebookError: If the version is stored with other content.
     """
-    folder = Path(uri) / check_version_name(manifest.version)
+    folder = registry_folder(uri) / check_version_name(manifest.version)
     for name, payload in payloads.items():
-        create_file(folder / name, payload)
+        if replace:
+            # The same bytes by name, unless a disk has damaged them: then this mends the draft.
+            replace_file(folder / name, payload)
+        else:
+            create_file(folder / name, payload)
     content = (manifest.model_dump_json(indent=2) + "\n").encode()
     if replace:
         replace_file(folder / MANIFEST_NAME, content)
@@ -318,14 +327,34 @@ def stored_versions(uri: str) -> list[str]:
     """Return the names of all versions stored under ``uri``, sorted, published or not."""
     return sorted(
         path.parent.name
-        for path in Path(uri).glob(f"*/{MANIFEST_NAME}")
+        for path in registry_folder(uri).glob(f"*/{MANIFEST_NAME}")
         if _VERSION_PATTERN.fullmatch(path.parent.name)
     )
 
 
+def registry_folder(uri: str) -> Path:
+    """Return the folder that ``uri`` names.
+
+    Args:
+        uri: Folder of codebook versions.
+
+    Returns:
+        Its path; nothing need be there.
+
+    Raises:
+        ConfigError: If ``uri`` is the URI of an object store.
+    """
+    if "://" in uri:
+        raise ConfigError(
+            f"codebooks are kept in a local or mounted folder, found {uri!r}; "
+            "set codebook.uri in qarm.yaml to a path"
+        )
+    return Path(uri)
+
+
 def drafts_uri(uri: str) -> str:
     """Return the folder of trained versions that are not published yet."""
-    return str(Path(uri) / _DRAFTS_NAME)
+    return str(registry_folder(uri) / _DRAFTS_NAME)
 
 
 def trained_uri(uri: str, version: str) -> str:
@@ -336,7 +365,7 @@ def trained_uri(uri: str, version: str) -> str:
 
 def report_path(uri: str, version: str) -> Path:
     """Return the file of the last evaluation of ``version``."""
-    return Path(uri) / _REPORTS_NAME / check_version_name(version) / _REPORT_NAME
+    return registry_folder(uri) / _REPORTS_NAME / check_version_name(version) / _REPORT_NAME
 
 
 def write_report(uri: str, manifest: Manifest, quality: Mapping[str, Any]) -> Path:

@@ -200,10 +200,11 @@ class RecentItemLists(SourceRows):
         slices = histories_as_of(events, user_ids_N, times_N, self._history_length)
         is_seen_N = ~users.is_null().to_numpy() & (slices.lengths() > 0)
         if ttl_us:
-            newest_N = events.times_E[np.where(is_seen_N, slices.ends_N - 1, 0)]
-            is_seen_N &= newest_N >= times_N - ttl_us
-        seen = replace(slices, starts_N=np.where(is_seen_N, slices.starts_N, slices.ends_N))
-        return _lists(events, seen).select(list(features))
+            seen = np.flatnonzero(is_seen_N)
+            newest = events.times_E[slices.ends_N[seen] - 1]
+            is_seen_N[seen] = newest >= times_N[seen] - ttl_us
+        shown = replace(slices, starts_N=np.where(is_seen_N, slices.starts_N, slices.ends_N))
+        return _lists(events, shown).select(list(features))
 
     def latest(self, keys: Sequence[str], columns: Sequence[str], times: TimeRange) -> pa.Table:
         """Return the newest list of each user with a positive in the range, older events too."""

@@ -275,8 +275,8 @@ def _row_letters(record: Record, table: pa.Table, faults: _RowFaults) -> list[De
 
 
 def _typed_column(table: pa.Table, name: str, wanted: pa.DataType) -> pa.ChunkedArray:
-    if table.column_names.count(name) != 1:
-        raise EventError(Reason.MISSING_FIELD, f"no column {name}, or two of them")
+    if name not in table.column_names:
+        raise EventError(Reason.MISSING_FIELD, f"no column {name}")
     column = table[name]
     if column.type != wanted:
         raise EventError(Reason.WRONG_TYPE, f"column {name} is {column.type}, not {wanted}")

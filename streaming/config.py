@@ -1,7 +1,7 @@
 """Section ``stream`` of ``qarm.yaml``. May import: pydantic."""
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class StreamConfig(Section):
     max_batch_wait_seconds: float = Field(
         default=0.1, ge=0, description="Age of the oldest record that closes a batch."
     )
-    task_names: Literal["auto"] | tuple[str, ...] = Field(
+    task_names: Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default="auto",
         description="Task flags of interaction events; auto = those of the interaction log, or of "
         "data.input_dir before the first event.",

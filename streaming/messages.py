@@ -105,7 +105,9 @@ class Record(Protocol):
     @property
     def value(self) -> bytes | None: ...  # noqa: D102
     @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...  # noqa: D102
+    def headers(self) -> Sequence[tuple[str, bytes | None]]:
+        """Names and values; Kafka allows a null value."""
+        ...
 
 
 class Message(NamedTuple):
@@ -163,7 +165,7 @@ def content_type(record: Record) -> bytes:
         )
     kind = headers.get(CONTENT_TYPE_HEADER, JSON_TYPE)
     if kind not in (JSON_TYPE, ARROW_TYPE):
-        raise EventError(Reason.UNDECODABLE, f"unknown content-type {kind[:64]!r}")
+        raise EventError(Reason.UNDECODABLE, f"unknown content-type {kind!r:.64}")
     return kind
 
 
@@ -242,7 +244,7 @@ def decode_arrow(record: Record) -> pa.Table:
         The rows, with whatever columns they came.
 
     Raises:
-        EventError: If the stream is damaged or the record has a key.
+        EventError: If the stream is damaged, two columns share a name, or the record has a key.
     """
     if record.key is not None:
         raise EventError(Reason.KEY_MISMATCH, "an Arrow record has many ids, so its key is null")
@@ -251,6 +253,9 @@ def decode_arrow(record: Record) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise EventError(Reason.UNDECODABLE, f"not an Arrow IPC stream: {error}") from error
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise EventError(Reason.WRONG_TYPE, f"more than one column named {', '.join(twice)}")
     return table
 
 
@@ -422,6 +427,7 @@ def _embedding(fields: dict[str, Any]) -> tuple[np.ndarray | None, str | None]:
     version = fields.get(ENCODER_VERSION)
     if type(version) is not str or not version:
         raise EventError(Reason.MISSING_FIELD, f"an embedding needs its {ENCODER_VERSION}")
+    _check_unicode(ENCODER_VERSION, version)
     if type(values) is not list:
         raise EventError(Reason.WRONG_TYPE, f"embedding is a {type(values).__name__}, not a list")
     try:

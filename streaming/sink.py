@@ -238,7 +238,8 @@ def letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
     """Return the record's own headers, then why it was refused and where it lay."""
     record = letter.record
     return [
-        *record.headers,
+        # Kafka allows a null value, its client refuses to send one.
+        *[(name, value or b"") for name, value in record.headers],
         ("reason", letter.reason.encode()),
         ("detail", letter.detail[:_MAX_DETAIL_CHARACTERS].encode(errors="replace")),
         ("topic", record.topic.encode()),

@@ -1,6 +1,7 @@
 """Parts of the ranker below the heads: sparse lookup, dense net, feature interaction.
 
-Shape letters: B rows, F features, E table width, W dense width, X interaction width.
+Shape letters: B rows, F features, P pairs of features, E table width, W dense width,
+X interaction width.
 May import: torch, torchrec.
 """
 
@@ -54,13 +55,14 @@ class InteractionArch(nn.Module):
         super().__init__()
         self.out_features = num_features * embedding_dim + num_features * (num_features - 1) // 2
         self._pairs: torch.Tensor
-        pairs = torch.triu_indices(num_features, num_features, offset=1)
-        self.register_buffer("_pairs", pairs, persistent=False)
+        first, second = torch.triu_indices(num_features, num_features, offset=1)
+        # Places in the flattened matrix: the backward of a two-index lookup is far slower.
+        self.register_buffer("_pairs", first * num_features + second, persistent=False)
 
     def forward(self, features_BFE: torch.Tensor) -> torch.Tensor:
         """Return the flattened embeddings followed by the pairwise dot products."""
         dots_BFF = torch.bmm(features_BFE, features_BFE.transpose(1, 2))
-        dots_BP = dots_BFF[:, self._pairs[0], self._pairs[1]]
+        dots_BP = dots_BFF.flatten(1).index_select(1, self._pairs)
         return torch.cat([features_BFE.flatten(1), dots_BP], dim=1)
 
 

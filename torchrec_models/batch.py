@@ -210,7 +210,7 @@ def _vector_features(
     row_of_H = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
     sums_BD = torch.zeros_like(targets_BD).index_add_(0, row_of_H, history_HD)
     means_BD = sums_BD / lengths_B.clamp(min=1)[:, None]
-    cosines_H = (history_HD * targets_BD[row_of_H]).sum(dim=1)
+    cosines_H = torch.linalg.vecdot(history_HD, targets_BD.index_select(0, row_of_H))
     largest_B = torch.full((len(lengths_B),), -1.0).scatter_reduce_(0, row_of_H, cosines_H, "amax")
     largest_B = torch.where(lengths_B > 0, largest_B, 0.0)
     mean_B = (means_BD * targets_BD).sum(dim=1)

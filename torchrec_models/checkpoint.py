@@ -4,8 +4,9 @@ A checkpoint folder appears whole or not at all:
 
     1. every rank writes its shards into ``<dir>/<service>/.<name>.tmp``;
     2. the first rank adds ``vocabularies.json`` and ``manifest.json`` and flushes all to disk;
-    3. it renames the folder to ``<dir>/<service>/<name>``;
-    4. it replaces ``<dir>/<service>/LATEST``, which names the newest one.
+    3. it renames the folder to ``<dir>/<service>/<name>``, a name that is not taken;
+    4. it replaces ``<dir>/<service>/LATEST``, which names the newest one;
+    5. it removes older checkpoints of the same step.
 
 The reader may have any number of ranks, also one process without a process group.
 May import: torch.
@@ -59,10 +60,10 @@ def save_checkpoint(
         vocabularies: Stored beside the weights, whose rows they number.
 
     Returns:
-        ``<directory>/<service>/step-<number>``.
+        ``<directory>/<service>/step-<number>``, with a suffix where that name is taken.
     """
     folder = Path(directory) / manifest.service
-    name = f"step-{manifest.step:08d}"
+    name = _free_name(folder, manifest.step)
     temporary = folder / f".{name}.tmp"
     is_first = dist.get_rank() == 0
     if is_first:
@@ -74,20 +75,29 @@ def save_checkpoint(
         (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
         (temporary / "manifest.json").write_text(manifest.model_dump_json(indent=2), "utf-8")
         sync_folder(temporary)
-        _replace_folder(temporary, folder / name)
+        os.replace(temporary, folder / name)
         write_atomically(folder / _POINTER, name)
+        for older in folder.glob(f"{_step_name(manifest.step)}*"):
+            if older.name != name:
+                shutil.rmtree(older)
     dist.barrier()
     return folder / name
 
 
-def _replace_folder(temporary: Path, target: Path) -> None:
-    # A step saved before is moved aside first: os.replace refuses a folder that is not empty.
-    retired = target.with_name(f".{target.name}.old")
-    shutil.rmtree(retired, ignore_errors=True)
-    if target.exists():
-        os.replace(target, retired)
-    os.replace(temporary, target)
-    shutil.rmtree(retired, ignore_errors=True)
+def _free_name(folder: Path, step: int) -> str:
+    """Return the name of a step's checkpoint that the first rank finds not taken."""
+    name, number = _step_name(step), 1
+    # A finished folder is never moved aside: LATEST may name it until the new one is whole.
+    while (folder / name).exists():
+        number += 1
+        name = f"{_step_name(step)}-{number}"
+    chosen = [name]
+    dist.broadcast_object_list(chosen, src=0)
+    return chosen[0]
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 class Checkpoint:

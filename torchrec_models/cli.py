@@ -67,14 +67,14 @@ def score(
     require_torchrec()
     from torchrec_models.score import open_scorer
 
-    start_logging(config_path, log_level)
-    scorer = open_scorer(config_path, load_ranker_config(config_path, assignments), checkpoint)
     try:
         item_ids = [int(text) for text in item_list.split(",")]
     except ValueError as error:
         raise click.BadParameter(
-            "give integers separated by commas", param_hint="--items"
+            f"{item_list!r} is no list of integers separated by commas", param_hint="--items"
         ) from error
+    start_logging(config_path, log_level)
+    scorer = open_scorer(config_path, load_ranker_config(config_path, assignments), checkpoint)
     scores = scorer.score(user_id, item_ids, datetime.now(UTC))
     for row, item_id in enumerate(item_ids):
         values = {name: round(float(values_B[row]), 6) for name, values_B in scores.items()}

@@ -10,14 +10,16 @@ epochs included, is the same for all arms. May import: what :mod:`torchrec_model
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from qarm_feast.command import config_option, log_level_option, run_command_line, start_logging
 from qarm_feast.config import ConfigPath, Section, load_section
+from qarm_feast.errors import ConfigError
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import TrainInputs, load_train_inputs
 from torchrec_models.metrics import defined_metrics
@@ -29,6 +31,8 @@ from torchrec_models.training import train
 logger = logging.getLogger(__name__)
 
 _ID_FEATURES = ("user_id", "item_id", "user_columns", "history_item_id")
+_SHARED_KEYS = ("name", "rows_uri", "codebook_version", "seed")
+"""Keys that no arm may set: they choose the rows and seeds that all arms share."""
 
 
 class ArmConfig(Section):
@@ -71,13 +75,18 @@ def compare(
         is_first: Whether this rank logs.
 
     Returns:
-        Records ``{arm, seed, seconds, samples_per_second, metrics}``; undefined ones left out.
+        Records ``{arm, seed, seconds, samples_per_second, metrics, valid_metrics}``; undefined
+        metrics left out.
+
+    Raises:
+        ConfigError: If an arm cannot be trained; before the first one is.
     """
+    arm_configs = _arm_configs(config, comparison.arms)
     runs = []
     for seed in comparison.seeds:
-        for arm in comparison.arms:
-            arm_config = _arm_config(config, arm.overrides | {"seed": seed})
-            result = train(arm_config, inputs, enable_checkpoint=False)
+        for arm, arm_config in zip(comparison.arms, arm_configs, strict=True):
+            seeded = arm_config.model_copy(update={"seed": seed})
+            result = train(seeded, inputs, enable_checkpoint=False)
             metrics = defined_metrics(result.metrics)
             runs.append(
                 {
@@ -97,8 +106,24 @@ def compare(
     return runs
 
 
-def _arm_config(config: RankerConfig, overrides: dict[str, Any]) -> RankerConfig:
-    return RankerConfig.model_validate(config.model_dump() | overrides)
+def _arm_configs(config: RankerConfig, arms: Sequence[ArmConfig]) -> list[RankerConfig]:
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"comparison.arms uses a name twice: {names}; give each arm its own")
+    for arm in arms:
+        if shared := sorted(set(arm.overrides) & set(_SHARED_KEYS)):
+            raise ConfigError(
+                f"comparison.arms: arm {arm.name!r} overrides {shared}, which all arms share; "
+                "set them in section ranker (seed: comparison.seeds)"
+            )
+    return [_arm_config(config, arm) for arm in arms]
+
+
+def _arm_config(config: RankerConfig, arm: ArmConfig) -> RankerConfig:
+    try:
+        return RankerConfig.model_validate(config.model_dump() | arm.overrides)
+    except ValidationError as error:
+        raise ConfigError(f"comparison.arms: arm {arm.name!r} is wrong: {error}") from error
 
 
 @click.command(

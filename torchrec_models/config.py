@@ -146,17 +146,18 @@ def resolve_tasks(config: RankerConfig, label_names: Sequence[str]) -> tuple[Tas
     Raises:
         ConfigError: If a task names a label that the data does not have, or a name stands twice.
     """
-    if config.tasks == "auto":
-        return tuple(
+    tasks = config.tasks
+    if tasks == "auto":
+        tasks = tuple(
             TaskConfig(name=label.removeprefix("is_"), label_name=label) for label in label_names
         )
-    unknown = [task.label_name for task in config.tasks if task.label_name not in label_names]
+    unknown = [task.label_name for task in tasks if task.label_name not in label_names]
     if unknown:
         raise ConfigError(
             f"ranker.tasks names the labels {unknown}, but the data has {list(label_names)}; "
             "set ranker.tasks to auto or mend the names"
         )
-    names = [task.name for task in config.tasks]
+    names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ConfigError(f"ranker.tasks uses a name twice: {names}; give each task its own")
-    return config.tasks
+    return tasks

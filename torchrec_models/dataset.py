@@ -71,9 +71,10 @@ class RowDataset:
         Yields:
             Batches of nearly equal size.
         """
-        rng = np.random.default_rng([seed, epoch, self.ranks.rank])
-        for table in self._tables(max(window_rows, self.batch_size), rng):
-            yield self.builder.build(self._columns(table), dropout_rng=rng)
+        # Two generators: what an arm drops must not change the order in which it sees its rows.
+        order_rng, dropout_rng = np.random.default_rng([seed, epoch, self.ranks.rank]).spawn(2)
+        for table in self._tables(max(window_rows, self.batch_size), order_rng):
+            yield self.builder.build(self._columns(table), dropout_rng=dropout_rng)
 
     def eval_batches(self) -> Iterator[RankingBatch]:
         """Yield one pass in file order, ids as they are.

@@ -13,25 +13,33 @@ from torchrec_models.archs import mlp
 
 
 class Mmoe(nn.Module):
-    """Multi-gate mixture of experts: shared experts, one softmax gate per task."""
+    """Multi-gate mixture of experts: shared experts, one softmax gate per task.
+
+    The first layers of all experts are one matrix product, and so are all gates: they read the
+    widest input of the ranker, where narrow products cost the most.
+    """
 
     def __init__(
         self, in_features: int, expert_layer_sizes: Sequence[int], num_experts: int, num_tasks: int
     ) -> None:
         super().__init__()
         self.out_features = expert_layer_sizes[-1]
-        self.experts = nn.ModuleList(
-            mlp(in_features, expert_layer_sizes) for _ in range(num_experts)
+        self.num_tasks = num_tasks
+        self.first_layers = mlp(in_features, [num_experts * expert_layer_sizes[0]])
+        self.later_layers = nn.ModuleList(
+            mlp(expert_layer_sizes[0], expert_layer_sizes[1:]) for _ in range(num_experts)
         )
-        self.gates = nn.ModuleList(nn.Linear(in_features, num_experts) for _ in range(num_tasks))
+        self.gates = nn.Linear(in_features, num_tasks * num_experts)
 
-    def forward(self, shared_BX: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, shared_BX: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return one mixture ``[B, Y]`` per task."""
-        experts_BMY = torch.stack([expert(shared_BX) for expert in self.experts], dim=1)
-        return [
-            torch.bmm(torch.softmax(gate(shared_BX), dim=1).unsqueeze(1), experts_BMY).squeeze(1)
-            for gate in self.gates
-        ]
+        num_experts = len(self.later_layers)
+        hidden = self.first_layers(shared_BX).chunk(num_experts, dim=1)
+        experts_BMY = torch.stack(
+            [layers(hidden[m]) for m, layers in enumerate(self.later_layers)], dim=1
+        )
+        gates_BTM = self.gates(shared_BX).unflatten(1, (self.num_tasks, num_experts)).softmax(dim=2)
+        return torch.bmm(gates_BTM, experts_BMY).unbind(dim=1)
 
 
 class TaskArch(nn.Module):

@@ -5,7 +5,7 @@ I items. May import: duckdb, numpy, pyarrow.
 """
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import duckdb
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from qarm_feast.errors import LeakError
 
-_MICROSECOND = 1_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def check_history_times(rows: pa.Table) -> int:
@@ -179,8 +179,7 @@ def check_pool(
 
 def to_microseconds(time: datetime) -> int:
     """Return an aware time as microseconds since the epoch."""
-    delta = time - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * _MICROSECOND + delta.microseconds
+    return (time - _EPOCH) // timedelta(microseconds=1)
 
 
 def _flat_history(rows: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -194,4 +193,5 @@ def _microseconds(rows: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def _shown(time_us: int) -> str:
-    return datetime.fromtimestamp(int(time_us) // _MICROSECOND, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # To the microsecond: an event and a label may differ by one.
+    return (_EPOCH + timedelta(microseconds=int(time_us))).isoformat(timespec="microseconds")

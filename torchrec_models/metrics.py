@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from qarm_feast.errors import ConfigError
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -79,7 +81,16 @@ def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict
 
     Returns:
         ``rows``, ``cold_rows``, and AUC, GAUC, UAUC and NE per task, of all and of cold rows.
+
+    Raises:
+        ConfigError: If a logit is not finite: it would still be ranked, and look like a result.
     """
+    num_bad = int((~torch.isfinite(predictions.logits_NT)).any(dim=1).sum())
+    if num_bad:
+        raise ConfigError(
+            f"{num_bad} of {len(predictions.logits_NT)} rows have a logit that is not finite: the "
+            "training diverged; lower ranker.learning_rate or ranker.sparse_learning_rate"
+        )
     is_cold_N = predictions.is_cold_N.numpy()
     user_ids_N = predictions.user_ids_N.numpy()
     metrics: dict[str, float] = {"rows": len(is_cold_N), "cold_rows": int(is_cold_N.sum())}

@@ -11,6 +11,7 @@ from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from qarm_feast.errors import ConfigError
 from torchrec_models.archs import DenseArch, InteractionArch, SparseArch
 from torchrec_models.batch import RankingBatch
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
@@ -89,8 +90,16 @@ def build_ranker(
 
     Returns:
         The ranker on CPU, its tables on ``table_device``.
+
+    Raises:
+        ConfigError: If no feature has a table, as user columns of data without users.
     """
     tables = ranker_tables(sizes, vocabularies, config)
+    if not tables:
+        raise ConfigError(
+            f"ranker.features is {list(config.features)}, and none of them has a table on this "
+            "data; add one, for example item_id"
+        )
     sparse_arch = SparseArch(EmbeddingBagCollection(tables=tables, device=table_device))
     num_features = sum(len(table.feature_names) for table in tables)
     dense_arch = None

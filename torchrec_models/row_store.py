@@ -142,8 +142,19 @@ def publish_rows(
 
 
 def row_schema(label_names: tuple[str, ...], user_columns: list[pa.Field]) -> pa.Schema:
-    """Return the schema of training rows; lists are never null, codes padded with ABSENT_CODE."""
-    return pa.schema(
+    """Return the schema of training rows; lists are never null, codes padded with ABSENT_CODE.
+
+    Args:
+        label_names: Bool columns, one per task.
+        user_columns: Fields of the user profile.
+
+    Returns:
+        The schema, labels before codes, the user columns last.
+
+    Raises:
+        DataError: If a user column has the name of a label or of another column of the rows.
+    """
+    schema = pa.schema(
         [
             pa.field("user_id", pa.int64()),
             pa.field("item_id", pa.int64()),
@@ -157,6 +168,12 @@ def row_schema(label_names: tuple[str, ...], user_columns: list[pa.Field]) -> pa
             *user_columns,
         ]
     )
+    if taken := [field.name for field in user_columns if schema.names.count(field.name) > 1]:
+        raise DataError(
+            f"users.parquet has the columns {taken}, which training rows use for something else "
+            "(a task of interactions.parquet, or a column of the joins); rename them"
+        )
+    return schema
 
 
 def write_atomically(path: Path, text: str) -> None:

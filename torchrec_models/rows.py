@@ -286,12 +286,14 @@ def _code_rows(table: pa.Table, num_levels: int) -> _CodeRows:
 def _dense_lists(column: pa.ChunkedArray, is_present: pa.ChunkedArray, width: int) -> pa.ListArray:
     """Return lists of ``width`` codes each, filled with ABSENT_CODE where there is none to use."""
     is_present_N = is_present.to_numpy()
-    values = column.filter(is_present).combine_chunks().flatten().to_numpy()
-    if len(values) != width * is_present_N.sum():
+    present = column.filter(is_present).combine_chunks()
+    lengths_N = pc.list_value_length(present).to_numpy()
+    if len(wrong := lengths_N[lengths_N != width]):
         raise DataError(
-            f"code rows hold {len(values)} codes where {is_present_N.sum()} rows of {width} were "
-            "expected; another codebook's codes were written into this view"
+            f"{len(wrong)} code rows do not hold {width} codes, the first holds {wrong[0]}; "
+            "another codebook's codes were written into this view: write this version's again"
         )
+    values = present.flatten().to_numpy()
     codes = np.full((len(is_present_N), width), ABSENT_CODE, dtype=np.int64)
     codes[is_present_N] = values.reshape(-1, width)
     offsets = np.arange(len(codes) + 1, dtype=np.int32) * width

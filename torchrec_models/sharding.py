@@ -3,6 +3,7 @@
 May import: torch, torchrec.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,8 @@ class Ranks:
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the process group that torchrun describes, or a group of one; leave it at the end."""
+    # torchrec 1.8 asks torch 2.13 this when it rewrites a model, and every rank would say so.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
@@ -129,7 +132,8 @@ def shard_ranker(task: RankerTrainTask, config: RankerConfig) -> ShardedRanker:
         )
     dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
     dense_optimizer = KeyedOptimizerWrapper(
-        dense_parameters, lambda parameters: torch.optim.Adam(parameters, lr=config.learning_rate)
+        dense_parameters,
+        lambda parameters: torch.optim.Adam(parameters, lr=config.learning_rate, fused=True),
     )
     return ShardedRanker(
         model=model, optimizer=CombinedOptimizer([model.fused_optimizer, dense_optimizer])

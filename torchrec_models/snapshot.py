@@ -69,8 +69,10 @@ class ItemSnapshot:
                 "run `qarm align export`, then `qarm-rank rows`"
             )
         positions_N, is_known_N, is_in_time_N = self._find(item_ids_N, label_times_N)
-        vectors_ND = self._vectors_ID[torch.from_numpy(positions_N)]
-        vectors_ND[torch.from_numpy(~(is_known_N & is_in_time_N))] = 0.0
+        vectors_ND = self._vectors_ID.index_select(0, torch.from_numpy(positions_N))
+        is_absent_N = ~(is_known_N & is_in_time_N)
+        if is_absent_N.any():
+            vectors_ND[torch.from_numpy(is_absent_N)] = 0.0
         return vectors_ND
 
     def _find(

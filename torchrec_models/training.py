@@ -244,5 +244,7 @@ class _Progress:
         self._logged, self._rows_since_log = now, 0
 
     def forget_pause(self) -> None:
-        """Leave the time since the last step out of the training time."""
-        self._marked = time.monotonic()
+        """Leave the time since the last step out of training time and samples per second."""
+        now = time.monotonic()
+        self._logged += now - self._marked
+        self._marked = now

@@ -1,6 +1,7 @@
 """Fixed vocabularies, learnt from train rows only: a value becomes a table row, unseen ones row 0.
 
-Row 0 is the default row of every table here; ID dropout trains it.
+Row 0 is the default row of every table here. ID dropout trains it for user and item ids; a user
+column's default row is trained by its nulls among the train rows, and else keeps its first weights.
 Shape letters: N values, V known values.
 May import: numpy, pyarrow.
 """

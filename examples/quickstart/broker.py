@@ -2,11 +2,10 @@
 
 The jars are fetched by Maven (``kafka-pom.xml``, ``make setup``). Everything the broker writes
 lies under one folder; both of its ports are free loopback ports. May import: the standard
-library and qarm_feast.errors.
+library, qarm_feast.errors and examples.quickstart.processes.
 """
 
 import atexit
-import os
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from examples.quickstart.processes import reap_group, signal_group
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
 
 JARS_DIR = Path(__file__).resolve().parents[2] / ".cache" / "kafka"
@@ -215,12 +215,8 @@ class KafkaBroker:
         if server is None:
             return
         atexit.unregister(self.stop)
-        _signal_group(server.pid, first_signal)
-        try:
-            server.wait(_STOP_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            _signal_group(server.pid, signal.SIGKILL)
-            server.wait()
+        signal_group(server, first_signal)
+        reap_group(server, _STOP_TIMEOUT_SECONDS)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -238,10 +234,3 @@ def _answers(port: int) -> bool:
     with closing(socket.socket()) as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((_LISTENER, port)) == 0
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return

@@ -4,6 +4,7 @@ Used by the quickstart and by the integration tests. May import: kafka-python, p
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,11 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from qarm_feast.errors import QarmError, ServiceUnavailableError
 from qarm_feast.schema import EVENT_TIMESTAMP, ITEM_ID, USER_ID
+from streaming.clients import connect_admin, connect_consumer, connect_producer
 from streaming.config import StreamConfig
 from streaming.messages import (
     EMBEDDING,
@@ -37,6 +39,7 @@ _TOPIC_SETTINGS = {
 }
 _DEAD_LETTER_BYTES = "2097152"
 _WATCH_SECONDS = 0.25
+_CONNECT_TIMEOUT_MS = 10_000
 
 Progress = Callable[[int, int], None]
 """Called with (records stored, records in all)."""
@@ -58,7 +61,7 @@ def create_topics(config: StreamConfig, num_partitions: int = NUM_PARTITIONS) ->
     """
     sizes: dict[str, dict[str, str]] = {topic: {} for topic in config.topics}
     sizes[config.dead_letter_topic] = {"max.message.bytes": _DEAD_LETTER_BYTES}
-    with _admin(config.bootstrap_servers) as admin:
+    with closing(connect_admin(config)) as admin:
         existing = set(admin.list_topics())
         missing = {
             topic: {
@@ -83,13 +86,12 @@ def create_topics(config: StreamConfig, num_partitions: int = NUM_PARTITIONS) ->
 
 
 def produce_items(
-    bootstrap_servers: str, topic: str, items: pa.Table, on_progress: Progress | None = None
+    config: StreamConfig, items: pa.Table, on_progress: Progress | None = None
 ) -> int:
     """Send one event per row, oldest first, and return how many the broker has acknowledged.
 
     Args:
-        bootstrap_servers: Kafka brokers.
-        topic: Topic of item events.
+        config: Section ``stream``.
         items: ``item_id``, ``upload_timestamp`` or ``event_timestamp``, content columns, and
             ``embedding`` with ``encoder_version`` if the vectors are ready.
         on_progress: Told now and then how far it is.
@@ -107,20 +109,16 @@ def produce_items(
     messages = item_messages(
         items.sort_by([(EVENT_TIMESTAMP, "ascending"), (ITEM_ID, "ascending")])
     )
-    return _produce(bootstrap_servers, topic, messages, items.num_rows, on_progress)
+    return _produce(config, config.item_topic, messages, items.num_rows, on_progress)
 
 
 def produce_interactions(
-    bootstrap_servers: str,
-    topic: str,
-    interactions: pa.Table,
-    on_progress: Progress | None = None,
+    config: StreamConfig, interactions: pa.Table, on_progress: Progress | None = None
 ) -> int:
     """Send one event per row, oldest first, and return how many the broker has acknowledged.
 
     Args:
-        bootstrap_servers: Kafka brokers.
-        topic: Topic of interaction events.
+        config: Section ``stream``.
         interactions: ``user_id``, ``item_id``, ``event_timestamp``, bool tasks, maybe ``split``.
         on_progress: Told now and then how far it is.
 
@@ -129,7 +127,8 @@ def produce_interactions(
     """
     in_order = interactions.sort_by([(EVENT_TIMESTAMP, "ascending")])
     messages = interaction_messages(in_order)
-    return _produce(bootstrap_servers, topic, messages, interactions.num_rows, on_progress)
+    num_rows = interactions.num_rows
+    return _produce(config, config.interaction_topic, messages, num_rows, on_progress)
 
 
 def item_messages(items: pa.Table) -> Iterator[Message]:
@@ -144,7 +143,7 @@ def item_messages(items: pa.Table) -> Iterator[Message]:
         for item_id, time_us, row, vector, version in zip(
             ids, times, rows, vectors, versions, strict=True
         ):
-            content = {name: value for name, value in row.items() if value is not None}
+            content = {name: value for name, value in row.items() if not _is_missing(value)}
             yield encode_item_event(ItemEvent(item_id, time_us, content, vector, version))
 
 
@@ -160,7 +159,7 @@ def interaction_messages(interactions: pa.Table) -> Iterator[Message]:
     columns.append(interactions[EVENT_TIMESTAMP].cast(pa.int64()))
     columns += [pc.if_else(interactions[name], "true", "false") for name in tasks]
     fields = [f'"{USER_ID}":%d', f'"{ITEM_ID}":%d', f'"{EVENT_TIMESTAMP}":%d']
-    fields += [f"{json.dumps(name)}:%s" for name in tasks]
+    fields += [json.dumps(name).replace("%", "%%") + ":%s" for name in tasks]
     if SPLIT in names:
         columns.append(interactions[SPLIT])
         fields.append(f'"{SPLIT}":"%s"')
@@ -186,7 +185,7 @@ def wait_until_drained(
         NotDrainedError: If it takes longer.
     """
     deadline = time.monotonic() + timeout_seconds
-    with _admin(config.bootstrap_servers) as admin, _reader(config) as reader:
+    with closing(connect_admin(config)) as admin, _reader(config) as reader:
         while True:
             stored, total = _progress(config, admin, reader)
             if on_progress is not None:
@@ -202,14 +201,34 @@ def wait_until_drained(
             time.sleep(_WATCH_SECONDS)
 
 
+def count_records(config: StreamConfig, topic: str) -> int:
+    """Return how many records a topic holds.
+
+    Args:
+        config: Section ``stream``.
+        topic: A topic that exists.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+    """
+    with _reader(config) as reader:
+        partitions = _partitions(reader, [topic])
+        starts, ends = reader.beginning_offsets(partitions), reader.end_offsets(partitions)
+        return sum(ends[tp] - starts[tp] for tp in partitions)
+
+
+def _partitions(reader: KafkaConsumer, topics: Iterable[str]) -> list[TopicPartition]:
+    return [
+        TopicPartition(topic, partition)
+        for topic in topics
+        for partition in reader.partitions_for_topic(topic) or ()
+    ]
+
+
 def _progress(
     config: StreamConfig, admin: KafkaAdminClient, reader: KafkaConsumer
 ) -> tuple[int, int]:
-    partitions = [
-        TopicPartition(topic, partition)
-        for topic in config.topics
-        for partition in reader.partitions_for_topic(topic) or ()
-    ]
+    partitions = _partitions(reader, config.topics)
     ends = reader.end_offsets(partitions)
     starts = reader.beginning_offsets(partitions)
     committed = _committed(config.consumer_group, admin)
@@ -230,18 +249,15 @@ def _committed(group: str, admin: KafkaAdminClient) -> dict[TopicPartition, int]
 
 
 def _produce(
-    bootstrap_servers: str,
+    config: StreamConfig,
     topic: str,
     messages: Iterable[Message],
     total: int,
     on_progress: Progress | None,
 ) -> int:
-    producer = KafkaProducer(
-        bootstrap_servers=bootstrap_servers.split(","), linger_ms=20, batch_size=131_072
-    )
     failures: list[BaseException] = []
     sent = 0
-    with closing(producer):
+    with closing(connect_producer(config)) as producer:
         for sent, message in enumerate(messages, start=1):
             future = producer.send(
                 topic, key=message.key, value=message.value, headers=message.headers
@@ -252,12 +268,15 @@ def _produce(
         producer.flush()
     if failures:
         raise ServiceUnavailableError(
-            f"{bootstrap_servers} refused {len(failures)} of {sent} records for {topic}: "
+            f"{config.bootstrap_servers} refused {len(failures)} of {sent} records for {topic}: "
             f"{failures[0]!r}"
         ) from failures[0]
-    if on_progress is not None:
-        on_progress(sent, total)
     return sent
+
+
+def _is_missing(value: object) -> bool:
+    # Data frames spell a missing number as NaN.
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _ready_vectors(batch: pa.RecordBatch) -> tuple[Sequence[Any], Sequence[str | None]]:
@@ -272,15 +291,8 @@ def _ready_vectors(batch: pa.RecordBatch) -> tuple[Sequence[Any], Sequence[str |
 
 
 @contextmanager
-def _admin(bootstrap_servers: str) -> Iterator[KafkaAdminClient]:
-    with closing(KafkaAdminClient(bootstrap_servers=bootstrap_servers.split(","))) as admin:
-        yield admin
-
-
-@contextmanager
 def _reader(config: StreamConfig) -> Iterator[KafkaConsumer]:
-    servers = config.bootstrap_servers.split(",")
-    reader = KafkaConsumer(bootstrap_servers=servers, enable_auto_commit=False)
-    with closing(reader):
+    # It reads offsets only, so it never joins the group.
+    with closing(connect_consumer(config, _CONNECT_TIMEOUT_MS)) as reader:
         reader.topics()
         yield reader

@@ -12,25 +12,33 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from examples.quickstart import stages
 from examples.quickstart.layout import (
+    RunLayout,
     StageRecord,
     choose_layout,
     fingerprint,
     prepare_repo,
 )
-from examples.quickstart.processes import Processes
+from examples.quickstart.processes import ENDING_SIGNALS, Processes
 from examples.quickstart.report import print_report
-from qarm_feast.errors import QarmError
+from qarm_feast.errors import ConfigError, QarmError
 
 
 def main() -> None:
     """Run all stages that have not finished, then print the table."""
     arguments = _parse_arguments()
-    # SIGTERM takes the same way out as Ctrl-C, through the clean-up of every `with` block.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # All take the same way out as Ctrl-C, through the clean-up of every `with` block.
+    for number in ENDING_SIGNALS:
+        # nohup ignores SIGHUP.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         _run(arguments)
     except QarmError as error:
@@ -50,10 +58,38 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     layout = choose_layout(arguments.data)
-    if arguments.clean:
-        shutil.rmtree(layout.data_dir, ignore_errors=True)
-        print(f"removed {layout.data_dir}")
-        return
+    with _sole_run(layout):
+        if arguments.clean:
+            _clean(layout)
+        else:
+            _run_stages(layout)
+
+
+@contextmanager
+def _sole_run(layout: RunLayout) -> Iterator[None]:
+    """Hold the run's lock, which lies beside its state so that cleaning leaves it alone.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    layout.repo_dir.mkdir(parents=True, exist_ok=True)
+    path = layout.repo_dir / ".run.lock"
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(
+            f"another run works in {layout.repo_dir} (it holds {path}); wait for its end"
+        ) from error
+
+
+def _clean(layout: RunLayout) -> None:
+    if layout.data_dir.exists():
+        shutil.rmtree(layout.data_dir)
+    print(f"removed {layout.data_dir}")
+
+
+def _run_stages(layout: RunLayout) -> None:
     prepare_repo(layout)
     record = StageRecord(layout.data_dir / "run.json", fingerprint(layout))
     with Processes(layout.log_dir, stages.child_environment()) as processes:

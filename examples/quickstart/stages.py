@@ -1,7 +1,8 @@
 """The main job's stages, in order; each reads what the ones before left under the run's folder.
 
 Every stage calls the commands that a user would call, in processes of their own; only fetching
-the demo data, producing events and comparing two stores happen in this process.
+the demo data, producing events and comparing two stores happen in this process. Stages that need
+feast or kafka import them when they run: a run that is finished prints its table at once.
 """
 
 import json
@@ -15,9 +16,6 @@ from examples.quickstart import layout as run_layout
 from examples.quickstart.layout import RunLayout, StageRecord
 from examples.quickstart.ml100k import write_ml100k
 from examples.quickstart.processes import Processes
-from examples.quickstart.second_store import run_second_store
-from examples.quickstart.stream import run_stream
-from examples.quickstart.top_items import run_score
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.config import load_section
 from qarm_feast.input_data import DataConfig, describe, load_input_data
@@ -35,12 +33,17 @@ class Context:
     processes: Processes
     record: StageRecord
 
-    def command(self, name: str, *arguments: str, shown: bool = True) -> str:
-        """Run an installed command of ours to its end; its output is shown as it comes."""
+    def command(self, name: str, *arguments: str) -> None:
+        """Run an installed command to its end; its output is shown as it comes."""
         program, *rest = arguments
-        return self.processes.run(
-            name, [str(_BIN / program), *rest], on_line=_show if shown else None
-        )
+        self.processes.run(name, [str(_BIN / program), *rest], on_line=_show)
+
+    def torchrun(self, name: str, module: str, *arguments: str) -> None:
+        """Run a module on two ranks of this machine."""
+        launcher = (str(_BIN / "torchrun"), "--standalone", "--nproc-per-node", str(_NUM_RANKS))
+        # One thread a rank: torchrun would choose the same, and say so on many lines.
+        threads = {"OMP_NUM_THREADS": "1"}
+        self.processes.run(name, [*launcher, "-m", module, *arguments], _show, threads)
 
     @property
     def config(self) -> tuple[str, str]:
@@ -105,36 +108,40 @@ def _codebook(context: Context) -> dict[str, Any]:
 def _apply(context: Context) -> dict[str, Any]:
     repo = ("feast", "-c", str(context.layout.repo_dir))
     context.command("feast-plan", *repo, "plan")
-    context.command("feast-apply", *repo, "apply", shown=False)
-    context.command("feast-views", *repo, "feature-views", "list")
+    context.command("feast-apply", *repo, "apply")
     if (context.layout.input_dir / "users.parquet").exists():
         context.command("load-users", "qarm", "load-users", *context.config)
     return {}
 
 
 def _stream(context: Context) -> dict[str, Any]:
+    from examples.quickstart.stream import run_stream
+
     return run_stream(context.layout, context.processes, _BIN, _show)
 
 
 def _materialize(context: Context) -> dict[str, Any]:
+    from examples.quickstart.second_store import run_second_store
+
     return run_second_store(context.layout, context.processes, _BIN, _show)
 
 
 def _train(context: Context) -> dict[str, Any]:
     context.command("rank-rows", "qarm-rank", "rows", *context.config)
-    context.command("rank-train", *_torchrun(), "torchrec_models.train", *context.config)
+    context.torchrun("rank-train", "torchrec_models.train", *context.config)
     return {}
 
 
 def _score(context: Context) -> dict[str, Any]:
+    from examples.quickstart.top_items import run_score
+
     return run_score(context.layout, context.processes, _BIN, CODEBOOK_VERSION, _show)
 
 
 def _compare(context: Context) -> dict[str, Any]:
     output = context.layout.data_dir / "comparison.json"
-    context.command(
+    context.torchrun(
         "rank-comparison",
-        *_torchrun(),
         "torchrec_models.comparison",
         *context.config,
         "--output",
@@ -142,10 +149,6 @@ def _compare(context: Context) -> dict[str, Any]:
     )
     runs: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return {"comparison": runs}
-
-
-def _torchrun() -> tuple[str, ...]:
-    return ("torchrun", "--standalone", "--nproc-per-node", str(_NUM_RANKS), "-m")
 
 
 STAGES = (

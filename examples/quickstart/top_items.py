@@ -38,7 +38,7 @@ def run_score(
     ids = ",".join(str(item_id) for item_id in candidates)
     output = processes.run("rank-score", [*command, "--user-id", str(user_id), "--items", ids])
     scored = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    task = input_data.positive_label.removeprefix("is_")
+    task = next(iter(scored[0]["scores"]))
     best = sorted(scored, key=lambda entry: -entry["scores"][task])[:_NUM_SHOWN]
     show(f"user {user_id}: best {len(best)} of {len(candidates):,} candidates by {task}")
     lines = _lines(layout, input_data, codebook_version, best, task)

@@ -55,9 +55,14 @@ class AlignmentConfig(Section):
         default="data/features", description="Folder of cached backbone features."
     )
     embedding_dim: int = Field(
-        default=128, gt=1, description="Width of aligned embeddings; never above the features'."
+        default=128,
+        ge=16,
+        multiple_of=8,
+        description="Width of aligned embeddings; never above the features'.",
     )
-    hidden_dim: int = Field(default=256, gt=0, description="Width of the head's hidden layer.")
+    hidden_dim: int = Field(
+        default=256, ge=16, multiple_of=8, description="Width of the head's hidden layer."
+    )
     max_tokens: int = Field(
         default=64, ge=8, le=512, description="Tokens of an item's text that the backbone reads."
     )
@@ -69,7 +74,7 @@ class AlignmentConfig(Section):
     )
     num_epochs: int = Field(default=30, gt=0, description="Most passes over the pairs.")
     patience: int = Field(
-        default=3, gt=0, description="Epochs without a better validation loss before stopping."
+        default=2, gt=0, description="Epochs without a better validation loss before stopping."
     )
     valid_item_share: float = Field(
         default=0.1, gt=0, lt=0.5, description="Share of train items held out to stop early."

@@ -3,7 +3,8 @@
 Items with text columns are encoded from text. Items without any, but with an ``embedding`` column,
 are encoded from that ready vector: the head then starts as its PCA.
 
-Shape letters in this file: N items, E feature width, D embedding width, H hidden width.
+Shape letters in this file: N items, E feature width, W width of a ready vector, D embedding
+width, H hidden width.
 May import: torch, safetensors; transformers only through the backbone.
 """
 
@@ -37,6 +38,10 @@ HEAD_FILE = "head.safetensors"
 BACKBONE_FOLDER = "backbone"
 HEAD_ROWS = 64
 """Rows of every pass through the head: like the backbone's, its shape never varies."""
+WIDTH_MULTIPLE = 16
+"""Ready vectors are filled up with zeros to a multiple of this. In the product of narrow or odd
+matrices the last bits of a row depend on its place among the others (seen with MKL below 12
+columns), and the encoder promises that they do not."""
 
 
 class EncoderManifest(Section):
@@ -138,7 +143,8 @@ def content_features(
         cache: Looked up first and completed; only for texts.
 
     Returns:
-        Float32 ``[N, E]``, one row per item, not normalised.
+        Float32 ``[N, E]``, one row per item, not normalised; ready vectors are filled up with
+        zeros to a multiple of ``WIDTH_MULTIPLE``.
 
     Raises:
         DataError: If ready vectors are needed and missing or null.
@@ -152,7 +158,7 @@ def content_features(
     # The same text may stand in many items; the first of each is read.
     wanted = {text_hash: row for row, text_hash in reversed(list(enumerate(hashes)))}
     rows = sorted(row for text_hash, row in wanted.items() if text_hash not in known)
-    logger.info("features cached=%d to_encode=%d", items.num_rows - len(rows), len(rows))
+    logger.info("features reused=%d to_encode=%d", items.num_rows - len(rows), len(rows))
     if rows:
         fresh_NE = backbone.encode(item_texts(items.take(rows)))
         known |= {hashes[row]: vector for row, vector in zip(rows, fresh_NE, strict=True)}
@@ -166,7 +172,8 @@ def _ready_vectors(items: pa.Table) -> np.ndarray:
             f"this encoder reads ready vectors, and an item has no {EMBEDDING!r}; "
             "give every item one, or train an encoder on text"
         )
-    return embedding_matrix(items[EMBEDDING])
+    vectors_NW = embedding_matrix(items[EMBEDDING])
+    return np.pad(vectors_NW, ((0, 0), (0, -vectors_NW.shape[1] % WIDTH_MULTIPLE)))
 
 
 @dataclass(frozen=True)

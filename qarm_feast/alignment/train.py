@@ -1,7 +1,7 @@
 """Training of the alignment head on item pairs, the backbone frozen.
 
 Shape letters in this file: M train items, E feature width, D embedding width, R pairs,
-B pairs of a batch.
+B pairs of a batch, S items drawn for the geometry term.
 May import: torch, numpy, scipy, pyarrow.
 """
 
@@ -39,6 +39,9 @@ from qarm_feast.input_data import InputData
 from qarm_feast.schema import ITEM_ID
 
 logger = logging.getLogger(__name__)
+
+_GEOMETRY_ITEMS = 512
+"""Random train items per step whose content cosines are compared."""
 
 
 @dataclass(frozen=True)
@@ -234,11 +237,11 @@ class _HeadTrainer:
     def train_epoch(self, pairs: PairRows, generator: np.random.Generator) -> float:
         """Take one pass over the pairs and return the mean loss."""
         total = 0.0
+        num_drawn = min(_GEOMETRY_ITEMS, len(self._features))
         for rows in _batches(generator.permutation(len(pairs)), self._config.batch_size):
             batch = pairs.take(rows)
-            loss = self._pair_loss(batch)
-            if self._config.geometry_weight:
-                loss = loss + self._config.geometry_weight * self._geometry_loss(generator)
+            drawn = generator.choice(len(self._features), num_drawn, replace=False)
+            loss = self._step_loss(batch, drawn)
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._optimizer.step()
@@ -248,30 +251,39 @@ class _HeadTrainer:
     @torch.no_grad()
     def loss(self, pairs: PairRows) -> float:
         """Return the pair loss, without the geometry term."""
+        embeddings_MD = self._head(self._features)
         # One fixed shuffle: pairs lie sorted by item, and neighbours are poor negatives.
         order = np.random.default_rng(self._config.seed).permutation(len(pairs))
-        parts = [pairs.take(rows) for rows in _batches(order, self._config.batch_size)]
-        return sum(float(self._pair_loss(part)) * len(part) for part in parts) / len(pairs)
+        total = 0.0
+        for rows in _batches(order, self._config.batch_size):
+            batch = pairs.take(rows)
+            triggers_BD, targets_BD = embeddings_MD[batch.triggers], embeddings_MD[batch.targets]
+            total += float(self._pair_loss(batch, triggers_BD, targets_BD)) * len(batch)
+        return total / len(pairs)
 
-    def _pair_loss(self, batch: PairRows) -> Tensor:
-        triggers_B, targets_B = torch.from_numpy(batch.triggers), torch.from_numpy(batch.targets)
+    def _step_loss(self, batch: PairRows, drawn: np.ndarray) -> Tensor:
+        """Return pair loss plus weighted geometry loss of the drawn items."""
+        wanted = np.concatenate([batch.triggers, batch.targets, drawn])
+        # An item stands in many pairs of a batch; the head sees it once.
+        items, places = np.unique(wanted, return_inverse=True)
+        embeddings = self._head(self._features[torch.from_numpy(items)])[torch.from_numpy(places)]
+        triggers_BD, targets_BD, drawn_SD = embeddings.split([len(batch), len(batch), len(drawn)])
+        content_SD = self._content[torch.from_numpy(drawn)]
+        geometry = geometry_loss(drawn_SD, content_SD @ content_SD.T)
+        pair_loss = self._pair_loss(batch, triggers_BD, targets_BD)
+        return pair_loss + self._config.geometry_weight * geometry
+
+    def _pair_loss(self, batch: PairRows, triggers_BD: Tensor, targets_BD: Tensor) -> Tensor:
         is_pair_BB = self._is_pair[batch.triggers][:, batch.targets].toarray()
         is_negative_BB = negatives_mask(
-            triggers_B, targets_B, torch.from_numpy(batch.users), torch.from_numpy(is_pair_BB)
+            torch.from_numpy(batch.triggers),
+            torch.from_numpy(batch.targets),
+            torch.from_numpy(batch.users),
+            torch.from_numpy(is_pair_BB),
         )
-        return info_nce(
-            self._head(self._features[triggers_B]),
-            self._head(self._features[targets_B]),
-            is_negative_BB,
-            torch.from_numpy(batch.weights),
-            self._config.temperature,
-        )
-
-    def _geometry_loss(self, generator: np.random.Generator) -> Tensor:
-        num_rows = min(self._config.batch_size, len(self._features))
-        rows = torch.from_numpy(generator.choice(len(self._features), num_rows, replace=False))
-        content_BB = self._content[rows] @ self._content[rows].T
-        return geometry_loss(self._head(self._features[rows]), content_BB)
+        weights_B = torch.from_numpy(batch.weights)
+        temperature = self._config.temperature
+        return info_nce(triggers_BD, targets_BD, is_negative_BB, weights_B, temperature)
 
 
 def _known_pairs(pairs: PairRows, num_items: int) -> sparse.csr_array:

@@ -283,10 +283,12 @@ def _transaction(conn: sqlite3.Connection, begin: str) -> Iterator[None]:
     conn.execute(begin)
     try:
         yield
+        conn.execute("COMMIT")
     except BaseException:
-        conn.execute("ROLLBACK")
+        # sqlite itself may have rolled back (a full disk); a COMMIT that failed has not.
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
         raise
-    conn.execute("COMMIT")
 
 
 @contextmanager

@@ -517,6 +517,27 @@ def test_sqlite_keeps_nothing_of_a_write_that_was_killed(online: Online) -> None
 
 
 @pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_sqlite_goes_on_after_a_commit_that_failed(online: Online) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    # A deferred constraint is the one way to make a COMMIT fail without a broken disk.
+    conn = online.store._get_conn(online.config)
+    conn.execute("PRAGMA foreign_keys = ON")
+    conn.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+    conn.execute("CREATE TABLE child (id REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+    conn.execute(
+        "CREATE TRIGGER orphan AFTER UPDATE ON qarm_item_codes_v1 "
+        "BEGIN INSERT INTO child VALUES (1); END"
+    )
+
+    with pytest.raises(sqlite3.IntegrityError):
+        online.write(code_view(), code_rows([(1, 2, "b", [2, 2])]))
+    conn.execute("DROP TRIGGER orphan")
+
+    assert online.codes(1) == [[1, 1]]
+    assert online.write(code_view(), code_rows([(1, 2, "b", [2, 2])])) == 1
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
 def test_sqlite_teardown_removes_the_file(online: Online) -> None:
     online.write(code_view(), code_rows([(1, 1, "a", [1, 1])]))
     online.codes(1)

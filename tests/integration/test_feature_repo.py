@@ -3,10 +3,11 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 
 from qarm_feast import schema
 from qarm_feast.code_log import CodeLog
-from qarm_feast.profiles import load_users
+from qarm_feast.input_data import DataConfig, load_input_data
+from qarm_feast.profiles import load_users, write_profiles
 from qarm_feast.registry import CodebookRegistry, Manifest
 from qarm_feast.repo_paths import open_feature_store
 
@@ -175,10 +177,25 @@ def test_user_profiles_are_loaded_offline_and_online(applied: Repository) -> Non
 
     ran = CliRunner().invoke(load_users, ["--config", config_path], catch_exceptions=False)
 
-    assert ran.output == "users written: 2\n"
+    assert ran.output == "users written: 2 (unchanged: 0)\n"
     assert applied.online(["user_profile:age"], "user_id", [7, 8, 9])["age"] == [30, 40, None]
     log = CodeLog(applied.repo_dir / "data" / "offline").read(schema.USER_PROFILE_VIEW)
     assert log["event_timestamp"].to_pylist() == [at(10), at(10)]
+
+
+def test_a_changed_profile_is_served_and_holds_from_its_load_on(applied: Repository) -> None:
+    store = open_feature_store(applied.repo_dir)
+    loaded = load_input_data(DataConfig(input_dir=str(applied.repo_dir / "data" / "input")))
+    write_profiles(store, loaded, at(100))
+    users = pa.table({"user_id": [7, 8], "age": [31, 40]})
+
+    num_written = write_profiles(store, replace(loaded, users=users), at(200))
+
+    assert num_written == 1
+    assert applied.online(["user_profile:age"], "user_id", [7, 8])["age"] == [31, 40]
+    frame = pd.DataFrame({"user_id": [7, 7], "event_timestamp": [at(199), at(200)]})
+    ages = store.get_historical_features(entity_df=frame, features=["user_profile:age"])
+    assert ages.to_df()["age"].tolist() == [30, 31]
 
 
 def test_the_definitions_need_no_data_and_load_neither_faiss_nor_torchrec(tmp_path: Path) -> None:

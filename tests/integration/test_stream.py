@@ -49,8 +49,8 @@ def test_kill_9_in_the_middle_loses_nothing_and_repeats_nothing(
 ) -> None:
     items, interactions = _items(), _interactions()
     config = stream_repo.stream_config
-    produce_items(config.bootstrap_servers, config.item_topic, items)
-    produce_interactions(config.bootstrap_servers, config.interaction_topic, interactions)
+    produce_items(config, items)
+    produce_interactions(config, interactions)
     killed = start_worker("killed")
     survivor = start_worker("survivor")
 
@@ -167,7 +167,7 @@ def test_records_that_wait_when_a_worker_joins_are_read_again(stream_repo: Strea
     config = stream_repo.stream_config.model_copy(
         update={"max_batch_size": 10_000, "max_batch_wait_seconds": 1.0}
     )
-    total = produce_items(config.bootstrap_servers, config.item_topic, _items().slice(0, 200))
+    total = produce_items(config, _items().slice(0, 200))
     seen: list[set[int]] = [set(), set()]
     done = threading.Event()
 
@@ -192,7 +192,7 @@ def test_records_that_wait_when_a_worker_joins_are_read_again(stream_repo: Strea
     assert starts[1].wait(60)
     more = _items().slice(200, 200)
     for first in range(0, 200, 10):
-        produce_items(config.bootstrap_servers, config.item_topic, more.slice(first, 10))
+        produce_items(config, more.slice(first, 10))
     done.wait(30)
     done.set()
     for thread in threads:

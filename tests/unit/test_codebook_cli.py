@@ -134,6 +134,24 @@ def test_a_gate_of_the_configuration_refuses(config_path: Path) -> None:
     assert shown["forced_gates"][0].startswith("max_collision_rate")
 
 
+def test_an_encoder_manifest_that_cannot_be_read_is_named(config_path: Path) -> None:
+    manifest = config_path.parent / "data" / "encoders" / "e1" / "manifest.json"
+    manifest.write_text("{")
+
+    with pytest.raises(DataError, match=r"e1/manifest\.json is no encoder manifest"):
+        _run(config_path, "train", "--codebook-version", "v1")
+
+
+def test_vectors_of_unequal_width_are_refused_with_both_files(tmp_path: Path) -> None:
+    for name, width in (("a", 2), ("b", 3)):
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0] * width, pa.float32()), width)
+        table = pa.table({"item_id": [1], "embedding": vectors, "content_hash": ["x"]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+
+    with pytest.raises(DataError, match=r"b\.parquet holds vectors of width 3, .*a\.parquet of 2"):
+        read_vectors(tmp_path)
+
+
 def test_the_options_of_every_command_are_pinned() -> None:
     options = {
         name: [option for parameter in command.params for option in parameter.opts]

@@ -99,7 +99,7 @@ def test_encode_items_returns_one_row_per_item_and_version() -> None:
     codebooks = {"v1": FakeCodebook(), "v2": FakeCodebook()}
     x_ND = np.array([[3.0, 0.0], [4.0, 0.0], [5.0, 0.0]], dtype=np.float32)
 
-    tables = encode_items(three_items(), x_ND, codebooks, "e1", CREATED)  # type: ignore[arg-type]
+    tables = encode_items(three_items(), x_ND, codebooks, "e1", CREATED)
 
     assert list(tables) == ["v1", "v2"]
     assert tables["v1"].schema == CODE_ROWS
@@ -120,7 +120,7 @@ def test_encode_items_of_no_items_keeps_the_schema() -> None:
     codebooks = {"v1": FakeCodebook()}
 
     empty = three_items().slice(0, 0)
-    tables = encode_items(empty, np.empty((0, 2), np.float32), codebooks, "e1", CREATED)  # type: ignore[arg-type]
+    tables = encode_items(empty, np.empty((0, 2), np.float32), codebooks, "e1", CREATED)
 
     assert tables["v1"].num_rows == 0
     assert tables["v1"].schema == CODE_ROWS
@@ -130,7 +130,7 @@ def test_encode_items_refuses_a_codebook_of_another_encoder() -> None:
     codebooks = {"v1": FakeCodebook(encoder_version="e0")}
 
     with pytest.raises(CodebookMismatchError, match=r"'e0'.*'e1'"):
-        encode_items(three_items(), np.zeros((3, 2), np.float32), codebooks, "e1", CREATED)  # type: ignore[arg-type]
+        encode_items(three_items(), np.zeros((3, 2), np.float32), codebooks, "e1", CREATED)
 
 
 def test_encode_items_names_the_item_of_a_vector_that_is_not_finite() -> None:

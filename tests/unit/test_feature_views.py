@@ -20,6 +20,7 @@ from qarm_feast.feature_views import (
     train_items_view,
     user_profile_view,
 )
+from qarm_feast.input_data import USER_COLUMN_TYPES
 from qarm_feast.registry import CodebookRegistry, VersionState
 
 USERS = pa.schema([("user_id", pa.int64()), ("age", pa.int64()), ("gender", pa.string())])
@@ -112,6 +113,17 @@ def test_a_profile_view_has_a_feature_per_user_column() -> None:
 
 
 @pytest.mark.parametrize(
+    "column_type", [*USER_COLUMN_TYPES, pa.dictionary(pa.int32(), pa.string()), pa.large_string()]
+)
+def test_every_user_column_that_passes_the_contract_can_be_a_feature(
+    column_type: pa.DataType,
+) -> None:
+    view = user_profile_view(USERS.append(pa.field("city", column_type)))
+
+    assert [feature.name for feature in view.features] == ["age", "gender", "city"]
+
+
+@pytest.mark.parametrize(
     ("column", "message"),
     [
         (pa.field("created", pa.int64()), "'created' is taken"),
@@ -173,6 +185,14 @@ def test_facts_come_from_the_files_beside_the_definitions(tmp_path: Path) -> Non
     assert found.user_columns.names == ["user_id", "age", "gender"]
     assert not found.has_input_data
     assert found.codebooks == {"v1": CodebookFacts("e1", 3, 5), "v2": CodebookFacts("e1", 3, 5)}
+
+
+def test_an_offline_store_may_be_named_by_its_type_alone(tmp_path: Path) -> None:
+    write_repository(tmp_path)
+    name = "qarm_feast.offline_store.CodeLogOfflineStore"
+    (tmp_path / "feature_store.yaml").write_text(f"offline_store: {name}\n")
+
+    assert read_repository_facts(tmp_path).offline_uri == "data/offline"
 
 
 def test_an_empty_repository_has_facts(tmp_path: Path) -> None:

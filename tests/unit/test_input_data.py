@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 from qarm_feast.errors import ConfigError, ContractError
 from qarm_feast.input_data import DataConfig, InputData, check_data, load_input_data
@@ -184,6 +185,21 @@ BREACHES: list[tuple[str, Change, str]] = [
         add("users", "tags", pa.array([["a"], ["b"]])),
         "users.parquet, column 'tags': has type list<",
     ),
+    (
+        "user column that no feature can hold",
+        add("users", "shoe_size", pa.array([40, 41], pa.int16())),
+        "users.parquet, column 'shoe_size': has type int16, the contract wants one of int64,",
+    ),
+    (
+        "user column named as a stored one",
+        add("users", "created", pa.array([1, 2])),
+        "users.parquet, column 'created': is a name that the stored rows need",
+    ),
+    (
+        "task named as a stored column",
+        add("interactions", "created", pa.array([True] * 4)),
+        "interactions.parquet, column 'created': is a name that the stored rows need",
+    ),
 ]
 
 
@@ -293,10 +309,16 @@ def test_a_cut_off_before_all_rows_is_refused(tmp_path: Path) -> None:
         load_without_split(tmp_path, cutoff_timestamp=START)
 
 
+@pytest.mark.parametrize("valid_days", [-1.0, float("inf"), float("nan")])
+def test_valid_days_that_give_no_end_after_the_cut_off_are_refused(valid_days: float) -> None:
+    with pytest.raises(ValidationError, match="valid_days"):
+        DataConfig(valid_days=valid_days)
+
+
 def test_an_unknown_positive_label_is_a_config_error(tmp_path: Path) -> None:
     config = write(good_tables(), tmp_path).model_copy(update={"positive_label": "is_bought"})
 
-    with pytest.raises(ConfigError, match="is_bought.*is_click, is_like"):
+    with pytest.raises(ConfigError, match=r"is_bought.*is_click, is_like"):
         load_input_data(config)
 
 

@@ -31,6 +31,7 @@ from qarm_feast.feature_views import (
 )
 from qarm_feast.offline_store import CodeLogOfflineStore, open_code_log
 from qarm_feast.repo_paths import open_feature_store
+from qarm_feast.source_rows import RecentItemLists
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 INTERACTIONS = schema.interaction_rows(("is_like", "is_love"))
@@ -209,6 +210,24 @@ def test_views_that_were_never_written_join_as_nulls_of_the_right_type(
     assert lists["item_ids"].to_pylist() == [None]
     assert pull_latest(store, "item_codes_v1", at(0), at(99)).num_rows == 0
     assert pull_latest(store, "user_recent_items", at(0), at(99)).num_rows == 0
+
+
+def test_a_history_older_than_its_ttl_is_not_seen(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    log.create(schema.INTERACTION_LOG, INTERACTIONS)
+    path = tmp_path / schema.INTERACTION_LOG
+    lists = RecentItemLists(path, "event_timestamp", None, {"qarm.history_length": "2"})
+    start = round(START.timestamp()) * 1_000_000
+    asked = pa.table({"user_id": [1, 1, 2], "time_us": [start + 20, start + 21, start + 20]})
+
+    before = lists.as_of(["user_id"], ["item_ids"], asked, ttl_us=10)
+    log.append(schema.INTERACTION_LOG, interactions([(1, 5, 10e-6, True, "")]))
+    after = lists.as_of(["user_id"], ["item_ids"], asked, ttl_us=10)
+
+    assert before is not None
+    assert before["item_ids"].to_pylist() == [None, None, None]
+    assert after is not None
+    assert after["item_ids"].to_pylist() == [[5], None, None]
 
 
 def test_several_views_join_in_one_call_under_full_names(store: FeatureStore) -> None:

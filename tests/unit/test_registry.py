@@ -15,6 +15,7 @@ from qarm_feast.codebook_config import GateConfig
 from qarm_feast.errors import (
     CodebookError,
     CodebookNotFoundError,
+    ConfigError,
     CorruptArtifactError,
     GateRefusedError,
 )
@@ -185,6 +186,28 @@ def test_a_draft_may_be_replaced_and_leaves_no_file_behind(uri: str) -> None:
     names = {path.name for path in (Path(drafts_uri(uri)) / "v1").iterdir()}
 
     assert names == {"manifest.json", *second.files}
+
+
+def test_training_a_draft_again_mends_its_damaged_file(uri: str) -> None:
+    (name,) = _draft(uri).files
+    damaged = Path(drafts_uri(uri)) / "v1" / name
+    damaged.write_bytes(b"arrayz")
+
+    _draft(uri)
+
+    assert damaged.read_bytes() == b"arrays"
+
+
+def test_an_object_store_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"'s3://bucket/codebooks'.*codebook\.uri"):
+        _store("s3://bucket/codebooks")
+    with pytest.raises(ConfigError, match=r"codebook\.uri"):
+        CodebookRegistry("s3://bucket/codebooks")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_with_another_hash_or_none_is_refused(uri: str) -> None:

@@ -19,7 +19,7 @@ VERSIONED = [(SCHEMA_VERSION_HEADER, SCHEMA_VERSION)]
 class FakeRecord:
     key: bytes | None = None
     value: bytes | None = None
-    headers: Sequence[tuple[str, bytes]] = field(default_factory=lambda: list(VERSIONED))
+    headers: Sequence[tuple[str, bytes | None]] = field(default_factory=lambda: list(VERSIONED))
     topic: str = "items"
     partition: int = 0
     offset: int = 0

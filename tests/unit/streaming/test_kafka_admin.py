@@ -22,13 +22,13 @@ def test_interactions_written_by_column_are_what_a_worker_reads() -> None:
             "item_id": pa.array([42, 43]),
             "event_timestamp": _times(0, 1),
             "is_like": pa.array([True, False]),
-            'is "odd"': pa.array([False, True]),
+            'is 100% "odd"': pa.array([False, True]),
             "split": pa.array(["train", "test"]),
         }
     )
 
     decoded = [
-        decode_interaction_event(record_of(message), ("is_like", 'is "odd"'))
+        decode_interaction_event(record_of(message), ("is_like", 'is 100% "odd"'))
         for message in interaction_messages(interactions)
     ]
 
@@ -45,6 +45,7 @@ def test_items_keep_their_content_and_ready_vectors() -> None:
             "event_timestamp": _times(0, 1),
             "title": pa.array(["A", None]),
             "price": pa.array([2.5, None]),
+            "weight": pa.array([float("nan"), None]),
             "embedding": pa.array([None, [1.0, 2.0]], pa.list_(pa.float32(), 2)),
             "encoder_version": pa.array([None, "e1"]),
         }

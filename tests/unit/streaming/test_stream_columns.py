@@ -122,9 +122,12 @@ def test_arrow_record_with_a_wrong_column_is_one_dead_letter() -> None:
         embedding=pa.array([[1.0]], pa.list_(pa.float64())),
     )
 
-    decoded = decode_items([text_ids, naive, lists, doubles], 300)
+    title, columns = pa.array(["A"]), ["item_id", "event_timestamp", "title", "title"]
+    twice = pa.Table.from_arrays([pa.array([1]), _times(0), title, title], names=columns)
 
-    assert [letter.reason for letter in decoded.dead_letters] == ["wrong_type"] * 4
+    decoded = decode_items([text_ids, naive, lists, doubles, record_of(encode_arrow(twice))], 300)
+
+    assert [letter.reason for letter in decoded.dead_letters] == ["wrong_type"] * 5
     assert decoded.rows.num_rows == 0
 
 

@@ -28,6 +28,14 @@ def test_unknown_key_is_refused_with_its_name(tmp_path: Path) -> None:
         load_section(path, "stream", StreamConfig)
 
 
+def test_an_empty_list_of_task_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text("stream: {task_names: []}\n")
+
+    with pytest.raises(ConfigError, match=r"stream\.task_names"):
+        load_section(path, "stream", StreamConfig)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -154,7 +154,8 @@ def test_nothing_is_written_for_an_empty_batch() -> None:
 
 
 def test_dead_letter_headers_tell_why_and_where_and_keep_the_records_own() -> None:
-    record = FakeRecord(b"1", b"{", [("schema_version", b"1")], "items", 3, 17)
+    own = [("schema_version", b"1"), ("trace", None)]
+    record = FakeRecord(b"1", b"{", own, "items", 3, 17)
     letter = DeadLetter(record, "undecodable", "x" * 900, record.value, "v1")
 
     headers = dict(letter_headers(letter))
@@ -162,6 +163,7 @@ def test_dead_letter_headers_tell_why_and_where_and_keep_the_records_own() -> No
     assert headers.pop("detail") == b"x" * 500
     assert headers == {
         "schema_version": b"1",
+        "trace": b"",
         "reason": b"undecodable",
         "topic": b"items",
         "partition": b"3",

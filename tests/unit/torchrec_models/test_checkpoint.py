@@ -105,6 +105,36 @@ def test_a_save_that_dies_before_the_rename_leaves_the_old_checkpoint(
     assert Checkpoint(str(tmp_path), "ranker_v1").manifest == before
 
 
+@pytest.mark.parametrize("num_done", [0, 1], ids=["folder", "pointer"])
+def test_a_save_that_dies_between_two_renames_leaves_the_old_checkpoint(
+    inputs: TrainInputs,
+    ranks: Ranks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_done: int,
+) -> None:
+    """The new run has the same number of steps, so the same name."""
+    first = train(_config(tmp_path, num_epochs=1), inputs)
+    replace, calls = os.replace, iter(range(10))
+
+    def die(source: Path, target: Path) -> None:
+        if next(calls) == num_done:
+            raise OSError("killed between two renames")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OSError, match="killed between"):
+        train(_config(tmp_path, num_epochs=1, seed=1), inputs)
+    monkeypatch.setattr(os, "replace", replace)
+
+    old = Checkpoint(str(tmp_path), "ranker_v1")
+    again = train(_config(tmp_path, num_epochs=1, seed=2), inputs)
+    new = Checkpoint(str(tmp_path), "ranker_v1")
+    assert (old.folder, old.manifest.config.seed) == (first.checkpoint, 0)
+    assert (new.folder, new.manifest.config.seed) == (again.checkpoint, 2)
+    assert list((tmp_path / "ranker_v1").glob("step-*")) == [new.folder]
+
+
 def test_a_centroid_start_without_a_codebook_is_refused(
     inputs: TrainInputs, ranks: Ranks, tmp_path: Path
 ) -> None:

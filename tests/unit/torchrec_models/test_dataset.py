@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qarm_feast.errors import DataError
+from torchrec_models import dataset as dataset_module
 from torchrec_models.batch import BatchBuilder, RankingBatch
 from torchrec_models.config import RankerConfig
 from torchrec_models.dataset import RowDataset
@@ -41,8 +42,9 @@ def _users(batches: list[RankingBatch]) -> Counter[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("window_rows", [1, 300, 10_000])
 def test_ranks_see_each_row_once_in_equally_many_batches(
-    inputs: TrainInputs, world_size: int, window_rows: int
+    inputs: TrainInputs, monkeypatch: pytest.MonkeyPatch, world_size: int, window_rows: int
 ) -> None:
+    monkeypatch.setattr(dataset_module, "_SCAN_ROWS", 130)
     config = RankerConfig(batch_size=101)
     passes = [
         list(
@@ -92,6 +94,23 @@ def test_the_same_seed_and_epoch_give_the_same_batches(inputs: TrainInputs) -> N
     assert values(1, 0) == values(1, 0)
     assert values(1, 0) != values(1, 1)
     assert values(1, 0) != values(2, 0)
+
+
+def test_arms_of_one_seed_see_their_rows_in_the_same_order(
+    inputs: TrainInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Many windows: each draws its order after the batches before it drew what they drop.
+    monkeypatch.setattr(dataset_module, "_SCAN_ROWS", 130)
+
+    def users(config: RankerConfig) -> list[int]:
+        dataset = make_dataset(inputs, "train", config, Ranks(0, 1))
+        batches = dataset.train_batches(seed=0, epoch=0, window_rows=300)
+        return [user for batch in batches for user in batch.user_ids.tolist()]
+
+    with_ids = users(RankerConfig(batch_size=100))
+    without_ids = users(RankerConfig(batch_size=100, features=("rq_code",)))
+
+    assert with_ids == without_ids
 
 
 def test_a_train_pass_is_shuffled_and_an_evaluation_is_not(inputs: TrainInputs) -> None:

@@ -32,6 +32,15 @@ def test_without_torchrec_the_command_names_what_to_install(
         _ = torchrec_models.MultiTaskRanker
 
 
+def test_items_that_are_no_integers_are_refused_before_anything_is_opened() -> None:
+    result = CliRunner().invoke(
+        qarm_rank, ["score", "--user-id", "1", "--items", "2,x", "--config", "missing.yaml"]
+    )
+
+    assert result.exit_code == 2
+    assert "'2,x' is no list of integers" in result.output
+
+
 def test_public_names_are_the_documented_ones() -> None:
     assert torchrec_models.__all__ == [
         "MultiTaskRanker",

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from test_dataset import make_dataset
@@ -28,18 +30,23 @@ def test_interaction_is_the_embeddings_and_each_pair_once() -> None:
     assert arch.out_features == 9
 
 
-def test_mmoe_mixes_experts_by_each_tasks_gate() -> None:
-    mmoe = Mmoe(in_features=3, expert_layer_sizes=(2,), num_experts=2, num_tasks=2)
+@pytest.mark.parametrize("layer_sizes", [(2,), (5, 2)])
+def test_mmoe_mixes_experts_by_each_tasks_gate(layer_sizes: tuple[int, ...]) -> None:
+    mmoe = Mmoe(in_features=3, expert_layer_sizes=layer_sizes, num_experts=2, num_tasks=3)
     with torch.no_grad():
-        for gate, chosen in zip(mmoe.gates, (0, 1), strict=True):
-            gate.weight.zero_()
-            gate.bias.copy_(torch.where(torch.arange(2) == chosen, 100.0, -100.0))
+        # The gates of task 0 choose expert 0, of task 1 expert 1; task 2 takes half of each.
+        mmoe.gates.weight.zero_()
+        mmoe.gates.bias.copy_(torch.tensor([100.0, -100.0, -100.0, 100.0, 0.0, 0.0]))
     shared_BX = torch.randn(4, 3)
 
-    first_BY, second_BY = mmoe(shared_BX)
+    first_BY, second_BY, both_BY = mmoe(shared_BX)
 
-    torch.testing.assert_close(first_BY, mmoe.experts[0](shared_BX))
-    torch.testing.assert_close(second_BY, mmoe.experts[1](shared_BX))
+    linear, width = mmoe.first_layers[0], layer_sizes[0]
+    weights, biases = linear.weight.split(width), linear.bias.split(width)
+    for expert, mixture_BY in enumerate((first_BY, second_BY)):
+        hidden = torch.relu(shared_BX @ weights[expert].T + biases[expert])
+        torch.testing.assert_close(mixture_BY, mmoe.later_layers[expert](hidden))
+    torch.testing.assert_close(both_BY, (first_BY + second_BY) / 2)
 
 
 def test_the_loss_is_the_weighted_sum_of_the_tasks_losses(inputs: TrainInputs) -> None:
@@ -80,6 +87,20 @@ def test_tasks_default_to_the_labels_in_file_order() -> None:
         ("like", "is_like", 1.0),
         ("clicked", "clicked", 1.0),
     ]
+
+
+def test_labels_that_give_two_tasks_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a name twice: \['like', 'like'\]"):
+        resolve_tasks(RankerConfig(), ["is_like", "like"])
+
+
+def test_features_without_any_table_are_refused(inputs: TrainInputs) -> None:
+    config = RankerConfig(features=("user_columns", "vector"))
+    bare = replace(inputs.store.vocabularies(), user_columns={})
+    tasks = (TaskConfig(name="like", label_name="is_like"),)
+
+    with pytest.raises(ConfigError, match="none of them has a table"):
+        build_ranker(config, tasks, bare, code_sizes(inputs.store.manifest))
 
 
 def test_a_task_on_a_label_that_the_data_lacks_is_refused() -> None:

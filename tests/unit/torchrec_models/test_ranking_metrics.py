@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
+from qarm_feast.errors import ConfigError
 from torchrec_models.metrics import (
     Predictions,
     auc,
@@ -65,6 +66,18 @@ def test_metrics_without_both_classes_are_not_a_number() -> None:
     assert all(math.isnan(value) for value in user_auc(scores_N, labels_N, np.array([1, 2])))
     assert math.isnan(normalized_entropy(scores_N, labels_N))
     assert math.isnan(auc(np.zeros(0), np.zeros(0, dtype=bool)))
+
+
+def test_a_diverged_run_gets_no_metrics() -> None:
+    predictions = Predictions(
+        logits_NT=torch.tensor([[float("nan")], [1.0]]),
+        labels_NT=torch.tensor([[1.0], [0.0]]),
+        user_ids_N=torch.tensor([1, 1]),
+        is_cold_N=torch.tensor([False, False]),
+    )
+
+    with pytest.raises(ConfigError, match="1 of 2 rows have a logit that is not finite"):
+        ranking_metrics(predictions, ["like"])
 
 
 def test_the_cold_slice_holds_cold_rows_only(ranks: Ranks) -> None:

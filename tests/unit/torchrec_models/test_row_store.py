@@ -1,13 +1,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from synthetic import write_synthetic_rows
 
 from qarm_feast.errors import DataError
 from torchrec_models import row_store
-from torchrec_models.row_store import RowStore
+from torchrec_models.row_store import RowStore, row_schema
 
 
 def test_without_rows_the_error_names_the_command(tmp_path: Path) -> None:
@@ -28,6 +29,12 @@ def test_a_new_build_replaces_the_old_one_and_keeps_it_for_its_readers(tmp_path:
         times = pq.read_table(store.split_path(split))["event_timestamp"].to_numpy()
         assert len(times) == num_rows
         assert (np.diff(times) >= np.timedelta64(0)).all()
+
+
+@pytest.mark.parametrize("name", ["is_like", "split", "rq_code"])
+def test_a_user_column_with_a_taken_name_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match=rf"users.parquet has the columns \['{name}'\]"):
+        row_schema(("is_like",), [pa.field("age", pa.int64()), pa.field(name, pa.bool_())])
 
 
 def test_a_build_that_dies_before_the_manifest_is_not_seen(

@@ -1,0 +1,96 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+from test_qarm_yaml import OWNERS
+
+from qarm_feast.config import SECTIONS, ConfigPath, Section, load_section, parse_overrides
+from qarm_feast.errors import ConfigError
+
+
+class DataSection(Section):
+    input_dir: ConfigPath = "data/input"
+    history_length: int = 50
+    names: tuple[str, ...] = ()
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "qarm.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_environment_wins_over_the_file_and_the_command_line_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "data: {history_length: 1, names: [a], options: {kept: 1}}")
+    monkeypatch.setenv("QARM_DATA__HISTORY_LENGTH", "2")
+    monkeypatch.setenv("QARM_DATA__NAMES", "[b, c]")
+    monkeypatch.setenv("QARM_DATA__OPTIONS__PASSWORD", "0123")
+
+    from_environment = load_section(path, "data", DataSection)
+    overridden = load_section(path, "data", DataSection, {"history_length": 3})
+
+    assert from_environment.history_length == 2
+    assert from_environment.names == ("b", "c")
+    assert from_environment.options == {"kept": 1, "password": "0123"}
+    assert overridden.history_length == 3
+
+
+def test_relative_paths_start_at_the_file_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "repo", "{}")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    section = load_section("../repo/qarm.yaml", "data", DataSection)
+
+    assert section.input_dir == str(tmp_path / "repo" / "data" / "input")
+
+
+def test_every_wrong_key_of_a_section_is_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {history_length: many, inputs: x}")
+
+    with pytest.raises(ConfigError, match=r"(?s)data\.history_length.*data\.inputs"):
+        load_section(path, "data", DataSection)
+
+
+def test_an_unknown_or_empty_section_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "daat: {history_length: 5}\nstream:\n")
+
+    with pytest.raises(ConfigError, match=r"(?s)daat: no such section.*stream: is None"):
+        load_section(path, "data", DataSection)
+
+
+def test_every_section_that_the_repository_ships_is_known() -> None:
+    assert set(OWNERS) <= set(SECTIONS)
+
+
+def test_a_variable_that_is_not_yaml_is_named_without_its_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_DATA__INPUT_DIR", "[secret")
+
+    with pytest.raises(ConfigError, match="QARM_DATA__INPUT_DIR is not YAML") as caught:
+        load_section(write(tmp_path, "{}"), "data", DataSection)
+
+    assert "secret" not in str(caught.value)
+
+
+def test_assignments_are_sorted_by_section_and_their_values_are_yaml() -> None:
+    found = parse_overrides(("ranker.batch_size=64", "ranker.tasks=[a, b]", "data.input_dir=x=y"))
+
+    assert found == {
+        "ranker": {"batch_size": 64, "tasks": ["a", "b"]},
+        "data": {"input_dir": "x=y"},
+    }
+
+
+@pytest.mark.parametrize("assignment", ["ranker.batch_size", "batch_size=64", "ranker.tasks=["])
+def test_an_assignment_that_cannot_be_read_is_refused(assignment: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_overrides((assignment,))
