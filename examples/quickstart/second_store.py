@@ -90,7 +90,7 @@ def _compare_view(
         for entity_id in ids
     ]
     written, materialized = (
-        store.provider.online_store.online_read(store.config, view, keys)
+        [_row(*read) for read in store.provider.online_store.online_read(store.config, view, keys)]
         for store in (first, second)
     )
     differing = [
@@ -98,7 +98,7 @@ def _compare_view(
         for entity_id, one, other in zip(ids, written, materialized, strict=True)
         if one != other
     ]
-    num_present = sum(features is not None for _, features in written)
+    num_present = sum(row is not None for row in written)
     if num_present == 0 or differing:
         raise DataError(
             f"view {view.name}: the first store holds {num_present} rows of {len(ids)} entities, "
@@ -106,6 +106,15 @@ def _compare_view(
             f"into both with `feast -c {first.repo_path} get-online-features`"
         )
     return num_present
+
+
+def _row(
+    event_timestamp: datetime | None, features: dict[str, Value] | None
+) -> tuple[datetime | None, dict[str, Value]] | None:
+    """Return None for an absent row, which Redis reads as unset values at the epoch."""
+    if not features or all(value.WhichOneof("val") is None for value in features.values()):
+        return None
+    return event_timestamp, features
 
 
 def _time_range(input_data: InputData) -> tuple[str, str]:
