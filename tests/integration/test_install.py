@@ -58,8 +58,8 @@ def test_pip_path_brings_cpu_builds_only_and_torchrec_enables_the_ranker(
     for command in ("qarm", "qarm-stream", "qarm-rank"):
         assert "Usage:" in _run(bare_bin / command, "--help", cwd=tmp_path).stdout
 
-    rows = (bare_bin / "qarm-rank", "rows", "--config", ROOT / "feature_repo/qarm.yaml")
-    refused = _run(*rows, cwd=tmp_path, check=False)
+    score = (bare_bin / "qarm-rank", "score", "--user-id", "1", "--items", "1")
+    refused = _run(*score, cwd=tmp_path, check=False)
     assert refused.returncode == 2
     assert "pip install --no-deps torchrec==1.8.0" in refused.stderr
 
