@@ -69,6 +69,15 @@ class ItemCodes:
     rq_NL: Codes
 
 
+@dataclass(frozen=True)
+class ItemVectors:
+    """Aligned embeddings of some items and the hash of the content they come from, row by row."""
+
+    item_ids_N: ItemIds
+    content_hashes_N: Sequence[str]
+    x_ND: Embeddings
+
+
 class Codebook:
     """Encodes items by its quantizers and its override table; see :meth:`encode`.
 
@@ -148,7 +157,7 @@ class Codebook:
             files={},
             created=created,
         )
-        return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes)))._with_hashes()
+        return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes))).with_hashes()
 
     @classmethod
     def load(cls, uri: str, version: str) -> "Codebook":
@@ -210,7 +219,13 @@ class Codebook:
             CodebookError: If a stored code lies outside its level.
         """
         self.rq.decode(overrides.rq_ML)
-        return Codebook(self.manifest, self.rq, self.vq, overrides)._with_hashes()
+        return Codebook(self.manifest, self.rq, self.vq, overrides).with_hashes()
+
+    def with_hashes(self) -> "Codebook":
+        """Return the same codebook, its manifest naming its files and counting its overrides."""
+        files = {name: sha256(payload) for name, payload in self._payloads().items()}
+        update = {"files": files, "num_overrides": len(self.overrides)}
+        return Codebook(self.manifest.model_copy(update=update), self.rq, self.vq, self.overrides)
 
     def encode(
         self, item_ids_N: ItemIds, content_hashes_N: Sequence[str], x_ND: Embeddings
@@ -266,11 +281,6 @@ class Codebook:
         return {
             f"{part}-{sha256(payload)[:16]}{_SUFFIX}": payload for part, payload in payloads.items()
         }
-
-    def _with_hashes(self) -> "Codebook":
-        files = {name: sha256(payload) for name, payload in self._payloads().items()}
-        update = {"files": files, "num_overrides": len(self.overrides)}
-        return Codebook(self.manifest.model_copy(update=update), self.rq, self.vq, self.overrides)
 
 
 def _dump_arrays(arrays: Arrays) -> bytes:

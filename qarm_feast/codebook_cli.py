@@ -30,21 +30,24 @@ def codebook_group() -> None:
     """Train, evaluate, publish and list codebook versions."""
 
 
-@codebook_group.command(epilog="Example: qarm codebook train --codebook-version v1")
+@codebook_group.command(epilog="Example: qarm codebook train --codebook-version v2 --parent v1")
 @config_option
 @log_level_option
 @_version_option
-def train(config_path: str, log_level: str | None, version: str) -> None:
+@click.option("--parent", help="Published version whose codes are kept as far as they can be.")
+def train(config_path: str, log_level: str | None, version: str, parent: str | None) -> None:
     """Train a version on the exported vectors of items with a train row."""
     from qarm_feast.codebook_jobs import train_codebook
 
     start_logging(config_path, log_level)
-    manifest = train_codebook(config_path, version, datetime.now(UTC))
+    manifest = train_codebook(config_path, version, datetime.now(UTC), parent)
     click.echo(
         f"trained {version}: {manifest.num_training_items} items, RQ levels "
         f"{' x '.join(map(str, manifest.level_sizes))}, VQ pool {manifest.pool_size} "
         f"(top {manifest.num_neighbors}), encoder {manifest.encoder_version}"
     )
+    if manifest.parent is not None:
+        click.echo(_continuity_line(manifest.parent, manifest.continuity))
 
 
 @codebook_group.command(epilog="Example: qarm codebook evaluate --codebook-version v1")
@@ -125,6 +128,18 @@ def retire(config_path: str, log_level: str | None, version: str) -> None:
     uri = load_section(config_path, "codebook", CodebookConfig).uri
     CodebookRegistry(uri).set_state(version, VersionState.RETIRED)
     click.echo(f"retired {version} in {uri}")
+
+
+def _continuity_line(parent: str, figures: Mapping[str, Any]) -> str:
+    kept, naive = figures["churn"], figures["naive_churn"]
+    mse_change = figures["quantization_mse"] / figures["naive_quantization_mse"] - 1
+    return (
+        f"kept from {parent}: of {figures['num_items']['compared']} items "
+        f"{kept['full']:.1%} changed their full code (naive refit {naive['full']:.1%}), level 1 "
+        f"{kept['levels'][0]:.1%} ({naive['levels'][0]:.1%}), pool rows "
+        f"{figures['pool']['churn']:.1%} ({figures['pool']['naive_churn']:.1%}); MSE "
+        f"{mse_change:+.1%} against the naive refit"
+    )
 
 
 def _quality_table(quality: Mapping[str, Any]) -> str:

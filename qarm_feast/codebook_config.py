@@ -1,4 +1,4 @@
-"""Section ``codebook`` of ``qarm.yaml``: where codebooks lie and when one may be published.
+"""Section ``codebook`` of ``qarm.yaml``: where codebooks lie, how one is refreshed and published.
 
 May import: pydantic-backed configuration.
 """
@@ -25,6 +25,28 @@ class GateConfig(Section):
     )
 
 
+class ContinuityConfig(Section):
+    """How far a refreshed codebook goes to keep the codes of its parent."""
+
+    hysteresis: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="An item keeps its old code while its squared distance is at most 1 + this "
+        "times that of the nearest.",
+    )
+    num_iterations: int = Field(
+        default=3, gt=0, le=100, description="k-means iterations per level, at first."
+    )
+    mse_budget: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Most of refresh MSE / naive refit's MSE - 1; above it, more iterations, then "
+        "less hysteresis.",
+    )
+
+
 class CodebookConfig(Section):
     """The codebook registry."""
 
@@ -33,4 +55,7 @@ class CodebookConfig(Section):
     )
     gates: GateConfig = Field(
         default=GateConfig(), description="What `qarm codebook publish` asks of the figures."
+    )
+    continuity: ContinuityConfig = Field(
+        default=ContinuityConfig(), description="What `qarm codebook train --parent` does."
     )

@@ -5,41 +5,36 @@ May import: pyarrow, the codebook, the input data and section ``alignment``.
 """
 
 import logging
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.artifact import MANIFEST_NAME, sha256
-from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
+from qarm_feast.codebook import Codebook, EncoderFacts, ItemVectors, QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
-from qarm_feast.errors import CodebookMismatchError, DataError
+from qarm_feast.continuity import ParentCodes, refresh_codebook
+from qarm_feast.errors import CodebookMismatchError, CodebookNotFoundError, DataError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
 from qarm_feast.quality import codebook_quality
-from qarm_feast.quantizers.base import Embeddings
-from qarm_feast.registry import Manifest, drafts_uri, trained_uri, write_report
+from qarm_feast.registry import (
+    CodebookRegistry,
+    Manifest,
+    drafts_uri,
+    trained_uri,
+    write_report,
+)
 from qarm_feast.schema import ITEM_ID
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = (ITEM_ID, "embedding", "content_hash")
-
-
-@dataclass(frozen=True)
-class ItemVectors:
-    """Exported vectors of one encoder version, row by row."""
-
-    item_ids_N: npt.NDArray[np.int64]
-    content_hashes_N: list[str]
-    x_ND: Embeddings
 
 
 class _EncoderManifest(BaseModel):
@@ -49,24 +44,31 @@ class _EncoderManifest(BaseModel):
     behaviour_cutoff: AwareDatetime | None
 
 
-def train_codebook(config_path: str, version: str, created: datetime) -> Manifest:
+def train_codebook(
+    config_path: str, version: str, created: datetime, parent: str | None = None
+) -> Manifest:
     """Train a codebook on the exported vectors of items with a train row; store it as a draft.
 
     Args:
         config_path: Path of ``qarm.yaml``.
         version: Name of the codebook version.
         created: Wall clock, aware UTC.
+        parent: A published version whose codes the new one keeps as far as it can; the vectors of
+            its encoder must be there still. None trains from nothing.
 
     Returns:
         The draft's manifest.
 
     Raises:
         DataError: If the data, the encoder or its vectors are missing or broken.
-        CodebookError: If the vectors are too few for the sizes asked for.
+        CodebookNotFoundError: If the parent is not published.
+        CodebookError: If the vectors are too few for the sizes asked for, or the parent is the
+            version itself.
     """
     alignment = load_section(config_path, "alignment", AlignmentConfig)
     quantizer = load_section(config_path, "quantizer", QuantizerConfig)
-    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    config = load_section(config_path, "codebook", CodebookConfig)
+    parent_codes = None if parent is None else _parent_codes(alignment, config.uri, parent)
     dataset = load_input_data(load_section(config_path, "data", DataConfig))
     encoder = _encoder_facts(alignment, dataset)
     vectors = read_vectors(Path(alignment.vectors_uri) / alignment.encoder_version)
@@ -83,7 +85,16 @@ def train_codebook(config_path: str, version: str, created: datetime) -> Manifes
         encoder=encoder,
         created=created,
     )
-    codebook.save(drafts_uri(uri), replace=True)
+    if parent_codes is not None:
+        codebook = refresh_codebook(
+            codebook,
+            vectors,
+            vectors.item_ids_N[has_train_row_N],
+            parent_codes,
+            config.continuity,
+            quantizer.rq,
+        )
+    codebook.save(drafts_uri(config.uri), replace=True)
     return codebook.manifest
 
 
@@ -147,6 +158,15 @@ def read_vectors(folder: Path) -> ItemVectors:
         content_hashes_N=table["content_hash"].to_pylist(),
         x_ND=embeddings.flatten().to_numpy().reshape(table.num_rows, embeddings.type.list_size),
     )
+
+
+def _parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> ParentCodes:
+    # A draft may still be replaced, so it cannot be what a label map points at.
+    if parent not in CodebookRegistry(uri).states():
+        raise CodebookNotFoundError(version=parent, uri=uri, known=CodebookRegistry(uri).versions())
+    codebook = Codebook.load(uri, parent)
+    folder = Path(alignment.vectors_uri) / codebook.manifest.encoder_version
+    return ParentCodes.served_by(codebook, read_vectors(folder))
 
 
 def _read_part(path: Path) -> pa.Table:

@@ -56,8 +56,9 @@ class Manifest(BaseModel):
 
     ``behaviour_cutoff`` is the newest interaction that encoder, codebook or pool saw (None: they
     saw none). ``label_map`` names, per level and code, the parent's code whose learned row goes on
-    here (-1: none); ``reset_pool_rows`` are pool rows that hold another item than the parent's.
-    ``files`` is SHA-256 by file name.
+    here (-1: none); ``reset_pool_rows`` are pool rows that do not go on from the parent's: they
+    hold another item, or the parent had no such row. ``continuity`` says what a refresh kept and
+    what it cost, next to the naive refit. ``files`` is SHA-256 by file name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +81,7 @@ class Manifest(BaseModel):
     num_overrides: int = 0
     label_map: tuple[tuple[int, ...], ...] | None = None
     reset_pool_rows: tuple[int, ...] = ()
+    continuity: dict[str, Any] = {}
     quality: dict[str, Any] = {}
     forced_gates: tuple[str, ...] = ()
     files: dict[str, str]

@@ -68,8 +68,36 @@ def lloyd(x_ND: Embeddings, start_KD: Embeddings, num_iterations: int) -> Embedd
         if np.array_equal(new_codes_N, codes_N):
             break
         codes_N = new_codes_N
-        centroids_KD = _cell_means(x_ND, codes_N, centroids_KD)
+        centroids_KD = cell_means(x_ND, codes_N, centroids_KD)
     return centroids_KD
+
+
+def cell_means(x_ND: Embeddings, codes_N: Codes, centroids_KD: Embeddings) -> Embeddings:
+    """Return the mean of each cell; an empty cell restarts at a point far from its centroid.
+
+    Args:
+        x_ND: Points, float32.
+        codes_N: The cell of each point.
+        centroids_KD: What the points of a cell are far from; one row per cell.
+
+    Returns:
+        Centroids of shape ``[K, D]``, float32; sums are taken in float64 in row order.
+    """
+    sums_KD = np.zeros(centroids_KD.shape, dtype=np.float64)
+    counts_K = np.bincount(codes_N, minlength=len(centroids_KD))
+    for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
+        codes_B = codes_N[start : start + _ROWS_PER_BLOCK]
+        order_B = np.argsort(codes_B, kind="stable")
+        used_U, first_U = np.unique(codes_B[order_B], return_index=True)
+        block_BD = x_ND[start : start + _ROWS_PER_BLOCK][order_B].astype(np.float64)
+        sums_KD[used_U] += np.add.reduceat(block_BD, first_U, axis=0)
+    means_KD: Embeddings = (sums_KD / np.maximum(counts_K, 1)[:, None]).astype(np.float32)
+    empty_E = np.flatnonzero(counts_K == 0)
+    if len(empty_E):
+        distances_N = _own_distances(x_ND, codes_N, centroids_KD)
+        farthest_N = np.argsort(-distances_N, kind="stable")
+        means_KD[empty_E] = x_ND[farthest_N[: len(empty_E)]]
+    return means_KD
 
 
 def sample_rows(
@@ -103,25 +131,6 @@ def _draw_trials(
     last = np.flatnonzero(closest_N)[-1]
     trials_T: npt.NDArray[np.int64] = np.minimum(rows_T, last).astype(np.int64)
     return trials_T
-
-
-def _cell_means(x_ND: Embeddings, codes_N: Codes, centroids_KD: Embeddings) -> Embeddings:
-    """Return the mean of each cell; an empty cell restarts at a point far from its centroid."""
-    sums_KD = np.zeros(centroids_KD.shape, dtype=np.float64)
-    counts_K = np.bincount(codes_N, minlength=len(centroids_KD))
-    for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
-        codes_B = codes_N[start : start + _ROWS_PER_BLOCK]
-        order_B = np.argsort(codes_B, kind="stable")
-        used_U, first_U = np.unique(codes_B[order_B], return_index=True)
-        block_BD = x_ND[start : start + _ROWS_PER_BLOCK][order_B].astype(np.float64)
-        sums_KD[used_U] += np.add.reduceat(block_BD, first_U, axis=0)
-    means_KD: Embeddings = (sums_KD / np.maximum(counts_K, 1)[:, None]).astype(np.float32)
-    empty_E = np.flatnonzero(counts_K == 0)
-    if len(empty_E):
-        distances_N = _own_distances(x_ND, codes_N, centroids_KD)
-        farthest_N = np.argsort(-distances_N, kind="stable")
-        means_KD[empty_E] = x_ND[farthest_N[: len(empty_E)]]
-    return means_KD
 
 
 def _own_distances(x_ND: Embeddings, codes_N: Codes, centroids_KD: Embeddings) -> Embeddings:

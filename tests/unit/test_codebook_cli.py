@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.codebook_jobs import read_vectors
-from qarm_feast.errors import DataError, GateRefusedError
+from qarm_feast.errors import CodebookNotFoundError, DataError, GateRefusedError
 from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
 
 NUM_ITEMS = 240
@@ -120,6 +120,31 @@ def test_a_second_version_can_be_retired_and_the_default_cannot(config_path: Pat
     assert states == {"v1": VersionState.DEFAULT, "v2": VersionState.RETIRED}
 
 
+def test_a_refresh_keeps_the_codes_of_its_parent(config_path: Path) -> None:
+    for verb in ("train", "evaluate", "publish"):
+        _run(config_path, verb, "--codebook-version", "v1")
+
+    trained = _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
+
+    uri = config_path.parent / "data" / "codebooks" / ".drafts"
+    manifest = read_manifest(str(uri), "v2")
+    assert "kept from v1: of 240 items 0." in trained
+    assert manifest.parent == "v1"
+    assert manifest.label_map == (tuple(range(4)),) * 2
+    assert manifest.continuity["num_items"]["compared"] == NUM_ITEMS
+    for verb in ("evaluate", "publish"):
+        _run(config_path, verb, "--codebook-version", "v2")
+    shown = json.loads(_run(config_path, "show", "--codebook-version", "v2"))
+    assert shown["continuity"]["churn"]["full"] <= 0.01
+
+
+def test_a_parent_that_is_not_published_is_refused(config_path: Path) -> None:
+    _run(config_path, "train", "--codebook-version", "v1")
+
+    with pytest.raises(CodebookNotFoundError, match="v1"):
+        _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
+
+
 def test_a_gate_of_the_configuration_refuses(config_path: Path) -> None:
     with config_path.open("a") as file:
         file.write("codebook: {gates: {max_collision_rate: 0.1}}\n")
@@ -160,7 +185,7 @@ def test_the_options_of_every_command_are_pinned() -> None:
 
     common = ["--config", "--log-level", "--codebook-version"]
     assert options == {
-        "train": common,
+        "train": [*common, "--parent"],
         "evaluate": common,
         "publish": [*common, "--force"],
         "list": ["--config"],
