@@ -90,7 +90,7 @@ class ContractError(DataError):
         lines = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(
             f"{directory} breaks the input contract in {len(problems)} place(s):\n{lines}\n"
-            "mend the files (README, 'Your own data') and run `qarm check-data` again"
+            "mend the files (README, 'Your own data') and run the same command again"
         )
 
 

@@ -19,15 +19,18 @@ from qarm_feast.errors import QarmError
 
 _STOP_SECONDS = 40.0
 _SILENCE_SECONDS = 10.0
+_LAST_EXIT_CODE = 6
 """Longer than torchrun waits for its ranks (30 s) and a worker for its last batch (35 s)."""
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOG_TAIL_LINES = 25
 
 
 class ChildFailedError(QarmError):
-    """A child process ended with a status other than 0."""
+    """A child process ended with a status other than 0, which becomes ours if it is an error's."""
 
     def __init__(self, arguments: Sequence[str], status: int, log_path: Path) -> None:
+        if 0 < status <= _LAST_EXIT_CODE:
+            self.exit_code = status
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
         super().__init__(
             f"`{' '.join(arguments)}` ended with status {status}; the end of {log_path}:\n{tail}"

@@ -82,6 +82,7 @@ def test_a_child_that_fails_is_reported_and_its_own_children_end(tmp_path: Path)
         processes.run("failing", command)
 
     assert "why" in str(caught.value)
+    assert caught.value.exit_code == 3
     _wait_for_end(_wait_for_file(tmp_path / "pid"))
 
 
