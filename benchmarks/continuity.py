@@ -1,6 +1,9 @@
 """How much of a codebook's meaning survives a refresh, on real items and re-trained encoders.
 
-    uv run --frozen --extra cpu python benchmarks/continuity.py --data DIR [--quick]
+    uv run --frozen --extra cpu python benchmarks/continuity.py [--data DIR] [--quick]
+
+Without ``--data`` it runs on the quickstart's ML-100K. The text model is the one that
+`make quickstart` fetches.
 
 The encoder is trained on the earlier half of the train rows and then on more and more of them, up
 to all. Churn and error of the refreshed codebook stand beside those of the naive refit, plain and
@@ -22,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from examples.quickstart.layout import BACKBONE, MOVIELENS_SOURCE
+from examples.quickstart.ml100k import write_ml100k
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import content_features
 from qarm_feast.alignment.pairs import build_pairs
@@ -65,7 +70,7 @@ def main() -> None:
         uri = arguments.features or folder
         shares = (SHARES[0], SHARES[-1]) if arguments.quick else SHARES
         config = config.model_copy(update={"features_uri": uri})
-        steps = _steps(Path(arguments.data), config, shares)
+        steps = _steps(_data_dir(arguments.data, folder), config, shares)
     sizes = tuple(int(size) for size in arguments.sizes.split("x"))
     settings = QuantizerConfig(rq=RqConfig(codebook_size=sizes), vq=VqConfig())
     continuity = ContinuityConfig(hysteresis=arguments.hysteresis)
@@ -80,7 +85,7 @@ def main() -> None:
                 "figures": {name: round(float(value), 5) for name, value in figures.items()},
                 "targets": {name: {"op": "le", "value": value} for name, value in TARGETS.items()},
                 "settings": {
-                    "data": Path(arguments.data).name,
+                    "data": Path(arguments.data).name if arguments.data else "ml-100k",
                     "sizes": list(sizes),
                     "num_items": len(steps[0].vectors.item_ids_N),
                     "num_train_items": [len(step.train_item_ids) for step in steps],
@@ -93,14 +98,22 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="Folder in the input contract.")
-    parser.add_argument("--backbone", default="minilm", help="Name or folder of the text model.")
+    parser.add_argument("--data", help="Folder in the input contract; default: ML-100K.")
+    parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep backbone features in.")
     parser.add_argument("--sizes", default="256x256x256", help="Codebook size per level.")
     parser.add_argument("--hysteresis", type=float, default=ContinuityConfig().hysteresis)
     parser.add_argument("--epochs", type=int, default=AlignmentConfig().num_epochs)
     parser.add_argument("--quick", action="store_true", help="Two encoders, one step.")
     return parser.parse_args()
+
+
+def _data_dir(given: str | None, folder: str) -> Path:
+    if given:
+        return Path(given)
+    _say("no --data: the quickstart's ML-100K")
+    write_ml100k(MOVIELENS_SOURCE, Path(folder) / "ml-100k")
+    return Path(folder) / "ml-100k"
 
 
 def _steps(directory: Path, config: AlignmentConfig, shares: tuple[float, ...]) -> list[Step]:
