@@ -18,14 +18,7 @@ from qarm_feast.artifact import read_verified, sha256
 from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import Overrides
-from qarm_feast.quantizers.base import (
-    Arrays,
-    Codes,
-    Embeddings,
-    check_embeddings,
-    unit_rows,
-    usable_rows,
-)
+from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
@@ -34,6 +27,12 @@ from qarm_feast.registry import (
     read_manifest,
     registry_folder,
     write_artifact,
+)
+from qarm_feast.vector_source import (
+    VectorsInMemory,
+    VectorSource,
+    checked_unit_rows,
+    take_unit_rows,
 )
 
 ItemIds = npt.NDArray[np.int64]
@@ -117,7 +116,7 @@ class Codebook:
         encoder: EncoderFacts,
         created: datetime,
     ) -> "Codebook":
-        """Train RQ and VQ on items that have a train row; in whatever order they come.
+        """Train on vectors in memory; see :meth:`train_from`.
 
         Args:
             version: Name of the new version.
@@ -135,20 +134,53 @@ class Codebook:
                 of length zero.
             CodebookError: If there are too few (distinct) vectors for the sizes asked for.
         """
-        unit_ND = _checked_unit_rows(item_ids_N, x_ND)
-        order_N = np.argsort(item_ids_N, kind="stable")
-        ids_N, unit_ND = item_ids_N[order_N].astype(np.int64), unit_ND[order_N]
+        source = VectorsInMemory(item_ids_N, x_ND)
+        return cls.train_from(version, source, config=config, encoder=encoder, created=created)
+
+    @classmethod
+    def train_from(
+        cls,
+        version: str,
+        source: VectorSource,
+        *,
+        config: QuantizerConfig,
+        encoder: EncoderFacts,
+        created: datetime,
+    ) -> "Codebook":
+        """Train RQ and VQ on items that have a train row; in whatever order they come.
+
+        The source is read twice, and held in memory are at a time: its ids, and RQ's sample
+        (``rq.train_sample_size`` rows, twice) or VQ's pool (``vq.pool_size`` rows).
+
+        Args:
+            version: Name of the new version.
+            source: The items and their aligned embeddings; rows are scaled to length 1.
+            config: Sizes and seeds.
+            encoder: Where the vectors come from.
+            created: Time of training, aware UTC.
+
+        Returns:
+            A codebook that is not stored yet.
+
+        Raises:
+            DataError: If there are no items, an id comes twice, or a vector is NaN, infinite or
+                of length zero.
+            CodebookError: If there are too few (distinct) vectors for the sizes asked for.
+        """
+        given_ids_N = source.item_ids()
+        order_N = np.argsort(given_ids_N, kind="stable")
+        ids_N = given_ids_N[order_N].astype(np.int64)
         _check_distinct(ids_N)
-        rq = ResidualQuantizer(config.rq)
-        rq.train(unit_ND)
-        vq = NeighborQuantizer(config.vq)
-        vq.train(unit_ND, ids_N)
+        rq, vq = ResidualQuantizer(config.rq), NeighborQuantizer(config.vq)
+        rq.train(take_unit_rows(source, order_N[rq.training_rows(len(ids_N))]))
+        pool_P = vq.pool_rows(len(ids_N))
+        vq.set_pool(take_unit_rows(source, order_N[pool_P]), ids_N[pool_P])
         manifest = Manifest(
             version=check_version_name(version),
             encoder_version=encoder.version,
             encoder_hash=encoder.hash,
             behaviour_cutoff=encoder.behaviour_cutoff,
-            embedding_dim=x_ND.shape[1],
+            embedding_dim=source.embedding_dim,
             level_sizes=rq.level_sizes,
             num_neighbors=vq.num_neighbors,
             pool_size=len(vq.pool_item_ids_P),
@@ -253,7 +285,7 @@ class Codebook:
             raise DataError(
                 f"{len(item_ids_N)} items came with {len(content_hashes_N)} content hashes"
             )
-        unit_ND = _checked_unit_rows(item_ids_N, x_ND)
+        unit_ND = checked_unit_rows(item_ids_N, x_ND)
         rq_NL = self.overrides.apply(item_ids_N, content_hashes_N, self.rq.encode(unit_ND))
         return ItemCodes(item_ids_N, self.vq.encode(unit_ND, item_ids_N), rq_NL)
 
@@ -292,21 +324,6 @@ def _load_arrays(folder: Path, part: str, files: dict[str, str]) -> dict[str, np
     if name is None:
         raise CodebookError(f"the manifest in {folder} names no file for the part {part!r}")
     return safetensors.numpy.load(read_verified(folder, name, files))
-
-
-def _checked_unit_rows(item_ids_N: ItemIds, x_ND: Embeddings) -> Embeddings:
-    """Return rows of length 1; refuse vectors that have no code, and say whose they are."""
-    if x_ND.ndim != 2 or len(item_ids_N) != len(x_ND):
-        raise DataError(f"{len(item_ids_N)} items came with vectors of shape {x_ND.shape}")
-    is_usable_N = usable_rows(x_ND)
-    if not is_usable_N.all():
-        raise DataError(
-            f"{int((~is_usable_N).sum())} of {len(x_ND)} vectors are NaN, infinite, out of range "
-            "or of length zero; "
-            f"the first is that of item {int(item_ids_N[np.argmin(is_usable_N)])}"
-        )
-    check_embeddings(x_ND)
-    return unit_rows(x_ND)
 
 
 def _check_distinct(sorted_ids_N: ItemIds) -> None:

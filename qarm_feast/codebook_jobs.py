@@ -1,7 +1,6 @@
 """The jobs behind `qarm codebook train` and `evaluate`: from exported vectors to a codebook.
 
-Shape letters in this file: N items, D embedding width.
-May import: pyarrow, the codebook, the input data and section ``alignment``.
+May import: the codebook, the vector files, the input data and section ``alignment``.
 """
 
 import logging
@@ -9,9 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from qarm_feast.alignment.config import AlignmentConfig
@@ -30,11 +26,9 @@ from qarm_feast.registry import (
     trained_uri,
     write_report,
 )
-from qarm_feast.schema import ITEM_ID
+from qarm_feast.vector_files import VectorFiles
 
 logger = logging.getLogger(__name__)
-
-_COLUMNS = (ITEM_ID, "embedding", "content_hash")
 
 
 class _EncoderManifest(BaseModel):
@@ -71,25 +65,20 @@ def train_codebook(
     parent_codes = None if parent is None else _parent_codes(alignment, config.uri, parent)
     dataset = load_input_data(load_section(config_path, "data", DataConfig))
     encoder = _encoder_facts(alignment, dataset)
-    vectors = read_vectors(Path(alignment.vectors_uri) / alignment.encoder_version)
-    has_train_row_N = np.isin(vectors.item_ids_N, dataset.train_item_ids())
+    files = VectorFiles.open(Path(alignment.vectors_uri) / alignment.encoder_version)
+    train_files = files.only(dataset.train_item_ids())
     logger.info(
         "codebook_training version=%s num_items=%d num_train_items=%d",
-        version, len(vectors.item_ids_N), int(has_train_row_N.sum()),
+        version, len(files.item_ids()), len(train_files.item_ids()),
     )  # fmt: skip
-    codebook = Codebook.train(
-        version,
-        vectors.item_ids_N[has_train_row_N],
-        vectors.x_ND[has_train_row_N],
-        config=quantizer,
-        encoder=encoder,
-        created=created,
+    codebook = Codebook.train_from(
+        version, train_files, config=quantizer, encoder=encoder, created=created
     )
     if parent_codes is not None:
         codebook = refresh_codebook(
             codebook,
-            vectors,
-            vectors.item_ids_N[has_train_row_N],
+            files.read(),
+            train_files.item_ids(),
             parent_codes,
             config.continuity,
             quantizer.rq,
@@ -130,34 +119,8 @@ def evaluate_codebook(config_path: str, version: str) -> tuple[dict[str, Any], P
 
 
 def read_vectors(folder: Path) -> ItemVectors:
-    """Return the vectors that `qarm align export` wrote.
-
-    Args:
-        folder: Folder of parquet files with ``item_id``, ``embedding`` (fixed-size list of
-            float32) and ``content_hash``.
-
-    Returns:
-        All rows, files in name order.
-
-    Raises:
-        DataError: If there are no rows, a column is missing, a value is null or of another type,
-            or files hold vectors of unequal width.
-    """
-    paths = sorted(folder.glob("*.parquet"))
-    if not paths:
-        raise DataError(f"{folder} holds no parquet file; run `qarm align export` first")
-    parts = [_read_part(path) for path in paths]
-    _check_widths(paths, parts)
-    table = pa.concat_tables(parts).combine_chunks()
-    if table.num_rows == 0:
-        raise DataError(f"{folder} holds no vectors; run `qarm align export` again")
-    # A table's combined column is still chunked; it has one chunk.
-    embeddings = table["embedding"].chunk(0)
-    return ItemVectors(
-        item_ids_N=table[ITEM_ID].to_numpy(),
-        content_hashes_N=table["content_hash"].to_pylist(),
-        x_ND=embeddings.flatten().to_numpy().reshape(table.num_rows, embeddings.type.list_size),
-    )
+    """Return all vectors that `qarm align export` wrote to ``folder``; see ``VectorFiles``."""
+    return VectorFiles.open(folder).read()
 
 
 def _parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> ParentCodes:
@@ -167,33 +130,6 @@ def _parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> ParentCo
     codebook = Codebook.load(uri, parent)
     folder = Path(alignment.vectors_uri) / codebook.manifest.encoder_version
     return ParentCodes.served_by(codebook, read_vectors(folder))
-
-
-def _read_part(path: Path) -> pa.Table:
-    schema = pq.read_schema(path)
-    missing = [name for name in _COLUMNS if name not in schema.names]
-    if missing:
-        raise DataError(f"{path} lacks the columns {missing}; it has {schema.names}")
-    kind = schema.field("embedding").type
-    if not (pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()):
-        raise DataError(f"{path}: embedding is {kind}, it must be fixed_size_list<float>[D]")
-    if schema.field(ITEM_ID).type != pa.int64():
-        raise DataError(f"{path}: item_id is {schema.field(ITEM_ID).type}, it must be int64")
-    table = pq.read_table(path, columns=list(_COLUMNS))
-    for name in _COLUMNS:
-        if table[name].null_count:
-            raise DataError(f"{path}: {table[name].null_count} values of {name} are null")
-    return table.select(_COLUMNS)
-
-
-def _check_widths(paths: list[Path], parts: list[pa.Table]) -> None:
-    widths = [part.schema.field("embedding").type.list_size for part in parts]
-    for path, width in zip(paths, widths, strict=True):
-        if width != widths[0]:
-            raise DataError(
-                f"{path} holds vectors of width {width}, {paths[0]} of {widths[0]}; remove the "
-                "file that is no longer valid, or run `qarm align export` into an empty folder"
-            )
 
 
 def _encoder_facts(alignment: AlignmentConfig, dataset: InputData) -> EncoderFacts:

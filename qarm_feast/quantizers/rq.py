@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from qarm_feast.config import Section
@@ -79,8 +80,7 @@ class ResidualQuantizer:
         if len(x_ND) == 0:
             raise DataError("no vectors to train a residual quantizer on")
         generator = np.random.default_rng(self._config.seed)
-        rows_N = sample_rows(len(x_ND), self._config.train_sample_size, generator)
-        residual_ND = np.array(x_ND[rows_N], order="C")
+        residual_ND = np.ascontiguousarray(x_ND[self.training_rows(len(x_ND))])
         sizes = level_sizes(self._config, num_distinct_rows(residual_ND))
         codebooks: list[Embeddings] = []
         for level, size in enumerate(sizes):
@@ -88,6 +88,11 @@ class ResidualQuantizer:
             residual_ND -= codebook_KD[NearestSearch(codebook_KD).search(residual_ND)[:, 0]]
             codebooks.append(codebook_KD)
         self._set_codebooks(codebooks)
+
+    def training_rows(self, num_rows: int) -> npt.NDArray[np.int64]:
+        """Return which of ``num_rows`` vectors training looks at: ascending, a seeded sample."""
+        generator = np.random.default_rng(self._config.seed)
+        return sample_rows(num_rows, self._config.train_sample_size, generator)
 
     def encode(self, x_ND: Embeddings) -> Codes:
         """Assign one code per level, each on what the levels before left over.

@@ -42,7 +42,7 @@ class NeighborQuantizer:
         self._config = config or VqConfig()
         self._search: NearestSearch | None = None
         if pool_vectors_PD is not None:
-            self._set_pool(pool_vectors_PD, pool_item_ids_P)
+            self.set_pool(pool_vectors_PD, pool_item_ids_P)
 
     @property
     def num_neighbors(self) -> int:
@@ -61,19 +61,60 @@ class NeighborQuantizer:
             DataError: If there are no vectors, a value is NaN or infinite, or an id comes twice.
         """
         check_embeddings(x_ND)
-        if len(x_ND) == 0:
+        rows_P = self.pool_rows(len(x_ND))
+        ids_N = np.arange(len(x_ND), dtype=np.int64) if item_ids_N is None else item_ids_N
+        self.set_pool(x_ND[rows_P], ids_N[rows_P])
+
+    def pool_rows(self, num_items: int) -> npt.NDArray[np.int64]:
+        """Return which of ``num_items`` items stand in the pool, ascending.
+
+        Args:
+            num_items: Items that may stand in it.
+
+        Returns:
+            Places of the items, a seeded sample.
+
+        Raises:
+            CodebookError: If there are too few items for ``pool_size``.
+            DataError: If there are no items.
+        """
+        if num_items == 0:
             raise DataError("no vectors to make a pool of")
         pool_size = self._config.pool_size
-        if pool_size != "auto" and pool_size > len(x_ND):
+        if pool_size != "auto" and pool_size > num_items:
             raise CodebookError(
-                f"quantizer.vq.pool_size is {pool_size}, but only {len(x_ND)} items can stand in "
+                f"quantizer.vq.pool_size is {pool_size}, but only {num_items} items can stand in "
                 "the pool; lower it or set it to auto"
             )
         generator = np.random.default_rng(self._config.seed)
-        size = len(x_ND) if pool_size == "auto" else pool_size
-        rows_P = sample_rows(len(x_ND), size, generator)
-        ids_N = np.arange(len(x_ND), dtype=np.int64) if item_ids_N is None else item_ids_N
-        self._set_pool(x_ND[rows_P], ids_N[rows_P])
+        return sample_rows(num_items, num_items if pool_size == "auto" else pool_size, generator)
+
+    def set_pool(self, pool_vectors_PD: Embeddings, pool_item_ids_P: ItemIds | None) -> None:
+        """Take a pool as it is.
+
+        Args:
+            pool_vectors_PD: Vectors, float32.
+            pool_item_ids_P: The items in its rows, each once; None numbers the rows.
+
+        Raises:
+            CodebookError: If there are too few items for a code.
+            DataError: If an id comes twice.
+        """
+        if pool_item_ids_P is None:
+            pool_item_ids_P = np.arange(len(pool_vectors_PD), dtype=np.int64)
+        if len(np.unique(pool_item_ids_P)) != len(pool_vectors_PD):
+            raise DataError(
+                f"the pool has {len(pool_vectors_PD)} vectors and "
+                f"{len(np.unique(pool_item_ids_P))} distinct item ids; each item may come once"
+            )
+        if len(pool_vectors_PD) < self.num_neighbors + 1:
+            raise CodebookError(
+                f"a pool of {len(pool_vectors_PD)} items cannot give {self.num_neighbors} "
+                f"neighbours besides the item itself; lower quantizer.vq.num_neighbors"
+            )
+        self._search = NearestSearch(pool_vectors_PD)
+        self.pool_vectors_PD = pool_vectors_PD
+        self.pool_item_ids_P = pool_item_ids_P
 
     def encode(self, x_ND: Embeddings, item_ids_N: ItemIds | None = None) -> Codes:
         """Return the nearest pool rows of each vector, nearest first, the item itself left out.
@@ -129,23 +170,6 @@ class NeighborQuantizer:
         """Return ``pool_vectors`` and ``pool_item_ids``, row by row."""
         self._trained()
         return {"pool_vectors": self.pool_vectors_PD, "pool_item_ids": self.pool_item_ids_P}
-
-    def _set_pool(self, pool_vectors_PD: Embeddings, pool_item_ids_P: ItemIds | None) -> None:
-        if pool_item_ids_P is None:
-            pool_item_ids_P = np.arange(len(pool_vectors_PD), dtype=np.int64)
-        if len(np.unique(pool_item_ids_P)) != len(pool_vectors_PD):
-            raise DataError(
-                f"the pool has {len(pool_vectors_PD)} vectors and "
-                f"{len(np.unique(pool_item_ids_P))} distinct item ids; each item may come once"
-            )
-        if len(pool_vectors_PD) < self.num_neighbors + 1:
-            raise CodebookError(
-                f"a pool of {len(pool_vectors_PD)} items cannot give {self.num_neighbors} "
-                f"neighbours besides the item itself; lower quantizer.vq.num_neighbors"
-            )
-        self._search = NearestSearch(pool_vectors_PD)
-        self.pool_vectors_PD = pool_vectors_PD
-        self.pool_item_ids_P = pool_item_ids_P
 
     def _trained(self) -> NearestSearch:
         if self._search is None:
