@@ -71,9 +71,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="Folder in the input contract.")
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     arguments = parser.parse_args()
-    backbone, _, cache = open_backbone(AlignmentConfig(backbone=arguments.backbone))
+    backbone = open_backbone(AlignmentConfig(backbone=arguments.backbone))[0]
     items = load_input_data(DataConfig(input_dir=str(Path(arguments.data)))).items
-    real_ND = _unit(content_features(items, backbone, cache))
+    real_ND = _unit(content_features(items, backbone))
     made_ND = low_rank(len(real_ND), real_ND.shape[1], seed=0)
     print(f"mean length: real {_mean_length(real_ND):.3f}, made {_mean_length(made_ND):.3f}")
     ranks = [1, 2, 4, 8, 16, 32, 64, 128]

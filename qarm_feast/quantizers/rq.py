@@ -1,6 +1,7 @@
 """Residual quantization (RQ): one k-means codebook per level.
 
-Shape letters in this file: N items, D embedding width, L levels, K codebook size of a level.
+Shape letters in this file: N items, B items of a block, D embedding width, L levels,
+K codebook size of a level.
 May import: NumPy, torch through ``search``.
 """
 
@@ -24,6 +25,9 @@ POINTS_PER_CENTROID = 39
 """Below this many points per centroid, k-means follows noise (the limit that faiss warns at)."""
 MAX_AUTO_CODEBOOK_SIZE = 4096
 AUTO_NUM_LEVELS = 3
+
+_ROWS_PER_BLOCK = 16_384
+"""Rows that go through all levels together: their residuals stay in the processor's cache."""
 
 LevelSize = Annotated[int, Field(gt=1)]
 
@@ -85,7 +89,7 @@ class ResidualQuantizer:
         codebooks: list[Embeddings] = []
         for level, size in enumerate(sizes):
             codebook_KD = self._train_level(residual_ND, level, size, generator)
-            residual_ND -= codebook_KD[NearestSearch(codebook_KD).search(residual_ND)[:, 0]]
+            NearestSearch(codebook_KD).subtract_nearest(residual_ND)
             codebooks.append(codebook_KD)
         self._set_codebooks(codebooks)
 
@@ -108,12 +112,12 @@ class ResidualQuantizer:
             DataError: If a value is NaN or infinite.
         """
         check_embeddings(x_ND, self._trained()[0].shape[1])
-        residual_ND = np.array(x_ND, order="C")
         codes_NL = np.empty((len(x_ND), len(self._codebooks)), dtype=np.int64)
-        levels = zip(self._codebooks, self._searches, strict=True)
-        for level, (codebook_KD, search) in enumerate(levels):
-            codes_NL[:, level] = search.search(residual_ND)[:, 0]
-            residual_ND -= codebook_KD[codes_NL[:, level]]
+        for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
+            block = slice(start, start + _ROWS_PER_BLOCK)
+            residual_BD = np.array(x_ND[block], order="C")
+            for level, search in enumerate(self._searches):
+                codes_NL[block, level] = search.subtract_nearest(residual_BD)
         return codes_NL
 
     def decode(self, codes_NC: Codes) -> Embeddings:

@@ -5,21 +5,26 @@ taken in float64, added in the fixed order of :func:`fold_sum`, and rounded to f
 comes first; of equal distances the lower index comes first. Only elementwise operations decide,
 so codes are bit-equal at any batch size, thread count and row order.
 
-The speed. A float32 matrix product leaves a short list for the rule. Vectors and centroids are
-centred first, which changes no distance but keeps an offset that all share out of the error; the
-centre is the median of each coordinate, which one huge centroid cannot pull away. With x the
-centred vector and c a centred centroid, the score |c|^2 - 2 x.c differs from the squared distance
-by |x|^2, the same for all centroids. In whatever order the product adds, the
-computed score is off by at most ``slack * (|x|^2 + |c|^2)``, where ``slack = (D + 16) u`` and u is
-float32's unit roundoff: D for the dot product (its 2|x||c| is below |x|^2 + |c|^2), the 16 for
-centring, the bias, and the final rounding to float32. Every centroid whose score could still be
-among the k smallest within that bound goes to the rule. The part of the bound that belongs to c
-lies in c's own bias, so that one huge centroid loosens the filter for itself only.
+The speed. One of two filters leaves a short list for the rule. The one nearest centroid (k = 1) is
+found by the compiled kernels of ``native``, where the machine has them: a bfloat16 product with a
+measured error bound, explained in ``native_kernels.cpp``. All else goes through a float32 matrix
+product in torch, as follows. Vectors and centroids are centred first, which changes no distance but
+keeps an offset that all share out of the error; the centre is the median of each coordinate, which
+one huge centroid cannot pull away. With x the centred vector and c a centred centroid, the score
+|c|^2 - 2 x.c differs from the squared distance by |x|^2, the same for all centroids. In whatever
+order the product adds, the computed score is off by at most ``slack * (|x|^2 + |c|^2)``, where
+``slack = (D + 16) u`` and u is float32's unit roundoff: D for the dot product (its 2|x||c| is below
+|x|^2 + |c|^2), the 16 for centring, the bias, and the final rounding to float32. Every centroid
+whose score could still be among the k smallest within that bound goes to the rule. The part of the
+bound that belongs to c lies in c's own bias, so that one huge centroid loosens the filter for
+itself only.
 
 Shape letters in this file: N items, B items of a block, K centroids, D embedding width,
 M short-listed centroids per item, P (item, centroid) pairs, k nearest wanted, T some points.
 May import: NumPy, torch. The one file that multiplies matrices.
 """
+
+import functools
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +32,7 @@ import torch
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Codes, Embeddings, check_embeddings, fold_sum
+from qarm_feast.quantizers.native import NativeSearch, kernels
 
 _CENTRE_SAMPLE_SIZE = 4096
 _SCORES_PER_BLOCK = 1 << 23
@@ -69,7 +75,8 @@ def squared_distances(x_ND: Embeddings, y_ND: Embeddings) -> Embeddings:
 class NearestSearch:
     """Searches one set of centroids, prepared once, by the canonical rule.
 
-    Holds the centroids twice (as given and centred). Safe to share between threads.
+    Holds the centroids twice: as given, and as the filter in use wants them. Safe to share between
+    threads.
     """
 
     def __init__(self, centroids_KD: Embeddings) -> None:
@@ -79,9 +86,6 @@ class NearestSearch:
         self._centroids_KD = _tensor(centroids_KD)
         stride = -(-len(centroids_KD) // _CENTRE_SAMPLE_SIZE)
         self._centre_D = self._centroids_KD[::stride].median(dim=0).values
-        centred_KD = self._centroids_KD - self._centre_D
-        self._centred_DK = centred_KD.T.contiguous()
-        self._squared_norms_K = centred_KD.double().square().sum(dim=1)
 
     def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
         """Return the k nearest centroids of each row; see :func:`nearest`."""
@@ -89,19 +93,59 @@ class NearestSearch:
         check_embeddings(x_ND, embedding_dim)
         if not 0 < k <= num_centroids:
             raise CodebookError(f"k={k} neighbours wanted of {num_centroids} centroids")
-        x = _tensor(x_ND)
-        codes_Nk = torch.empty((len(x_ND), k), dtype=torch.int64)
-        rows = max(1, min(_MAX_ROWS_PER_BLOCK, _SCORES_PER_BLOCK // num_centroids))
-        for start in range(0, len(x_ND), rows):
-            codes_Nk[start : start + rows] = self._search_block(x[start : start + rows], k)
+        if k == 1 and self._native is not None:
+            codes_Nk = self._native.search(_tensor(x_ND))[:, None]
+        else:
+            codes_Nk = self._search(_tensor(x_ND), k)
         result: Codes = codes_Nk.numpy()
         return result
+
+    def subtract_nearest(self, residual_ND: Embeddings) -> Codes:
+        """Replace each row by what its nearest centroid leaves over, and return those centroids.
+
+        Args:
+            residual_ND: Checked vectors, float32, contiguous; overwritten.
+
+        Returns:
+            Indices of shape ``[N]``, int64.
+        """
+        residual = torch.from_numpy(residual_ND)
+        if self._native is not None:
+            codes_N = self._native.search(residual, is_subtracted=True)
+        else:
+            codes_N = self._search(residual, 1)[:, 0]
+            residual -= self._centroids_KD[codes_N]
+        result: Codes = codes_N.numpy()
+        return result
+
+    # Prepared when first wanted: a search needs one of the two. Made twice by two threads, it is
+    # the same both times.
+    @functools.cached_property
+    def _native(self) -> NativeSearch | None:
+        library = kernels()
+        if library is None:
+            return None
+        return NativeSearch(library, self._centroids_KD, self._centre_D)
+
+    @functools.cached_property
+    def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Centred centroids, float32 ``[D, K]``, and their squared norms, float64 ``[K]``."""
+        centred_KD = self._centroids_KD - self._centre_D
+        return centred_KD.T.contiguous(), centred_KD.double().square().sum(dim=1)
+
+    def _search(self, x_ND: torch.Tensor, k: int) -> torch.Tensor:
+        codes_Nk = torch.empty((len(x_ND), k), dtype=torch.int64)
+        rows = max(1, min(_MAX_ROWS_PER_BLOCK, _SCORES_PER_BLOCK // len(self._centroids_KD)))
+        for start in range(0, len(x_ND), rows):
+            codes_Nk[start : start + rows] = self._search_block(x_ND[start : start + rows], k)
+        return codes_Nk
 
     def _search_block(self, x_BD: torch.Tensor, k: int) -> torch.Tensor:
         slack = _slack(x_BD.shape[1])
         centred_BD = x_BD - self._centre_D
-        bias_K = (self._squared_norms_K * (1 - slack)).float()
-        scores_BK = torch.addmm(bias_K, centred_BD, self._centred_DK, alpha=-2)
+        centred_DK, squared_norms_K = self._centred
+        bias_K = (squared_norms_K * (1 - slack)).float()
+        scores_BK = torch.addmm(bias_K, centred_BD, centred_DK, alpha=-2)
         spare = min(k + _NUM_SPARE, scores_BK.shape[1]) if k > 1 else 1
         listed_BM = scores_BK.topk(spare, largest=False).indices if k > 1 else _argmin(scores_BK)
         limit_B = self._limit(scores_BK, listed_BM[:, :k], centred_BD, slack)
@@ -124,7 +168,7 @@ class NearestSearch:
         """Return per row the score above which no centroid can be among the k nearest."""
         row_slack_B = 2 * slack * centred_BD.double().square().sum(dim=1)
         worst_B = (
-            scores_BK.gather(1, best_Bk).double() + 2 * slack * self._squared_norms_K[best_Bk]
+            scores_BK.gather(1, best_Bk).double() + 2 * slack * self._centred[1][best_Bk]
         ).amax(dim=1)
         limit_B = worst_B + row_slack_B + _SMALLEST_SCORE
         # Rounding to float32 may go down; the next number up keeps the limit safe.
