@@ -9,20 +9,25 @@ import numpy as np
 import numpy.typing as npt
 
 from qarm_feast.quantizers.base import Codes, Embeddings
+from qarm_feast.quantizers.native import cell_sums, kernels
 from qarm_feast.quantizers.search import RoughDistances, nearest, squared_distances
 
 _ROWS_PER_BLOCK = 65_536
 _MIN_START_SAMPLE = 16_384
-_START_POINTS_PER_CENTROID = 8
+_START_POINTS_PER_CENTROID = 16
+_TRIALS_PER_CENTROID = 4
+_CHOSEN_PER_ADDED = 16
 
 
 def plus_plus_start(
     x_ND: Embeddings, num_centroids: int, generator: np.random.Generator
 ) -> Embeddings:
-    """Return points of ``x_ND`` that lie far apart: greedy k-means++ on a sample.
+    """Return points of ``x_ND`` that lie far apart: greedy k-means++ on a sample, in rounds.
 
-    Each centroid is the best of a few points drawn with a chance that grows with the squared
-    distance to the centroids before it.
+    Trial points are drawn with a chance that grows with the squared distance to the points chosen
+    so far. A round adds up to a 16th of those, best first, where best is the trial that lowers the
+    sum of all distances most; a trial that the round itself has come near to is left out. One
+    point at a time would choose about as well, and wait for memory.
 
     Args:
         x_ND: Points, float32; at least ``num_centroids`` of them.
@@ -35,15 +40,14 @@ def plus_plus_start(
     sample_size = max(_MIN_START_SAMPLE, _START_POINTS_PER_CENTROID * num_centroids)
     rows_N = sample_rows(len(x_ND), sample_size, generator)
     distances = RoughDistances(x_ND[rows_N])
-    num_trials = 2 + int(np.log(num_centroids))
     chosen = [int(generator.integers(len(rows_N)))]
-    closest_N = distances.to_all(np.array(chosen))[0]
+    closest_N = distances.to_nearest(np.array(chosen))
     while len(chosen) < num_centroids:
-        trials_T = _draw_trials(closest_N, chosen, num_trials, generator)
-        closest_TN = np.minimum(closest_N, distances.to_all(trials_T))
-        best = int(closest_TN.sum(axis=1, dtype=np.float64).argmin())
-        chosen.append(int(trials_T[best]))
-        closest_N = closest_TN[best]
+        most = min(num_centroids - len(chosen), max(1, len(chosen) // _CHOSEN_PER_ADDED))
+        trials_T = _draw_trials(closest_N, chosen, most * _TRIALS_PER_CENTROID, generator)
+        added = _best_trials(distances, trials_T, closest_N, most)
+        chosen.extend(added.tolist())
+        closest_N = np.minimum(closest_N, distances.to_nearest(added))
     return x_ND[rows_N[chosen]]
 
 
@@ -81,16 +85,15 @@ def cell_means(x_ND: Embeddings, codes_N: Codes, centroids_KD: Embeddings) -> Em
         centroids_KD: What the points of a cell are far from; one row per cell.
 
     Returns:
-        Centroids of shape ``[K, D]``, float32; sums are taken in float64 in row order.
+        Centroids of shape ``[K, D]``, float32. Sums are taken in float64, in row order within
+        blocks of rows and then block after block, whatever the number of threads.
     """
-    sums_KD = np.zeros(centroids_KD.shape, dtype=np.float64)
     counts_K = np.bincount(codes_N, minlength=len(centroids_KD))
-    for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
-        codes_B = codes_N[start : start + _ROWS_PER_BLOCK]
-        order_B = np.argsort(codes_B, kind="stable")
-        used_U, first_U = np.unique(codes_B[order_B], return_index=True)
-        block_BD = x_ND[start : start + _ROWS_PER_BLOCK][order_B].astype(np.float64)
-        sums_KD[used_U] += np.add.reduceat(block_BD, first_U, axis=0)
+    library = kernels()
+    if library is None:
+        sums_KD = _cell_sums(x_ND, codes_N, len(centroids_KD))
+    else:
+        sums_KD = cell_sums(library, x_ND, codes_N, len(centroids_KD), _ROWS_PER_BLOCK)
     means_KD: Embeddings = (sums_KD / np.maximum(counts_K, 1)[:, None]).astype(np.float32)
     empty_E = np.flatnonzero(counts_K == 0)
     if len(empty_E):
@@ -116,6 +119,18 @@ def num_distinct_rows(x_ND: Embeddings) -> int:
     return len(np.unique(contiguous_ND.view(f"V{contiguous_ND.strides[0]}")))
 
 
+def _cell_sums(x_ND: Embeddings, codes_N: Codes, num_cells: int) -> npt.NDArray[np.float64]:
+    """Return the sum of each cell's rows, in row order within blocks, then block after block."""
+    sums_KD = np.zeros((num_cells, x_ND.shape[1]))
+    for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
+        codes_B = codes_N[start : start + _ROWS_PER_BLOCK]
+        order_B = np.argsort(codes_B, kind="stable")
+        used_U, first_U = np.unique(codes_B[order_B], return_index=True)
+        block_BD = x_ND[start : start + _ROWS_PER_BLOCK][order_B].astype(np.float64)
+        sums_KD[used_U] += np.add.reduceat(block_BD, first_U, axis=0)
+    return sums_KD
+
+
 def _draw_trials(
     closest_N: npt.NDArray[np.float32],
     chosen: list[int],
@@ -129,8 +144,27 @@ def _draw_trials(
     draws_T = generator.random(num_trials) * cumulative_N[-1]
     rows_T = np.searchsorted(cumulative_N, draws_T, side="right")
     last = np.flatnonzero(closest_N)[-1]
-    trials_T: npt.NDArray[np.int64] = np.minimum(rows_T, last).astype(np.int64)
-    return trials_T
+    return np.unique(np.minimum(rows_T, last)).astype(np.int64)
+
+
+def _best_trials(
+    distances: RoughDistances,
+    trials_T: npt.NDArray[np.int64],
+    closest_N: npt.NDArray[np.float32],
+    most: int,
+) -> npt.NDArray[np.int64]:
+    """Return up to ``most`` trials by falling gain, without those near to a better one."""
+    between_TT = distances.between(trials_T, trials_T)
+    before_T = closest_N[trials_T]
+    now_T = before_T.copy()
+    taken: list[int] = []
+    for trial in np.argsort(-distances.gains(trials_T, closest_N), kind="stable").tolist():
+        if 2 * now_T[trial] >= before_T[trial]:
+            taken.append(trial)
+            now_T = np.minimum(now_T, between_TT[trial])
+        if len(taken) == most:
+            break
+    return trials_T[taken]
 
 
 def _own_distances(x_ND: Embeddings, codes_N: Codes, centroids_KD: Embeddings) -> Embeddings:

@@ -99,11 +99,14 @@ class NativeSearch:
         library.prepare(ctypes.byref(self._set))
 
     def search(self, x_ND: torch.Tensor, *, is_subtracted: bool = False) -> torch.Tensor:
-        """Return the nearest centroid of each row, int64 ``[N]``.
+        """Return the nearest centroid of each row.
 
         Args:
             x_ND: Vectors, float32, contiguous, finite.
             is_subtracted: Whether each row is replaced by what its centroid leaves over.
+
+        Returns:
+            Indices of shape ``[N]``, int64.
         """
         codes_N = torch.empty(len(x_ND), dtype=torch.int64)
         self._library.search(
@@ -120,7 +123,7 @@ class NativeSearch:
 def cell_sums(
     library: ctypes.CDLL, x_ND: Embeddings, codes_N: Codes, num_cells: int, block_rows: int
 ) -> npt.NDArray[np.float64]:
-    """Return the sum of the rows of each cell, float64 ``[K, D]``.
+    """Return the sum of the rows of each cell.
 
     Args:
         library: The kernels.
@@ -128,6 +131,9 @@ def cell_sums(
         codes_N: The cell of each row, int64 in ``[0, K)``.
         num_cells: K.
         block_rows: Rows are added in their order within blocks of so many, then the blocks' sums.
+
+    Returns:
+        Sums of shape ``[K, D]``, float64.
     """
     x_ND, codes_N = np.ascontiguousarray(x_ND), np.ascontiguousarray(codes_N)
     sums_KD = np.zeros((num_cells, x_ND.shape[1]))

@@ -20,11 +20,12 @@ bound that belongs to c lies in c's own bias, so that one huge centroid loosens 
 itself only.
 
 Shape letters in this file: N items, B items of a block, K centroids, D embedding width,
-M short-listed centroids per item, P (item, centroid) pairs, k nearest wanted, T some points.
+M short-listed centroids per item, P (item, centroid) pairs, k nearest wanted, S and T some points.
 May import: NumPy, torch. The one file that multiplies matrices.
 """
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ _CENTRE_SAMPLE_SIZE = 4096
 _SCORES_PER_BLOCK = 1 << 23
 _MAX_ROWS_PER_BLOCK = 2048
 _PAIRS_PER_BLOCK = 1 << 15
+_TRIALS_PER_BLOCK = 1024
+_TERMS_PER_BLOCK = 1 << 20
 _NUM_SPARE = 4
 """Extra short-listed centroids per item when k > 1: they spare most rows a full scan."""
 _FLOAT32_ROUNDOFF = 2.0**-24
@@ -213,20 +216,61 @@ class RoughDistances:
         # torch owns the memory: its alignment, and with it the product's bits, is always the same.
         points = torch.from_numpy(points_ND).clone()
         points -= points.mean(dim=0)
-        self._points_DN = points.T.contiguous()
+        self._points_ND = points
         self._squared_norms_N = points.square().sum(dim=1)
 
-    def to_all(self, rows_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return the distances of some points to all points, float32 ``[T, N]``, at least 0."""
-        rows = torch.from_numpy(rows_T)
-        distances_TN = torch.addmm(
-            self._squared_norms_N, self._points_DN[:, rows].T, self._points_DN, alpha=-2
+    def between(
+        self, rows_T: npt.NDArray[np.int64], rows_S: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return the distances of some points to some others, float32 ``[T, S]``, at least 0."""
+        columns = torch.from_numpy(rows_S)
+        distances_TS = self._expanded(
+            torch.from_numpy(rows_T), self._points_ND[columns], self._squared_norms_N[columns]
         )
-        distances_TN += self._squared_norms_N[rows, None]
         # A point is at no distance from itself, whatever the rounding.
-        distances_TN[torch.arange(len(rows)), rows] = 0.0
-        distances: npt.NDArray[np.float32] = distances_TN.clamp_(min=0).numpy()
+        distances_TS[torch.from_numpy(rows_T[:, None] == rows_S)] = 0.0
+        distances: npt.NDArray[np.float32] = distances_TS.clamp_(min=0).numpy()
         return distances
+
+    def to_nearest(self, rows_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return every point's distance to the nearest of some, float32 ``[N]``, at least 0."""
+        rows = torch.from_numpy(rows_T)
+        nearest_N = torch.full_like(self._squared_norms_N, torch.inf)
+        for _, points, terms_TB in self._blocks(rows, self._squared_norms_N):
+            nearest_N[points] = torch.minimum(nearest_N[points], terms_TB.amin(dim=0))
+        nearest_N[rows] = 0.0
+        distances: npt.NDArray[np.float32] = nearest_N.clamp_(min=0).numpy()
+        return distances
+
+    def gains(
+        self, rows_T: npt.NDArray[np.int64], closest_N: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float64]:
+        """Return how much each of some points would lower the sum of ``closest_N``: ``[T]``."""
+        gains_T = torch.zeros(len(rows_T), dtype=torch.float64)
+        excess_N = self._squared_norms_N - torch.from_numpy(closest_N)
+        for trials, _, terms_TB in self._blocks(torch.from_numpy(rows_T), excess_N):
+            gains_T[trials] -= terms_TB.clamp_(max=0).sum(dim=1)
+        gains: npt.NDArray[np.float64] = gains_T.numpy()
+        return gains
+
+    def _blocks(
+        self, rows_T: torch.Tensor, bias_N: torch.Tensor
+    ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Yield ``|t|^2 - 2 t.n + bias`` of some points and all, in blocks that fit the cache."""
+        for first in range(0, len(rows_T), _TRIALS_PER_BLOCK):
+            trials = slice(first, first + _TRIALS_PER_BLOCK)
+            num_points = _TERMS_PER_BLOCK // len(rows_T[trials])
+            for start in range(0, len(bias_N), num_points):
+                points = slice(start, start + num_points)
+                terms_TB = self._expanded(rows_T[trials], self._points_ND[points], bias_N[points])
+                yield trials, points, terms_TB
+
+    def _expanded(
+        self, rows_T: torch.Tensor, points_SD: torch.Tensor, bias_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Return ``|t|^2 - 2 t.s + bias`` of some points and others, ``[T, S]``."""
+        terms_TS = torch.addmm(bias_S, self._points_ND[rows_T], points_SD.T, alpha=-2)
+        return terms_TS.add_(self._squared_norms_N[rows_T, None])
 
 
 def _tensor(x_ND: Embeddings) -> torch.Tensor:
