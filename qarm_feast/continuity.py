@@ -37,7 +37,7 @@ from scipy.optimize import linear_sum_assignment
 from qarm_feast.codebook import Codebook, ItemIds, ItemVectors
 from qarm_feast.codebook_config import ContinuityConfig
 from qarm_feast.errors import CodebookError, DataError
-from qarm_feast.overrides import Overrides
+from qarm_feast.overrides import NO_ROW, Overrides, content_order, find_content, hash_array
 from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
 from qarm_feast.quantizers.kmeans import cell_means, lloyd, plus_plus_start, sample_rows
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig
@@ -95,12 +95,14 @@ class ParentCodes:
 
     def codes_of(self, item_ids_N: ItemIds, content_hashes_N: Sequence[str]) -> Codes:
         """Return the parent's codes of items; ``NO_CODE`` for a new item or new content."""
-        keys = zip(self.item_ids_N.tolist(), self.content_hashes_N, strict=True)
-        row_of = {key: row for row, key in enumerate(keys)}
-        wanted = zip(item_ids_N.tolist(), content_hashes_N, strict=True)
-        rows_N = np.array([row_of.get(key, -1) for key in wanted], dtype=np.int64)
+        hashes_M = hash_array(self.content_hashes_N)
+        order_M = content_order(self.item_ids_N, hashes_M)
+        rows_N = find_content(
+            self.item_ids_N[order_M], hashes_M[order_M], item_ids_N, hash_array(content_hashes_N)
+        )
+        is_known_N = rows_N != NO_ROW
         codes_NL = np.full((len(rows_N), len(self.level_sizes)), NO_CODE, dtype=np.int64)
-        codes_NL[rows_N >= 0] = self.rq_NL[rows_N[rows_N >= 0]]
+        codes_NL[is_known_N] = self.rq_NL[order_M[rows_N[is_known_N]]]
         return codes_NL
 
 
