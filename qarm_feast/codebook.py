@@ -19,7 +19,7 @@ from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
-from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig
+from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
     Manifest,
@@ -182,6 +182,7 @@ class Codebook:
             behaviour_cutoff=encoder.behaviour_cutoff,
             embedding_dim=source.embedding_dim,
             level_sizes=rq.level_sizes,
+            level_kinds=level_kinds(config.rq, rq.level_sizes),
             num_neighbors=vq.num_neighbors,
             pool_size=len(vq.pool_item_ids_P),
             seed=config.rq.seed,

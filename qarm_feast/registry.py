@@ -55,10 +55,11 @@ class Manifest(BaseModel):
     """What ``manifest.json`` says of one codebook version.
 
     ``behaviour_cutoff`` is the newest interaction that encoder, codebook or pool saw (None: they
-    saw none). ``label_map`` names, per level and code, the parent's code whose learned row goes on
-    here (-1: none); ``reset_pool_rows`` are pool rows that do not go on from the parent's: they
-    hold another item, or the parent had no such row. ``continuity`` says what a refresh kept and
-    what it cost, next to the naive refit. ``files`` is SHA-256 by file name.
+    saw none). ``level_kinds`` is empty in manifests from when all levels were k-means.
+    ``label_map`` names, per level and code, the parent's code whose learned row goes on here (-1:
+    none); ``reset_pool_rows`` are pool rows that do not go on from the parent's: they hold another
+    item, or the parent had no such row. ``continuity`` says what a refresh kept and what it cost,
+    next to the naive refit. ``files`` is SHA-256 by file name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +72,7 @@ class Manifest(BaseModel):
     behaviour_cutoff: AwareDatetime | None
     embedding_dim: int
     level_sizes: tuple[int, ...]
+    level_kinds: tuple[Literal["kmeans", "fsq"], ...] = ()
     num_neighbors: int
     pool_size: int
     metric: Literal["squared_l2"] = "squared_l2"

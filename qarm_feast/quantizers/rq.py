@@ -1,4 +1,4 @@
-"""Residual quantization (RQ): one k-means codebook per level.
+"""Residual quantization (RQ): one codebook per level, k-means or, on the last level, a lattice.
 
 Shape letters in this file: N items, B items of a block, D embedding width, L levels,
 K codebook size of a level.
@@ -15,7 +15,9 @@ from pydantic import Field
 
 from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
+from qarm_feast.quantizers.balance import balanced_lloyd
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
+from qarm_feast.quantizers.fsq import num_bits_of, train_lattice
 from qarm_feast.quantizers.kmeans import lloyd, num_distinct_rows, plus_plus_start, sample_rows
 from qarm_feast.quantizers.search import NearestSearch
 
@@ -25,10 +27,15 @@ POINTS_PER_CENTROID = 39
 """Below this many points per centroid, k-means follows noise (the limit that faiss warns at)."""
 MAX_AUTO_CODEBOOK_SIZE = 4096
 AUTO_NUM_LEVELS = 3
+POINTS_PER_LATTICE_POINT = 4
+"""Fewer are needed than for k-means: 2^b lattice points are learnt as b directions. With 4, even
+random signs leave only 2 % of the codes unused."""
+MAX_AUTO_LATTICE_SIZE = 1 << 13
 
 _ROWS_PER_BLOCK = 16_384
 """Rows that go through all levels together: their residuals stay in the processor's cache."""
 
+LevelKind = Literal["kmeans", "fsq"]
 LevelSize = Annotated[int, Field(gt=1)]
 
 
@@ -41,7 +48,18 @@ class RqConfig(Section):
     codebook_size: Literal["auto"] | LevelSize | tuple[LevelSize, ...] = Field(
         default="auto",
         description="Centroids per level, or one number per level; auto is the largest power of "
-        "two that leaves 39 distinct training points per centroid, at most 4096.",
+        "two that leaves 39 distinct training points per centroid, at most 4096; on an fsq level 4 "
+        "points, at most 8192.",
+    )
+    last_level: LevelKind = Field(
+        default="kmeans",
+        description="Codebook of the last level: kmeans centroids, or fsq, a lattice of 2^b signs "
+        "that spreads near-isotropic residuals over more codes.",
+    )
+    enable_balance: bool = Field(
+        default=False,
+        description="Train k-means levels towards equally full cells; encoding stays the nearest "
+        "rule.",
     )
     num_iterations: int = Field(default=25, gt=0, description="Most k-means iterations per level.")
     train_sample_size: int = Field(
@@ -70,7 +88,7 @@ class ResidualQuantizer:
         return tuple(len(codebook_KD) for codebook_KD in self._codebooks)
 
     def train(self, x_ND: Embeddings) -> None:
-        """Train level after level, each by k-means on the residuals of the levels before.
+        """Train level after level, each on the residuals of the levels before.
 
         Args:
             x_ND: Training vectors, float32.
@@ -87,8 +105,14 @@ class ResidualQuantizer:
         residual_ND = np.ascontiguousarray(x_ND[self.training_rows(len(x_ND))])
         sizes = level_sizes(self._config, num_distinct_rows(residual_ND))
         codebooks: list[Embeddings] = []
-        for level, size in enumerate(sizes):
-            codebook_KD = self._train_level(residual_ND, level, size, generator)
+        for level, (size, kind) in enumerate(
+            zip(sizes, level_kinds(self._config, sizes), strict=True)
+        ):
+            if kind == "fsq":
+                codebook_KD = train_lattice(residual_ND, size)
+            else:
+                codebook_KD = self._train_level(residual_ND, level, size, generator)
+            logger.info("rq_level_trained level=%d kind=%s codebook_size=%d", level + 1, kind, size)
             NearestSearch(codebook_KD).subtract_nearest(residual_ND)
             codebooks.append(codebook_KD)
         self._set_codebooks(codebooks)
@@ -167,9 +191,8 @@ class ResidualQuantizer:
                 level + 1, num_distinct, size, POINTS_PER_CENTROID,
             )  # fmt: skip
         start_KD = plus_plus_start(residual_ND, size, generator)
-        codebook_KD = lloyd(residual_ND, start_KD, self._config.num_iterations)
-        logger.info("rq_level_trained level=%d codebook_size=%d", level + 1, size)
-        return codebook_KD
+        iterate = balanced_lloyd if self._config.enable_balance else lloyd
+        return iterate(residual_ND, start_KD, self._config.num_iterations)
 
     def _set_codebooks(self, codebooks: Sequence[Embeddings]) -> None:
         self._codebooks = tuple(codebooks)
@@ -192,8 +215,8 @@ def level_sizes(config: RqConfig, num_points: int) -> tuple[int, ...]:
         One size per level.
 
     Raises:
-        CodebookError: If an automatic size finds too few points, or ``num_levels`` and a list of
-            sizes contradict each other.
+        CodebookError: If an automatic size finds too few points, ``num_levels`` and a list of
+            sizes contradict each other, or an FSQ level's size is no power of two.
     """
     size = config.codebook_size
     if isinstance(size, tuple):
@@ -202,9 +225,20 @@ def level_sizes(config: RqConfig, num_points: int) -> tuple[int, ...]:
                 f"quantizer.rq.codebook_size lists {len(size)} levels, "
                 f"quantizer.rq.num_levels is {config.num_levels}"
             )
-        return size
-    num_levels = AUTO_NUM_LEVELS if config.num_levels == "auto" else config.num_levels
-    return (_auto_size(num_points) if size == "auto" else size,) * num_levels
+        sizes = size
+    else:
+        num_levels = AUTO_NUM_LEVELS if config.num_levels == "auto" else config.num_levels
+        sizes = (_auto_size(num_points) if size == "auto" else size,) * num_levels
+    if config.last_level == "fsq":
+        sizes = (*sizes[:-1], _auto_lattice_size(num_points) if size == "auto" else sizes[-1])
+        num_bits_of(sizes[-1])
+    return sizes
+
+
+def level_kinds(config: RqConfig, sizes: Sequence[int]) -> tuple[LevelKind, ...]:
+    """Return the kind of each level: k-means, and the last as the configuration says."""
+    kmeans: LevelKind = "kmeans"
+    return (*[kmeans] * (len(sizes) - 1), config.last_level)
 
 
 def _auto_size(num_points: int) -> int:
@@ -215,3 +249,8 @@ def _auto_size(num_points: int) -> int:
             f"{2 * POINTS_PER_CENTROID} are needed); set quantizer.rq.codebook_size to a number"
         )
     return min(1 << most.bit_length() - 1, MAX_AUTO_CODEBOOK_SIZE)
+
+
+def _auto_lattice_size(num_points: int) -> int:
+    most = max(2, num_points // POINTS_PER_LATTICE_POINT)
+    return min(1 << most.bit_length() - 1, MAX_AUTO_LATTICE_SIZE)

@@ -18,6 +18,10 @@ from qarm_feast.quantizers import Quantizer, RqConfig, VqConfig, build_quantizer
 
 BUILDERS: dict[str, Callable[[], Quantizer]] = {
     "rq": lambda: build_quantizer(RqConfig(num_levels=3, codebook_size=16)),
+    "rq_balanced": lambda: build_quantizer(
+        RqConfig(num_levels=2, codebook_size=16, enable_balance=True)
+    ),
+    "rq_fsq": lambda: build_quantizer(RqConfig(codebook_size=(16, 16, 64), last_level="fsq")),
     "vq": lambda: build_quantizer(VqConfig(num_neighbors=25)),
 }
 WIDTH = 24
