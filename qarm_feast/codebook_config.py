@@ -3,9 +3,14 @@
 May import: pydantic-backed configuration.
 """
 
+from typing import Literal
+
 from pydantic import Field
 
 from qarm_feast.config import ConfigPath, Section
+
+LevelKind = Literal["kmeans", "fsq"]
+"""How the centroids of a level were made: freely, or as a lattice of signs."""
 
 
 class GateConfig(Section):
@@ -55,6 +60,12 @@ class CodebookConfig(Section):
     )
     gates: GateConfig = Field(
         default=GateConfig(), description="What `qarm codebook publish` asks of the figures."
+    )
+    max_items_per_code: int | None = Field(
+        default=None,
+        gt=0,
+        description="Most catalogue items that publish leaves on one full code; others move to "
+        "the next nearest free code of the last level. null: no cap.",
     )
     continuity: ContinuityConfig = Field(
         default=ContinuityConfig(), description="What `qarm codebook train --parent` does."

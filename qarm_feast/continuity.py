@@ -15,7 +15,11 @@ refit) names and cuts all cells anew, so those weights would stand for other ite
 4. A level cannot start from members if its size differs from the parent's, or if fewer than half
    of the parent's codes have a member among the training items. Such a level is trained afresh,
    and its codes get the parent's labels by Hungarian matching of the items they share.
-5. Pool items that survive keep their row; freed rows go to new items.
+5. An FSQ level keeps what each bit means: its directions are fitted to the signs of the parent's
+   codes, so all codes go on, also those without members. In place of (3)'s Hungarian matching the
+   bits of the naive lattice are paired with the parent's. A parent whose level is of another kind
+   or size has no such bits; the level is then fresh.
+6. Pool items that survive keep their row; freed rows go to new items.
 
 An item with new content is a new item here: its old code says nothing about it.
 
@@ -35,12 +39,14 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from qarm_feast.codebook import Codebook, ItemIds, ItemVectors
-from qarm_feast.codebook_config import ContinuityConfig
+from qarm_feast.codebook_config import ContinuityConfig, LevelKind
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import NO_ROW, Overrides, content_order, find_content, hash_array
+from qarm_feast.quantizers.balance import balanced_lloyd
 from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
+from qarm_feast.quantizers.fsq import fit_lattice, paired_codes, train_lattice
 from qarm_feast.quantizers.kmeans import cell_means, lloyd, plus_plus_start, sample_rows
-from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig
+from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
 from qarm_feast.quantizers.search import nearest, squared_distances
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 
@@ -65,6 +71,7 @@ class ParentCodes:
 
     version: str
     level_sizes: tuple[int, ...]
+    level_kinds: tuple[LevelKind, ...]
     behaviour_cutoff: datetime | None
     pool_item_ids_P: ItemIds
     item_ids_N: ItemIds
@@ -86,12 +93,19 @@ class ParentCodes:
         return cls(
             version=codebook.version,
             level_sizes=codebook.manifest.level_sizes,
+            level_kinds=codebook.manifest.kinds,
             behaviour_cutoff=codebook.manifest.behaviour_cutoff,
             pool_item_ids_P=codebook.vq.pool_item_ids_P,
             item_ids_N=items.item_ids_N,
             content_hashes_N=items.content_hashes_N,
             rq_NL=served.rq_NL,
         )
+
+    def goes_on(self, number: int, size: int, kind: LevelKind) -> bool:
+        """Return whether the parent has a level ``number`` of just that size and kind."""
+        if number >= len(self.level_sizes):
+            return False
+        return (self.level_sizes[number], self.level_kinds[number]) == (size, kind)
 
     def codes_of(self, item_ids_N: ItemIds, content_hashes_N: Sequence[str]) -> Codes:
         """Return the parent's codes of items; ``NO_CODE`` for a new item or new content."""
@@ -183,7 +197,7 @@ def refresh_codebook(
             "--codebook-version"
         )
     prepared = _prepared(items, train_item_ids, parent)
-    fit = _fit_within_budget(naive, prepared, parent.level_sizes, config, rq_config)
+    fit = _fit_within_budget(naive, prepared, parent, config, rq_config)
     rq = ResidualQuantizer(codebooks=[level.centroids_KD for level in fit.levels])
     served_NL = held_codes(fit.levels, prepared.vectors.x_ND, prepared.old_NL, fit.hysteresis)
     vq, reset_rows = _recycled_pool(naive.vq, parent.pool_item_ids_P, prepared)
@@ -296,7 +310,7 @@ def _prepared(items: ItemVectors, train_item_ids: ItemIds, parent: ParentCodes) 
 def _fit_within_budget(
     naive: Codebook,
     items: _Items,
-    parent_sizes: tuple[int, ...],
+    parent: ParentCodes,
     config: ContinuityConfig,
     rq_config: RqConfig,
 ) -> _Fit:
@@ -306,7 +320,7 @@ def _fit_within_budget(
     x_MD, old_ML = items.vectors.x_ND[rows_M], items.old_NL[rows_M]
     naive_mse = _mse(x_MD, naive.decode_rq(naive.rq.encode(x_MD)))
     limit = (1 + config.mse_budget) * naive_mse
-    trainer = _LevelTrainer(x_MD, old_ML, naive.rq.level_sizes, parent_sizes, rq_config)
+    trainer = _LevelTrainer(x_MD, old_ML, naive.rq.level_sizes, parent, rq_config)
     search = _BudgetSearch(trainer, limit, naive_mse)
     fit = search.more_iterations(config, rq_config.num_iterations) or search.less_hysteresis()
     if fit is not None:
@@ -315,7 +329,8 @@ def _fit_within_budget(
         "codebook_refresh_over_budget mse_budget=%.3f: the naive refit is taken, labels matched",
         config.mse_budget,
     )
-    return _Fit(_matched_levels(naive, x_MD, old_ML, parent_sizes), 0.0, 0, naive_mse)
+    kinds = level_kinds(rq_config, naive.rq.level_sizes)
+    return _Fit(_matched_levels(naive, x_MD, old_ML, parent, kinds), 0.0, 0, naive_mse)
 
 
 class _BudgetSearch:
@@ -371,22 +386,23 @@ class _LevelTrainer:
         x_MD: Embeddings,
         old_ML: Codes,
         sizes: tuple[int, ...],
-        parent_sizes: tuple[int, ...],
+        parent: ParentCodes,
         rq_config: RqConfig,
     ) -> None:
         self._x_MD, self._old_ML = x_MD, old_ML
         self._sizes = sizes
-        self._parent_sizes = parent_sizes
+        self._kinds = level_kinds(rq_config, sizes)
+        self._parent = parent
         self._rq_config = rq_config
 
     def fit(self, hysteresis: float, num_iterations: int) -> _Fit:
         """Return the levels after so many iterations each, and their mean squared error."""
         residual_MD = np.array(self._x_MD, order="C")
         levels: list[FittedLevel] = []
-        for number, size in enumerate(self._sizes):
+        for number in range(len(self._sizes)):
             old_M = _level_codes(self._old_ML, number)
             if self._can_start_warm(number, old_M):
-                level = _warm_level(residual_MD, old_M, size, hysteresis, num_iterations)
+                level = self._warm(residual_MD, old_M, number, hysteresis, num_iterations)
             else:
                 level = self._fresh_level(residual_MD, old_M, number)
             own_M = level.to_own(old_M)
@@ -397,19 +413,38 @@ class _LevelTrainer:
         return _Fit(levels, hysteresis, num_iterations, mse)
 
     def _can_start_warm(self, number: int, old_M: Codes) -> bool:
-        size = self._sizes[number]
-        if number >= len(self._parent_sizes) or self._parent_sizes[number] != size:
+        size, kind = self._sizes[number], self._kinds[number]
+        if not self._parent.goes_on(number, size, kind):
             return False
-        num_with_members = len(np.unique(old_M[old_M != NO_CODE]))
-        return num_with_members >= MIN_SHARE_WITH_MEMBERS * size
+        num_members = int((old_M != NO_CODE).sum())
+        # Members tell the means of their own codes, but the directions of all codes of a lattice.
+        num_told = len(np.unique(old_M[old_M != NO_CODE])) if kind == "kmeans" else num_members
+        return num_told >= MIN_SHARE_WITH_MEMBERS * size
+
+    def _warm(
+        self,
+        residual_MD: Embeddings,
+        old_M: Codes,
+        number: int,
+        hysteresis: float,
+        num_iterations: int,
+    ) -> FittedLevel:
+        size = self._sizes[number]
+        if self._kinds[number] == "fsq":
+            return _warm_lattice(residual_MD, old_M, size, hysteresis)
+        return _warm_level(residual_MD, old_M, size, hysteresis, num_iterations)
 
     def _fresh_level(self, residual_MD: Embeddings, old_M: Codes, number: int) -> FittedLevel:
+        size = self._sizes[number]
+        if self._kinds[number] == "fsq":
+            goes_on = self._parent.goes_on(number, size, "fsq")
+            return _rebitted(train_lattice(residual_MD, size), residual_MD, old_M, goes_on)
         generator = np.random.default_rng([self._rq_config.seed, number])
-        start_KD = plus_plus_start(residual_MD, self._sizes[number], generator)
-        centroids_KD = lloyd(residual_MD, start_KD, self._rq_config.num_iterations)
+        start_KD = plus_plus_start(residual_MD, size, generator)
+        iterate = balanced_lloyd if self._rq_config.enable_balance else lloyd
+        centroids_KD = iterate(residual_MD, start_KD, self._rq_config.num_iterations)
         codes_M = nearest(residual_MD, centroids_KD)[:, 0]
-        num_old = self._parent_sizes[number] if number < len(self._parent_sizes) else 0
-        return _relabelled(centroids_KD, codes_M, old_M, num_old)
+        return _relabelled(centroids_KD, codes_M, old_M, _parent_size(self._parent, number))
 
 
 def _warm_level(
@@ -435,19 +470,60 @@ def _warm_level(
     return FittedLevel(centroids_KD, parent_code_K, "warm")
 
 
+def _warm_lattice(
+    residual_MD: Embeddings, old_M: Codes, size: int, hysteresis: float
+) -> FittedLevel:
+    """Return a lattice whose bits mean what the old members' bits mean.
+
+    Few directions follow from many members, so there are no iterations to win back error with:
+    free steps would only turn the lattice away from the codes that items hold.
+    """
+    is_member_M = old_M != NO_CODE
+    centroids_KD = fit_lattice(residual_MD[is_member_M], old_M[is_member_M], size)
+    for _ in range(NUM_HELD_MEANS):
+        codes_M = _near_enough(residual_MD, centroids_KD, old_M, hysteresis)
+        centroids_KD = fit_lattice(residual_MD, codes_M, size)
+    return FittedLevel(centroids_KD, np.arange(size), "warm")
+
+
 def _matched_levels(
-    naive: Codebook, x_MD: Embeddings, old_ML: Codes, parent_sizes: tuple[int, ...]
+    naive: Codebook,
+    x_MD: Embeddings,
+    old_ML: Codes,
+    parent: ParentCodes,
+    kinds: tuple[LevelKind, ...],
 ) -> list[FittedLevel]:
-    codes_ML = naive.rq.encode(x_MD)
-    return [
-        _relabelled(
-            centroids_KD,
-            codes_ML[:, number],
-            _level_codes(old_ML, number),
-            parent_sizes[number] if number < len(parent_sizes) else 0,
-        )
-        for number, centroids_KD in enumerate(naive.rq.codebooks)
-    ]
+    residual_MD = np.array(x_MD, order="C")
+    levels = []
+    for number, (centroids_KD, kind) in enumerate(zip(naive.rq.codebooks, kinds, strict=True)):
+        old_M = _level_codes(old_ML, number)
+        codes_M = nearest(residual_MD, centroids_KD)[:, 0]
+        if kind == "fsq":
+            goes_on = parent.goes_on(number, len(centroids_KD), kind)
+            levels.append(_rebitted(centroids_KD, residual_MD, old_M, goes_on))
+        else:
+            num_old = _parent_size(parent, number)
+            levels.append(_relabelled(centroids_KD, codes_M, old_M, num_old))
+        residual_MD -= centroids_KD[codes_M]
+    return levels
+
+
+def _parent_size(parent: ParentCodes, number: int) -> int:
+    """Return the size of the parent's level, 0 if it has none."""
+    return parent.level_sizes[number] if number < len(parent.level_sizes) else 0
+
+
+def _rebitted(
+    centroids_KD: Embeddings, residual_MD: Embeddings, old_M: Codes, goes_on: bool
+) -> FittedLevel:
+    """Return the lattice with its bits paired with the parent's, where that had such a lattice."""
+    size = len(centroids_KD)
+    is_member_M = old_M != NO_CODE
+    if not (goes_on and is_member_M.any()):
+        return FittedLevel(centroids_KD, np.full(size, NO_CODE, dtype=np.int64), "fresh")
+    codes_M = nearest(residual_MD[is_member_M], centroids_KD)[:, 0]
+    source_K = paired_codes(old_M[is_member_M], codes_M, size)
+    return FittedLevel(centroids_KD[source_K], np.arange(size), "matched")
 
 
 def _relabelled(

@@ -24,7 +24,7 @@ from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from qarm_feast.artifact import MANIFEST_NAME, create_file, read_verified, replace_file
-from qarm_feast.codebook_config import GateConfig
+from qarm_feast.codebook_config import GateConfig, LevelKind
 from qarm_feast.errors import (
     CodebookError,
     CodebookNotFoundError,
@@ -72,7 +72,7 @@ class Manifest(BaseModel):
     behaviour_cutoff: AwareDatetime | None
     embedding_dim: int
     level_sizes: tuple[int, ...]
-    level_kinds: tuple[Literal["kmeans", "fsq"], ...] = ()
+    level_kinds: tuple[LevelKind, ...] = ()
     num_neighbors: int
     pool_size: int
     metric: Literal["squared_l2"] = "squared_l2"
@@ -93,6 +93,12 @@ class Manifest(BaseModel):
     def num_levels(self) -> int:
         """Length of an ``rq_code``."""
         return len(self.level_sizes)
+
+    @property
+    def kinds(self) -> tuple[LevelKind, ...]:
+        """Kind of each level."""
+        kmeans: LevelKind = "kmeans"
+        return self.level_kinds or (kmeans,) * self.num_levels
 
 
 class CodebookRegistry:

@@ -16,13 +16,14 @@ have, which is how a refresh keeps what each bit means.
 
 Shape letters in this file: N points, D embedding width, K = 2^b lattice points, B bits,
 M points of a block.
-May import: NumPy.
+May import: NumPy, scipy.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Codes, Embeddings
@@ -116,6 +117,30 @@ def fit_lattice(x_ND: Embeddings, codes_N: Codes, codebook_size: int) -> Embeddi
         scales_B = np.maximum((shifted_DB * directions_DB).sum(axis=0), 0)
         mean_D = points_mean_D - directions_DB @ (mean_signs_B * scales_B)
     return _lattice(mean_D, directions_DB, scales_B)
+
+
+def paired_codes(old_N: Codes, new_N: Codes, codebook_size: int) -> Codes:
+    """Return how to renumber a lattice so that its bits agree with old codes as far as they can.
+
+    Each old bit is paired with one new bit, turned over where they mostly disagree, so that the
+    number of agreeing bits over all points is largest. A lattice so renumbered is a lattice still.
+
+    Args:
+        old_N: The code that each point had.
+        new_N: Its code of the lattice as it is.
+        codebook_size: Lattice points.
+
+    Returns:
+        For each code after renumbering the code before, ``[K]``.
+    """
+    num_bits = num_bits_of(codebook_size)
+    old_NB, new_NB = (2 * code_bits(codes_N, num_bits) - 1 for codes_N in (old_N, new_N))
+    agreement_BB = old_NB.T @ new_NB
+    old_bits, new_bits = linear_sum_assignment(np.abs(agreement_BB), maximize=True)
+    is_turned_B = agreement_BB[old_bits, new_bits] < 0
+    bits_KB = code_bits(np.arange(codebook_size), num_bits) ^ is_turned_B
+    source_K: Codes = (bits_KB << new_bits).sum(axis=1)
+    return source_K
 
 
 def code_bits(codes_N: Codes, num_bits: int) -> npt.NDArray[np.int64]:

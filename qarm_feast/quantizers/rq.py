@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from qarm_feast.codebook_config import LevelKind
 from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.quantizers.balance import balanced_lloyd
@@ -35,7 +36,6 @@ MAX_AUTO_LATTICE_SIZE = 1 << 13
 _ROWS_PER_BLOCK = 16_384
 """Rows that go through all levels together: their residuals stay in the processor's cache."""
 
-LevelKind = Literal["kmeans", "fsq"]
 LevelSize = Annotated[int, Field(gt=1)]
 
 

@@ -482,3 +482,64 @@ def test_what_cannot_be_refreshed_is_refused() -> None:
 def test_settings_out_of_bounds_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         ContinuityConfig(**values)
+
+
+FSQ = QuantizerConfig(
+    rq=RqConfig(codebook_size=(8, 32), last_level="fsq"), vq=VqConfig(num_neighbors=3)
+)
+
+
+@pytest.mark.parametrize("move", [lambda vectors: vectors, _rotated])
+def test_an_fsq_level_keeps_its_bits_in_the_same_or_a_rotated_space(
+    move: Callable[[ItemVectors], ItemVectors],
+) -> None:
+    old = _vectors()
+
+    refreshed = _refresh(move(old), _parent(old, FSQ), config=FSQ)
+
+    manifest = refreshed.manifest
+    assert manifest.level_kinds == ("kmeans", "fsq")
+    assert manifest.continuity["level_starts"] == ["warm", "warm"]
+    assert (manifest.label_map or ())[1] == tuple(range(32))
+    assert manifest.continuity["churn"]["full"] <= 0.01
+    assert _excess(refreshed) <= KEEP.mse_budget
+    # A lattice still: opposite corners have one and the same middle.
+    lattice_KD = refreshed.rq.codebooks[1].astype(np.float64)
+    middles_KD = (lattice_KD + lattice_KD[::-1]) / 2
+    np.testing.assert_allclose(middles_KD, np.tile(middles_KD[:1], (32, 1)), atol=1e-6)
+
+
+def test_an_fsq_level_changes_fewer_codes_than_a_naive_refit_in_a_moved_space() -> None:
+    old = _vectors()
+
+    refreshed = _refresh(_drifted(_rotated(old), 0.15, seed=3), _parent(old, FSQ), config=FSQ)
+
+    figures = refreshed.manifest.continuity
+    assert figures["churn"]["full"] < 0.6 < figures["naive_churn"]["full"]
+    assert _excess(refreshed) <= KEEP.mse_budget
+
+
+def test_a_parent_of_another_kind_leaves_an_fsq_level_fresh_and_the_levels_before_warm() -> None:
+    old = _vectors()
+    kmeans = QuantizerConfig(rq=RqConfig(codebook_size=(8, 32)), vq=CONFIG.vq)
+
+    to_fsq = _refresh(old, _parent(old, kmeans), config=FSQ)
+    to_kmeans = _refresh(old, _parent(old, FSQ), config=kmeans)
+
+    assert to_fsq.manifest.continuity["level_starts"] == ["warm", "fresh"]
+    assert (to_fsq.manifest.label_map or ())[1] == (NO_CODE,) * 32
+    assert to_kmeans.manifest.continuity["level_starts"] == ["warm", "matched"]
+
+
+def test_out_of_reach_of_the_budget_the_naive_lattice_gets_the_parents_bits() -> None:
+    old = _vectors()
+    keep = ContinuityConfig(num_iterations=1, mse_budget=0.0)
+    few = FSQ.rq.model_copy(update={"num_iterations": 1})
+    parent = _parent(old, FSQ)
+    shuffled = replace(parent, rq_NL=np.random.default_rng(0).permutation(parent.rq_NL))
+
+    naive = _train(old, "v2", FSQ)
+    refreshed = refresh_codebook(naive, old, old.item_ids_N, shuffled, keep, few)
+
+    assert refreshed.manifest.continuity["level_starts"] == ["matched", "matched"]
+    assert _excess(refreshed) == pytest.approx(0.0, abs=1e-6)

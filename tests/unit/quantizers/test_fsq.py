@@ -5,7 +5,13 @@ import pytest
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quality import code_use, full_code_figures
-from qarm_feast.quantizers.fsq import code_bits, fit_lattice, num_bits_of, train_lattice
+from qarm_feast.quantizers.fsq import (
+    code_bits,
+    fit_lattice,
+    num_bits_of,
+    paired_codes,
+    train_lattice,
+)
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_sizes
 from qarm_feast.quantizers.search import nearest
 
@@ -126,3 +132,16 @@ def test_residuals_of_too_few_directions_are_refused() -> None:
         train_lattice(flat_ND, 8)
     with pytest.raises(CodebookError, match="spread over 0"):
         train_lattice(np.ones((100, 8), dtype=np.float32), 2)
+
+
+def test_bits_are_paired_and_turned_over_so_that_codes_agree() -> None:
+    rng = np.random.default_rng(0)
+    old_N = rng.integers(0, 16, size=500)
+    bits_NB = code_bits(old_N, 4)
+    # New bit 0 is old bit 2, new 1 is old 0 turned over, new 2 is old 3, new 3 is old 1.
+    new_N = bits_NB[:, 2] + 2 * (1 - bits_NB[:, 0]) + 4 * bits_NB[:, 3] + 8 * bits_NB[:, 1]
+
+    source_K = paired_codes(old_N, new_N, 16)
+
+    assert sorted(source_K.tolist()) == list(range(16))
+    np.testing.assert_array_equal(source_K[old_N], new_N)
