@@ -55,13 +55,14 @@ def train(config_path: str, log_level: str | None, version: str, parent: str | N
 @log_level_option
 @_version_option
 def evaluate(config_path: str, log_level: str | None, version: str) -> None:
-    """Measure a version on all exported vectors; writes quality.json."""
-    from qarm_feast.codebook_jobs import evaluate_codebook
+    """Measure a version on all exported vectors; writes quality.json and quality.html."""
+    from qarm_feast.codebook_evaluation import evaluate_codebook
 
     start_logging(config_path, log_level)
-    quality, path = evaluate_codebook(config_path, version)
-    click.echo(_quality_table(quality))
-    click.echo(f"written to {path}")
+    evaluation = evaluate_codebook(config_path, version)
+    click.echo(_quality_table(evaluation.quality))
+    click.echo(f"page to look at: {evaluation.page_path}")
+    click.echo(f"written to {evaluation.report_path}")
 
 
 @codebook_group.command(epilog="Example: qarm codebook publish --codebook-version v1")
@@ -162,8 +163,19 @@ def _quality_table(quality: Mapping[str, Any]) -> str:
         f"HR@1 {quality['hr1']:.4f}, HR@10 {quality['hr10']:.4f}, "
         f"MSE {quality['quantization_mse']:.3e}",
         f"mean cosine by shared levels (0, 1, ...): {cosines}",
+        f"behavioural neighbours of the test period that share c1, c1c2, ...: "
+        f"{_behaviour_text(quality['behaviour'])}",
         f"VQ pool rows used {quality['vq']['num_used']}/{quality['vq']['codebook_size']}, "
         f"mean cosine of first neighbour {quality['vq']['mean_cosine_first']:.3f}, "
         f"of all {quality['vq']['mean_cosine_all']:.3f}",
     ]
     return "\n".join(lines)
+
+
+def _behaviour_text(behaviour: Mapping[str, Any]) -> str:
+    if not behaviour["levels"]:
+        return "there are none"
+    levels = ", ".join(
+        f"{level['share']:.4f} (chance {level['chance']:.4f})" for level in behaviour["levels"]
+    )
+    return f"{levels}; {behaviour['num_pairs']} pairs"

@@ -1,4 +1,4 @@
-"""The jobs behind `qarm codebook train` and `evaluate`: from exported vectors to a codebook.
+"""The job behind `qarm codebook train`: from exported vectors to a codebook.
 
 May import: the codebook, the vector files, the input data and section ``alignment``.
 """
@@ -6,7 +6,6 @@ May import: the codebook, the vector files, the input data and section ``alignme
 import logging
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
@@ -16,16 +15,9 @@ from qarm_feast.codebook import Codebook, EncoderFacts, ItemVectors, QuantizerCo
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.continuity import ParentCodes, refresh_codebook
-from qarm_feast.errors import CodebookMismatchError, CodebookNotFoundError, DataError
+from qarm_feast.errors import CodebookNotFoundError, DataError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
-from qarm_feast.quality import codebook_quality
-from qarm_feast.registry import (
-    CodebookRegistry,
-    Manifest,
-    drafts_uri,
-    trained_uri,
-    write_report,
-)
+from qarm_feast.registry import CodebookRegistry, Manifest, drafts_uri
 from qarm_feast.vector_files import VectorFiles
 
 logger = logging.getLogger(__name__)
@@ -85,37 +77,6 @@ def train_codebook(
         )
     codebook.save(drafts_uri(config.uri), replace=True)
     return codebook.manifest
-
-
-def evaluate_codebook(config_path: str, version: str) -> tuple[dict[str, Any], Path]:
-    """Measure a trained version on all exported vectors and store the figures beside it.
-
-    Args:
-        config_path: Path of ``qarm.yaml``.
-        version: A draft or a published version.
-
-    Returns:
-        The figures, and the file that holds them.
-
-    Raises:
-        CodebookNotFoundError: If no such version was trained.
-        CodebookMismatchError: If it belongs to another encoder than section ``alignment``.
-        DataError: If the vectors are missing or broken.
-    """
-    alignment = load_section(config_path, "alignment", AlignmentConfig)
-    uri = load_section(config_path, "codebook", CodebookConfig).uri
-    codebook = Codebook.load(trained_uri(uri, version), version)
-    if codebook.manifest.encoder_version != alignment.encoder_version:
-        raise CodebookMismatchError(
-            expected=alignment.encoder_version,
-            found=codebook.manifest.encoder_version,
-            where=f"codebook {version!r} (encoder)",
-            command=f"qarm codebook train --codebook-version {version}",
-        )
-    vectors = read_vectors(Path(alignment.vectors_uri) / alignment.encoder_version)
-    codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
-    quality = codebook_quality(codebook, codes, vectors.x_ND)
-    return quality, write_report(uri, codebook.manifest, quality)
 
 
 def read_vectors(folder: Path) -> ItemVectors:

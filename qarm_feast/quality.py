@@ -1,16 +1,21 @@
 """How good a codebook is: the figures that `qarm codebook evaluate` writes and gates look at.
 
+Each measure is a function of codes and vectors, so that any quantizer can be held against it.
+
 Shape letters in this file: N items, D embedding width, L levels, K codes of a level, Q queries,
-U distinct full codes, G groups of items that share a prefix, P pool rows.
+U distinct full codes, G groups of items that share a prefix, P pool rows, V VQ neighbours.
 May import: NumPy, the codebook.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qarm_feast.behaviour import BehaviourPairs, behaviour_figures
 from qarm_feast.codebook import Codebook, ItemCodes
 from qarm_feast.errors import DataError
 from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
@@ -20,11 +25,26 @@ Counts = npt.NDArray[np.int64]
 
 NUM_HIT_QUERIES = 2000
 """Most items whose exact nearest neighbour is looked for among the decoded vectors."""
+NUM_WORST_BUCKETS = 10
+NUM_BUCKET_TITLES = 5
+MAX_TITLE_LENGTH = 100
 _DISTANCES_PER_BLOCK = 1 << 22
 
 
+@dataclass(frozen=True)
+class ItemFacts:
+    """What is known of the items beside their vectors: the pairs of neighbours, and titles."""
+
+    pairs: BehaviourPairs
+    titles_N: Sequence[str]
+
+
 def codebook_quality(
-    codebook: Codebook, codes: ItemCodes, x_ND: Embeddings, seed: int = 0
+    codebook: Codebook,
+    codes: ItemCodes,
+    x_ND: Embeddings,
+    facts: ItemFacts | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Return the quality figures of ``codebook`` on some items, ready for JSON.
 
@@ -32,16 +52,17 @@ def codebook_quality(
     ``quantization_mse``, ``relative_residual_norm`` of what is left after it); ``collision_rate``,
     ``singleton_share``, ``max_bucket``, ``mean_items_per_shared_code`` of full codes;
     ``quantization_mse``: mean squared length of what the last level leaves over, divided by D;
-    ``hr1``, ``hr10``: chance that an item's exact nearest neighbour is among the 1 or 10 nearest
-    by decoded vectors, items of one full code in random order;
+    ``hr1``, ``hr10``: see :func:`hit_rates`;
     ``mean_cosine_by_shared_prefix``: for 0 ... L shared levels (and no more) the mean cosine of
     the pairs of items, None if there is no such pair; ``vq``: use of pool rows, and mean cosine
-    with the first and with all neighbours.
+    with the first and with all neighbours; with ``facts`` also ``behaviour``, see
+    :func:`behaviour_figures`, and ``worst_buckets``, see :func:`worst_buckets`.
 
     Args:
         codebook: The codebook that made ``codes``.
-        codes: Codes of the items.
+        codes: Codes of the items, each item once.
         x_ND: Their aligned embeddings, in the same order.
+        facts: Behavioural neighbours and titles, in the same order.
         seed: Seed of the sample of queries.
 
     Returns:
@@ -56,23 +77,33 @@ def codebook_quality(
             f"{len(codes.rq_NL)} codes"
         )
     unit_ND = unit_rows(x_ND)
-    residual_levels = _residual_figures(codebook, codes.rq_NL, unit_ND)
-    use_levels = [
-        code_use(np.bincount(codes_N, minlength=size))
-        for codes_N, size in zip(codes.rq_NL.T, codebook.manifest.level_sizes, strict=True)
+    residuals = [
+        residual_figures(unit_ND, codebook.decode_rq(codes.rq_NL[:, :length]))
+        for length in range(1, codes.rq_NL.shape[1] + 1)
     ]
-    hr1, hr10 = _hit_rates(codebook, codes.rq_NL, unit_ND, seed)
+    hr1, hr10 = hit_rates(codes.rq_NL, codebook.decode_rq(codes.rq_NL), unit_ND, seed)
     return {
         "num_items": len(x_ND),
         "levels": [
-            {**use, **residual} for use, residual in zip(use_levels, residual_levels, strict=True)
+            {**code_use(np.bincount(codes_N, minlength=size)), **residual}
+            for codes_N, size, residual in zip(
+                codes.rq_NL.T, codebook.manifest.level_sizes, residuals, strict=True
+            )
         ],
         **full_code_figures(codes.rq_NL),
-        "quantization_mse": residual_levels[-1]["quantization_mse"],
+        "quantization_mse": residuals[-1]["quantization_mse"],
         "hr1": hr1,
         "hr10": hr10,
         "mean_cosine_by_shared_prefix": mean_cosine_by_shared_prefix(codes.rq_NL, unit_ND),
         "vq": _vq_figures(codebook, codes.vq_NV, unit_ND),
+        **({} if facts is None else _figures_of_facts(codes, unit_ND, facts)),
+    }
+
+
+def _figures_of_facts(codes: ItemCodes, unit_ND: Embeddings, facts: ItemFacts) -> dict[str, Any]:
+    return {
+        "behaviour": behaviour_figures(facts.pairs, codes.item_ids_N, codes.rq_NL),
+        "worst_buckets": worst_buckets(codes, unit_ND, facts.titles_N),
     }
 
 
@@ -84,8 +115,9 @@ def code_use(counts_K: Counts) -> dict[str, float]:
 
     Returns:
         ``codebook_size``, ``num_used``, ``num_dead``, ``codebook_coverage`` (used / K),
-        ``code_entropy_bits``, ``perplexity`` (2 to the entropy), ``largest_bucket`` (items) and
-        ``gini`` (0: all codes alike; near 1: one code has all items).
+        ``code_entropy_bits``, ``entropy_share`` (of log2 K, the most there can be), ``perplexity``
+        (2 to the entropy), ``largest_bucket`` (items) and ``gini`` (0: all codes alike; near 1:
+        one code has all items).
     """
     size = len(counts_K)
     share_U = counts_K[counts_K > 0] / counts_K.sum()
@@ -99,6 +131,7 @@ def code_use(counts_K: Counts) -> dict[str, float]:
         "num_dead": size - len(share_U),
         "codebook_coverage": len(share_U) / size,
         "code_entropy_bits": entropy,
+        "entropy_share": entropy / float(np.log2(size)) if size > 1 else 1.0,
         "perplexity": 2.0**entropy,
         "largest_bucket": int(counts_K.max()),
         "gini": float(gini),
@@ -164,38 +197,95 @@ def _pair_sums(prefix_NL: Codes, unit_ND: Embeddings) -> tuple[int, float]:
     return num_pairs, float((np.square(sums_GD).sum() - own) / 2)
 
 
-def _residual_figures(
-    codebook: Codebook, rq_NL: Codes, unit_ND: Embeddings
-) -> list[dict[str, float]]:
-    figures = []
-    total = float(np.square(unit_ND, dtype=np.float64).sum())
-    for length in range(1, rq_NL.shape[1] + 1):
-        left_ND = unit_ND - codebook.decode_rq(rq_NL[:, :length])
-        left = float(np.square(left_ND, dtype=np.float64).sum())
-        figures.append(
-            {
-                "quantization_mse": left / left_ND.size,
-                "relative_residual_norm": float(np.sqrt(left / total)),
-            }
-        )
-    return figures
+def residual_figures(unit_ND: Embeddings, decoded_ND: Embeddings) -> dict[str, float]:
+    """Return how far decoded vectors lie from those that they stand for.
+
+    Args:
+        unit_ND: Vectors of length 1.
+        decoded_ND: What their codes decode to.
+
+    Returns:
+        ``quantization_mse`` (squared length of the residual, divided by D) and
+        ``relative_residual_norm`` (its root mean square length).
+    """
+    left_ND = unit_ND - decoded_ND
+    left = float(np.square(left_ND, dtype=np.float64).sum())
+    return {
+        "quantization_mse": left / left_ND.size,
+        "relative_residual_norm": float(np.sqrt(left / len(left_ND))),
+    }
 
 
-def _hit_rates(
-    codebook: Codebook, rq_NL: Codes, unit_ND: Embeddings, seed: int
+def worst_buckets(
+    codes: ItemCodes, unit_ND: Embeddings, titles_N: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the full codes that most items share, most first; of equal ones the least alike.
+
+    Args:
+        codes: Codes of the items.
+        unit_ND: Their vectors of length 1.
+        titles_N: Their titles.
+
+    Returns:
+        At most ten buckets of more than one item: ``rq_code``, ``num_items``, ``mean_cosine`` of
+        its pairs, and for the first few items by id ``item_ids`` and ``titles`` (cut).
+    """
+    unique_UL, bucket_N, counts_U = np.unique(
+        codes.rq_NL, axis=0, return_inverse=True, return_counts=True
+    )
+    order_N = np.lexsort((codes.item_ids_N, bucket_N.reshape(-1)))
+    starts_U = np.cumsum(counts_U) - counts_U
+    # The threshold may let in more of one size; the least alike of them are the worst.
+    least = max(2, int(np.sort(counts_U)[-NUM_WORST_BUCKETS:][0]))
+    found = [
+        _bucket(unique_UL[u], order_N[starts_U[u] : starts_U[u] + counts_U[u]], codes, unit_ND)
+        for u in np.flatnonzero(counts_U >= least)
+    ]
+    found.sort(key=lambda bucket: (-bucket["num_items"], bucket["mean_cosine"]))
+    title_of = dict(zip(codes.item_ids_N.tolist(), titles_N, strict=True))
+    return [
+        {**bucket, "titles": [title_of[item][:MAX_TITLE_LENGTH] for item in bucket["item_ids"]]}
+        for bucket in found[:NUM_WORST_BUCKETS]
+    ]
+
+
+def _bucket(code_L: Codes, rows: Counts, codes: ItemCodes, unit_ND: Embeddings) -> dict[str, Any]:
+    sum_D = unit_ND[rows].sum(axis=0, dtype=np.float64)
+    num_pairs = len(rows) * (len(rows) - 1)
+    return {
+        "rq_code": code_L.tolist(),
+        "num_items": len(rows),
+        "mean_cosine": float((sum_D @ sum_D - len(rows)) / num_pairs),
+        "item_ids": codes.item_ids_N[rows[:NUM_BUCKET_TITLES]].tolist(),
+    }
+
+
+def hit_rates(
+    rq_NL: Codes, decoded_ND: Embeddings, unit_ND: Embeddings, seed: int = 0
 ) -> tuple[float, float]:
-    """Return HR@1 and HR@10, items of equal code counted as if in random order."""
+    """Return HR@1 and HR@10: how often decoded vectors keep an item's exact nearest neighbour.
+
+    Args:
+        rq_NL: Codes of the items.
+        decoded_ND: What they decode to; equal codes, equal vectors.
+        unit_ND: The items' vectors of length 1.
+        seed: Seed of the sample of items that are looked at.
+
+    Returns:
+        Chance that the exact nearest other item is among the 1 or 10 nearest by decoded vectors,
+        items of one full code in random order, those of the item's own code first.
+    """
     num_queries = min(NUM_HIT_QUERIES, len(unit_ND))
     generator = np.random.default_rng(seed)
     queries_Q = np.sort(generator.choice(len(unit_ND), size=num_queries, replace=False))
     neighbor_Q = _nearest_other(unit_ND, queries_Q)
-    unique_UL, bucket_N, counts_U = np.unique(
-        rq_NL, axis=0, return_inverse=True, return_counts=True
+    _, first_U, bucket_N, counts_U = np.unique(
+        rq_NL, axis=0, return_index=True, return_inverse=True, return_counts=True
     )
     bucket_N = bucket_N.reshape(-1)
-    decoded_UD = codebook.decode_rq(unique_UL).astype(np.float64)
+    decoded_UD = decoded_ND[first_U].astype(np.float64)
     hits = np.zeros(2)
-    step = max(1, _DISTANCES_PER_BLOCK // len(unique_UL))
+    step = max(1, _DISTANCES_PER_BLOCK // len(first_U))
     for start in range(0, num_queries, step):
         own_B = bucket_N[queries_Q[start : start + step]]
         wanted_B = bucket_N[neighbor_Q[start : start + step]]

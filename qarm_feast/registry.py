@@ -6,7 +6,7 @@ Layout under a registry's ``uri``::
     v1/manifest.json           a published version, immutable
     v1/rq-<hash>.safetensors   its arrays, named after their content
     .drafts/v1/...             a trained version that is not published yet
-    .reports/v1/quality.json   the last evaluation of a version
+    .reports/v1/quality.json   the last evaluation of a version; quality.html beside it
 
 The feature repository reads manifests and states, so this module stays light.
 May import: pydantic, filelock. Neither torch nor NumPy.
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
@@ -99,6 +99,22 @@ class Manifest(BaseModel):
         """Kind of each level."""
         kmeans: LevelKind = "kmeans"
         return self.level_kinds or (kmeans,) * self.num_levels
+
+
+class GateReading(NamedTuple):
+    """What a gate measures, and its limit (None: switched off)."""
+
+    name: str
+    value: float
+    limit: float | None
+
+    @property
+    def missed_by(self) -> float:
+        """How far the value lies beyond the limit; 0 if the gate is kept or off."""
+        if self.limit is None:
+            return 0.0
+        over = self.value - self.limit
+        return max(0.0, over if self.name.startswith("max_") else -over)
 
 
 class CodebookRegistry:
@@ -318,19 +334,32 @@ def gate_refusals(quality: Mapping[str, Any], gates: GateConfig) -> tuple[str, .
     """
     if not quality:
         return ("it was not evaluated as it is; run `qarm codebook evaluate` first",)
+    return tuple(
+        f"{reading.name}: measured {reading.value:.4f}, limit {reading.limit:.4f}, "
+        f"missed by {reading.missed_by:.4f}"
+        for reading in gate_readings(quality, gates)
+        if reading.missed_by > 0
+    )
+
+
+def gate_readings(quality: Mapping[str, Any], gates: GateConfig) -> list[GateReading]:
+    """Return what each gate measures, whether it is switched on or not.
+
+    Args:
+        quality: Figures of ``codebook_quality``.
+        gates: The limits.
+
+    Returns:
+        One reading per gate, in the order of ``GateConfig``.
+    """
     coverage = min(level["codebook_coverage"] for level in quality["levels"])
     residual = quality["levels"][-1]["relative_residual_norm"]
-    measured: tuple[tuple[str, float, float | None, int], ...] = (
-        ("max_collision_rate", quality["collision_rate"], gates.max_collision_rate, 1),
-        ("min_codebook_coverage", coverage, gates.min_codebook_coverage, -1),
-        ("min_hr10", quality["hr10"], gates.min_hr10, -1),
-        ("max_relative_residual_norm", residual, gates.max_relative_residual_norm, 1),
-    )
-    return tuple(
-        f"{name}: measured {value:.4f}, limit {limit:.4f}, missed by {sign * (value - limit):.4f}"
-        for name, value, limit, sign in measured
-        if limit is not None and sign * (value - limit) > 0
-    )
+    return [
+        GateReading("max_collision_rate", quality["collision_rate"], gates.max_collision_rate),
+        GateReading("min_codebook_coverage", coverage, gates.min_codebook_coverage),
+        GateReading("min_hr10", quality["hr10"], gates.min_hr10),
+        GateReading("max_relative_residual_norm", residual, gates.max_relative_residual_norm),
+    ]
 
 
 def stored_versions(uri: str) -> list[str]:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
+from qarm_feast.codebook_evaluation import titles_of
 from qarm_feast.codebook_jobs import read_vectors
 from qarm_feast.errors import CodebookNotFoundError, DataError, GateRefusedError
 from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
@@ -36,7 +37,7 @@ def _write_input(folder: Path) -> None:
     )
     interactions = pa.table(
         {
-            "user_id": pa.array([n % 7 for n in range(NUM_ITEMS)], pa.int64()),
+            "user_id": pa.array([n % 6 for n in range(NUM_ITEMS)], pa.int64()),
             "item_id": ids,
             "event_timestamp": times,
             "is_click": [n % 2 == 0 for n in range(NUM_ITEMS)],
@@ -95,7 +96,12 @@ def test_train_evaluate_publish_list_show(config_path: Path) -> None:
     assert drafted.splitlines()[1].split()[:2] == ["v1", "draft"]
     assert "collision rate" in evaluated
     report = Path(evaluated.splitlines()[-1].removeprefix("written to "))
-    assert json.loads(report.read_text())["quality"]["num_items"] == NUM_ITEMS
+    quality = json.loads(report.read_text())["quality"]
+    assert quality["num_items"] == NUM_ITEMS
+    # Of the items from 220 on the even ones are positives: three users, each after six items.
+    assert quality["behaviour"]["num_pairs"] == 7
+    page = report.with_name("quality.html").read_text()
+    assert quality["worst_buckets"][0]["titles"][0] in page
     assert published == f"published v1 as default in {uri}\n"
     assert _run(config_path, "list").splitlines()[1].split()[:2] == ["v1", "default"]
     assert json.loads(_run(config_path, "show", *version))["quality"]["num_items"] == NUM_ITEMS
@@ -192,6 +198,13 @@ def test_the_options_of_every_command_are_pinned() -> None:
         "show": ["--config", "--codebook-version"],
         "retire": common,
     }
+
+
+def test_an_item_without_a_title_is_named_by_its_id() -> None:
+    items = pa.table({"item_id": pa.array([1, 2], pa.int64()), "title": ["saw", None]})
+
+    assert titles_of(items, np.array([2, 1, 3])) == ["item 2", "saw", "item 3"]
+    assert titles_of(items.drop_columns("title"), np.array([1])) == ["item 1"]
 
 
 def test_vectors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

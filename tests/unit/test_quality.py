@@ -6,13 +6,16 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
+from qarm_feast.behaviour import BehaviourPairs
+from qarm_feast.codebook import Codebook, EncoderFacts, ItemCodes, QuantizerConfig
 from qarm_feast.errors import DataError
 from qarm_feast.quality import (
+    ItemFacts,
     code_use,
     codebook_quality,
     full_code_figures,
     mean_cosine_by_shared_prefix,
+    worst_buckets,
 )
 from qarm_feast.quantizers import RqConfig, VqConfig
 
@@ -21,6 +24,7 @@ def test_code_use_of_even_codes() -> None:
     use = code_use(np.array([2, 2, 2, 2]))
 
     assert use["code_entropy_bits"] == 2
+    assert use["entropy_share"] == 1
     assert use["perplexity"] == 4
     assert use["gini"] == 0
     assert (use["num_dead"], use["codebook_coverage"], use["largest_bucket"]) == (0, 1, 2)
@@ -30,6 +34,7 @@ def test_code_use_of_skewed_codes() -> None:
     use = code_use(np.array([0, 6, 2, 0]))
 
     assert use["code_entropy_bits"] == pytest.approx(0.811278)
+    assert use["entropy_share"] == pytest.approx(0.811278 / 2)
     assert use["perplexity"] == pytest.approx(1.754765)
     assert use["gini"] == pytest.approx(0.625)
     assert (use["num_used"], use["num_dead"], use["largest_bucket"]) == (2, 2, 6)
@@ -91,7 +96,10 @@ def test_the_report_holds_every_measure_and_is_json() -> None:
     codebook, item_ids_N, x_ND = _trained(300, (16, 8))
     codes = codebook.encode(item_ids_N, ["h"] * 300, x_ND)
 
-    quality = codebook_quality(codebook, codes, x_ND)
+    pairs = BehaviourPairs(np.array([[0, 1], [1, 2]]), np.array([1, 2]))
+    titles = [f"title {n}" for n in range(300)]
+
+    quality = codebook_quality(codebook, codes, x_ND, ItemFacts(pairs, titles))
 
     assert json.loads(json.dumps(quality, allow_nan=False)) == quality
     residual_ND = x_ND - codebook.decode_rq(codes.rq_NL)
@@ -102,6 +110,34 @@ def test_the_report_holds_every_measure_and_is_json() -> None:
     assert quality["levels"][0]["codebook_size"] == 16
     assert quality["vq"]["codebook_size"] == 300
     assert quality["vq"]["mean_cosine_first"] > quality["vq"]["mean_cosine_all"]
+    assert quality["behaviour"]["num_pairs"] == 3
+    assert quality["worst_buckets"][0]["num_items"] == quality["max_bucket"]
+
+
+def test_worst_buckets_come_by_size_then_by_unlikeness_with_titles() -> None:
+    unit_ND = np.array([[1, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]], dtype=np.float32)
+    rq_NL = np.array([[0], [0], [1], [1], [2], [0]])
+    item_ids_N = np.array([15, 14, 13, 12, 11, 10])
+    codes = ItemCodes(item_ids_N, np.zeros((6, 1), dtype=np.int64), rq_NL)
+
+    found = worst_buckets(codes, unit_ND, [f"title {item}" for item in item_ids_N])
+
+    assert found == [
+        {
+            "rq_code": [0],
+            "num_items": 3,
+            "mean_cosine": 1.0,
+            "item_ids": [10, 14, 15],
+            "titles": ["title 10", "title 14", "title 15"],
+        },
+        {
+            "rq_code": [1],
+            "num_items": 2,
+            "mean_cosine": 0.0,
+            "item_ids": [12, 13],
+            "titles": ["title 12", "title 13"],
+        },
+    ]
 
 
 def test_hit_rates_equal_a_plain_ranking() -> None:

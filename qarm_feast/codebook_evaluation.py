@@ -1,0 +1,108 @@
+"""The job behind `qarm codebook evaluate`: figures, and the page that shows them.
+
+Shape letters in this file: N items.
+May import: pyarrow, the codebook, the vector files, the input data and section ``alignment``.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.artifact import replace_file
+from qarm_feast.behaviour import follow_up_pairs
+from qarm_feast.codebook import Codebook
+from qarm_feast.codebook_config import CodebookConfig
+from qarm_feast.config import load_section
+from qarm_feast.errors import CodebookMismatchError
+from qarm_feast.input_data import DataConfig, load_input_data
+from qarm_feast.quality import ItemFacts, codebook_quality
+from qarm_feast.quality_page.page import PageInput, quality_page
+from qarm_feast.registry import gate_readings, trained_uri, write_report
+from qarm_feast.schema import ITEM_ID
+from qarm_feast.vector_files import VectorFiles
+
+PAGE_NAME = "quality.html"
+_TITLE = "title"
+
+
+class Evaluation(NamedTuple):
+    """Figures of one evaluation, and where they were written: as JSON and as a page."""
+
+    quality: dict[str, Any]
+    report_path: Path
+    page_path: Path
+
+
+def evaluate_codebook(config_path: str, version: str) -> Evaluation:
+    """Measure a trained version on all exported vectors; store figures and page beside it.
+
+    Behavioural neighbours are read from the test rows of section ``data``, titles from its items.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        version: A draft or a published version.
+
+    Returns:
+        The figures and the files that hold them.
+
+    Raises:
+        CodebookNotFoundError: If no such version was trained.
+        CodebookMismatchError: If it belongs to another encoder than section ``alignment``.
+        DataError: If the data or the vectors are missing or broken.
+    """
+    alignment = load_section(config_path, "alignment", AlignmentConfig)
+    config = load_section(config_path, "codebook", CodebookConfig)
+    codebook = Codebook.load(trained_uri(config.uri, version), version)
+    _check_encoder(codebook, alignment.encoder_version)
+    checked = load_input_data(load_section(config_path, "data", DataConfig))
+    vectors = VectorFiles.open(Path(alignment.vectors_uri) / alignment.encoder_version).read()
+    codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
+    facts = ItemFacts(follow_up_pairs(checked), titles_of(checked.items, vectors.item_ids_N))
+    quality = codebook_quality(codebook, codes, vectors.x_ND, facts)
+    page = quality_page(
+        PageInput(
+            manifest=codebook.manifest,
+            quality=quality,
+            gates=gate_readings(quality, config.gates),
+            item_ids_N=codes.item_ids_N,
+            rq_NL=codes.rq_NL,
+            titles_N=facts.titles_N,
+        )
+    )
+    report_path = write_report(config.uri, codebook.manifest, quality)
+    page_path = report_path.with_name(PAGE_NAME)
+    replace_file(page_path, page.encode())
+    return Evaluation(quality, report_path, page_path)
+
+
+def titles_of(items: pa.Table, item_ids_N: npt.NDArray[np.int64]) -> list[str]:
+    """Return the title of each item; ``item <id>`` where there is none.
+
+    Args:
+        items: Input items.
+        item_ids_N: The items to name; one that ``items`` does not hold has no title either.
+
+    Returns:
+        Titles in the order of the ids.
+    """
+    names = [f"item {item_id}" for item_id in item_ids_N.tolist()]
+    if _TITLE not in items.column_names:
+        return names
+    rows = pc.index_in(pa.array(item_ids_N), items[ITEM_ID].combine_chunks())
+    titles = pc.take(items[_TITLE], rows).to_pylist()
+    return [title or name for title, name in zip(titles, names, strict=True)]
+
+
+def _check_encoder(codebook: Codebook, encoder_version: str) -> None:
+    if codebook.manifest.encoder_version != encoder_version:
+        raise CodebookMismatchError(
+            expected=encoder_version,
+            found=codebook.manifest.encoder_version,
+            where=f"codebook {codebook.version!r} (encoder)",
+            command=f"qarm codebook train --codebook-version {codebook.version}",
+        )

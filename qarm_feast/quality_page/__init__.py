@@ -1,0 +1,1 @@
+"""The quality report as one self-contained HTML page."""
