@@ -383,7 +383,8 @@ def test_a_level_of_another_size_is_matched(size: int) -> None:
     second = [code for code in (manifest.label_map or ())[1] if code != NO_CODE]
     assert manifest.continuity["level_starts"] == ["warm", "matched"]
     assert min(size, 8) - 1 <= len(second) == len(set(second))
-    assert max(second) == 7
+    # A label is a code of the parent, not of this level.
+    assert min(size, 7) <= max(second) <= 7
     assert manifest.continuity["churn"]["levels"][0] <= 0.01
     assert _excess(refreshed) <= KEEP.mse_budget
 
