@@ -1,19 +1,20 @@
 """K-means: centroids that are the means of their own cells.
 
 Shape letters in this file: N points, K centroids, D embedding width, T trial points,
-B points of a block, U codes in use, E empty cells.
-May import: NumPy, torch through ``search``.
+B points of a block, E empty cells.
+May import: NumPy, SciPy, torch through ``search``.
 """
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from qarm_feast.quantizers.base import Codes, Embeddings
 from qarm_feast.quantizers.native import cell_sums, kernels
 from qarm_feast.quantizers.search import RoughDistances, nearest, squared_distances
 
 _ROWS_PER_BLOCK = 65_536
-_MIN_START_SAMPLE = 16_384
+_MIN_START_SAMPLE = 4096
 _START_POINTS_PER_CENTROID = 16
 _TRIALS_PER_CENTROID = 4
 _CHOSEN_PER_ADDED = 16
@@ -123,11 +124,15 @@ def _cell_sums(x_ND: Embeddings, codes_N: Codes, num_cells: int) -> npt.NDArray[
     """Return the sum of each cell's rows, in row order within blocks, then block after block."""
     sums_KD = np.zeros((num_cells, x_ND.shape[1]))
     for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
-        codes_B = codes_N[start : start + _ROWS_PER_BLOCK]
-        order_B = np.argsort(codes_B, kind="stable")
-        used_U, first_U = np.unique(codes_B[order_B], return_index=True)
-        block_BD = x_ND[start : start + _ROWS_PER_BLOCK][order_B].astype(np.float64)
-        sums_KD[used_U] += np.add.reduceat(block_BD, first_U, axis=0)
+        block = slice(start, start + _ROWS_PER_BLOCK)
+        order_B = np.argsort(codes_N[block], kind="stable")
+        ends_K = np.cumsum(np.bincount(codes_N[block], minlength=num_cells))
+        # A sparse product adds row after row; numpy's reductions add in an order of their own.
+        is_in_cell_KB = csr_array(
+            (np.ones(len(order_B)), order_B, np.concatenate(([0], ends_K))),
+            shape=(num_cells, len(order_B)),
+        )
+        sums_KD += is_in_cell_KB @ x_ND[block].astype(np.float64)
     return sums_KD
 
 
