@@ -170,7 +170,7 @@ class Codebook:
         given_ids_N = source.item_ids()
         order_N = np.argsort(given_ids_N, kind="stable")
         ids_N = given_ids_N[order_N].astype(np.int64)
-        _check_distinct(ids_N)
+        check_distinct(ids_N)
         rq, vq = ResidualQuantizer(config.rq), NeighborQuantizer(config.vq)
         rq.train(take_unit_rows(source, order_N[rq.training_rows(len(ids_N))]))
         pool_P = vq.pool_rows(len(ids_N))
@@ -237,7 +237,7 @@ class Codebook:
         Raises:
             CodebookError: If the version is stored there with other content.
         """
-        write_artifact(uri, self.manifest, self._payloads(), replace=replace)
+        write_artifact(uri, self.manifest, self.payloads(), replace=replace)
 
     def with_overrides(self, overrides: Overrides) -> "Codebook":
         """Return the same codebook with another override table.
@@ -256,7 +256,7 @@ class Codebook:
 
     def with_hashes(self) -> "Codebook":
         """Return the same codebook, its manifest naming its files and counting its overrides."""
-        files = {name: sha256(payload) for name, payload in self._payloads().items()}
+        files = {name: sha256(payload) for name, payload in self.payloads().items()}
         update = {"files": files, "num_overrides": len(self.overrides)}
         return Codebook(self.manifest.model_copy(update=update), self.rq, self.vq, self.overrides)
 
@@ -304,7 +304,8 @@ class Codebook:
         """
         return self.rq.decode(rq_NL)
 
-    def _payloads(self) -> dict[str, bytes]:
+    def payloads(self) -> dict[str, bytes]:
+        """Return the bytes of every file of the artifact but its manifest, by file name."""
         parts = {
             "rq": self.rq.arrays(),
             "vq": self.vq.arrays(),
@@ -316,6 +317,16 @@ class Codebook:
         }
 
 
+def check_distinct(sorted_ids_N: ItemIds) -> None:
+    """Refuse item ids, in ascending order, of which one comes more than once (DataError)."""
+    is_repeat_N = sorted_ids_N[1:] == sorted_ids_N[:-1]
+    if is_repeat_N.any():
+        first = int(sorted_ids_N[1:][np.argmax(is_repeat_N)])
+        raise DataError(
+            f"{int(is_repeat_N.sum())} item ids come more than once; the first is {first}"
+        )
+
+
 def _dump_arrays(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
 
@@ -325,12 +336,3 @@ def _load_arrays(folder: Path, part: str, files: dict[str, str]) -> dict[str, np
     if name is None:
         raise CodebookError(f"the manifest in {folder} names no file for the part {part!r}")
     return safetensors.numpy.load(read_verified(folder, name, files))
-
-
-def _check_distinct(sorted_ids_N: ItemIds) -> None:
-    is_repeat_N = sorted_ids_N[1:] == sorted_ids_N[:-1]
-    if is_repeat_N.any():
-        first = int(sorted_ids_N[1:][np.argmax(is_repeat_N)])
-        raise DataError(
-            f"{int(is_repeat_N.sum())} item ids come more than once; the first is {first}"
-        )

@@ -1,9 +1,10 @@
-"""``qarm codebook``: train, evaluate, publish and look at codebook versions.
+"""``qarm codebook``: train, evaluate, publish, compare and remove codebook versions.
 
-Parsing and printing only; the work is in ``codebook_jobs`` and ``registry``, imported when a
-command runs, so that ``--help`` stays fast. May import: click.
+Parsing and printing only; the work is in ``codebook_jobs``, ``codebook_release`` and ``registry``,
+imported when a command runs, so that ``--help`` stays fast. May import: click.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -71,14 +72,22 @@ def evaluate(config_path: str, log_level: str | None, version: str) -> None:
 @_version_option
 @click.option("--force", is_flag=True, help="Publish against a gate; the manifest says so.")
 def publish(config_path: str, log_level: str | None, version: str, force: bool) -> None:
-    """Publish an evaluated version that keeps the gates; a first one becomes the default."""
+    """Publish an evaluated version that keeps the gates; a first one becomes the default.
+
+    With codebook.max_items_per_code, items beyond the cap move first, and the gates look at the
+    figures of the codes as they are served.
+    """
     from qarm_feast.codebook_config import CodebookConfig
-    from qarm_feast.registry import publish_codebook
+    from qarm_feast.codebook_release import publish_version
+    from qarm_feast.registry import read_manifest
 
     start_logging(config_path, log_level)
-    config = load_section(config_path, "codebook", CodebookConfig)
-    state = publish_codebook(config.uri, version, config.gates, force=force)
-    click.echo(f"published {version} as {state.value} in {config.uri}")
+    state = publish_version(config_path, version, force=force)
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    click.echo(f"published {version} as {state.value} in {uri}")
+    caps = read_manifest(uri, version).caps
+    if caps:
+        click.echo(_caps_line(caps))
 
 
 @codebook_group.command("list", epilog="Example: qarm codebook list")
@@ -86,12 +95,21 @@ def publish(config_path: str, log_level: str | None, version: str, force: bool) 
 def list_versions(config_path: str) -> None:
     """List all versions with their states."""
     from qarm_feast.codebook_config import CodebookConfig
-    from qarm_feast.registry import CodebookRegistry, drafts_uri, read_manifest, stored_versions
+    from qarm_feast.registry import (
+        CodebookRegistry,
+        VersionState,
+        drafts_uri,
+        read_manifest,
+        stored_versions,
+    )
 
     uri = load_section(config_path, "codebook", CodebookConfig).uri
+    states = CodebookRegistry(uri).states()
+    purged = [version for version, state in states.items() if state is VersionState.PURGED]
     rows = [
         (state.value, read_manifest(uri, version))
-        for version, state in CodebookRegistry(uri).states().items()
+        for version, state in states.items()
+        if version not in purged
     ]
     drafts = drafts_uri(uri)
     rows += [("draft", read_manifest(drafts, version)) for version in stored_versions(drafts)]
@@ -102,6 +120,8 @@ def list_versions(config_path: str) -> None:
             f"{manifest.version:<16}{state:<10}{manifest.encoder_version:<16}{levels:<20}"
             f"{manifest.pool_size:>8}  {manifest.created.isoformat(timespec='seconds')}"
         )
+    for version in purged:
+        click.echo(f"{version:<16}{VersionState.PURGED.value}")
 
 
 @codebook_group.command(epilog="Example: qarm codebook show --codebook-version v1")
@@ -129,6 +149,123 @@ def retire(config_path: str, log_level: str | None, version: str) -> None:
     uri = load_section(config_path, "codebook", CodebookConfig).uri
     CodebookRegistry(uri).set_state(version, VersionState.RETIRED)
     click.echo(f"retired {version} in {uri}")
+
+
+@codebook_group.command(epilog="Example: qarm codebook default --codebook-version v2")
+@config_option
+@log_level_option
+@_version_option
+def default(config_path: str, log_level: str | None, version: str) -> None:
+    """Make a staged or live version the default; the default before it becomes live.
+
+    New feature services are made from the default. This changes the state only: workers and
+    `feast apply` look at it when they start, and rows of earlier items are not written anew.
+    """
+    from qarm_feast.codebook_config import CodebookConfig
+    from qarm_feast.registry import CodebookRegistry, VersionState
+
+    start_logging(config_path, log_level)
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    CodebookRegistry(uri).set_state(version, VersionState.DEFAULT)
+    click.echo(f"{version} is the default of {uri}")
+
+
+@codebook_group.command(epilog="Example: qarm codebook purge --codebook-version v1 --yes")
+@config_option
+@log_level_option
+@_version_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge(config_path: str, log_level: str | None, version: str, yes: bool) -> None:
+    """Remove a retired version, its draft and its report for good. THIS CANNOT BE UNDONE.
+
+    Rows of codes in the stores stay, but nothing can make or decode such codes any more, and no
+    version can be refreshed from this one. The name stays taken. A draft that was never published
+    is removed as well, and its name is free again.
+    """
+    from qarm_feast.codebook_config import CodebookConfig
+    from qarm_feast.registry import CodebookRegistry
+
+    start_logging(config_path, log_level)
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    registry = CodebookRegistry(uri)
+    registry.check_purgeable(version)
+    if not yes:
+        click.confirm(
+            f"Remove codebook version {version} from {uri} for good? This cannot be undone",
+            abort=True,
+        )
+    removed = registry.purge(version)
+    click.echo(f"purged {version}: " + (", ".join(map(str, removed)) or "nothing was left"))
+
+
+@codebook_group.command(epilog="Example: qarm codebook diff --codebook-version v2 --against v1")
+@config_option
+@log_level_option
+@_version_option
+@click.option("--against", required=True, help="The version to compare with, like v1.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+def diff(
+    config_path: str, log_level: str | None, version: str, against: str, as_json: bool
+) -> None:
+    """Compare two versions: settings, labels that go on, pool rows, codes and quality."""
+    from qarm_feast.codebook_release import diff_versions
+
+    start_logging(config_path, log_level)
+    changes = diff_versions(config_path, version, against)
+    click.echo(json.dumps(changes, indent=2) if as_json else _diff_table(changes))
+
+
+def _caps_line(caps: Mapping[str, Any]) -> str:
+    before, after = caps["without_caps"], caps["with_caps"]
+    return (
+        f"at most {caps['max_items_per_code']} items per code: {caps['num_moved']} moved, "
+        f"{caps['num_without_room']} found no free code, {caps['num_held']} hold a code of the "
+        f"parent; collision rate {before['collision_rate']:.4f} -> {after['collision_rate']:.4f}, "
+        f"largest bucket {before['max_bucket']} -> {after['max_bucket']}"
+    )
+
+
+def _diff_table(changes: Mapping[str, Any]) -> str:
+    lines = [f"{'':<28}{changes['version']:>28}{changes['against']:>28}"]
+    for name, values in (changes["manifest"] | changes["quality"]).items():
+        lines.append(f"{name:<28}" + "".join(f"{_short(value):>28}" for value in values))
+    pool = changes["pool"]
+    lines += [
+        "",
+        f"pool rows: {pool['num_kept']} keep their item, {pool['num_reset']} start anew "
+        f"(of {pool['num_rows']}; {changes['against']} has {pool['num_rows_against']})",
+        _labels_line(changes),
+        _catalogue_line(changes["catalogue"]),
+    ]
+    return "\n".join(lines)
+
+
+def _labels_line(changes: Mapping[str, Any]) -> str:
+    if changes["labels"] == "number":
+        return (
+            f"labels: no label map leads from {changes['version']} to {changes['against']}; codes "
+            "are compared by their numbers"
+        )
+    going_on = ", ".join(f"{kept}/{size}" for kept, size in changes["codes_that_go_on"])
+    return f"labels: codes that go on from {changes['against']}, level by level: {going_on}"
+
+
+def _catalogue_line(catalogue: Mapping[str, Any] | None) -> str:
+    if catalogue is None:
+        return "items: not compared, the vectors of an encoder are missing (`qarm align export`)"
+    churn = catalogue["rq_churn"]
+    levels = ", ".join(f"{share:.1%}" for share in churn["levels"])
+    prefixes = ", ".join(f"{share:.1%}" for share in churn["prefixes"])
+    return (
+        f"items: of {catalogue['num_compared']} with equal content (of {catalogue['num_items']}) "
+        f"{churn['full']:.1%} changed their full RQ code, levels {levels}, prefixes {prefixes}; "
+        f"{catalogue['vq_churn']:.1%} their VQ code"
+    )
+
+
+def _short(value: object) -> str:
+    text = f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
+    return text if len(text) < 27 else text[:23] + "..."
 
 
 def _continuity_line(parent: str, figures: Mapping[str, Any]) -> str:

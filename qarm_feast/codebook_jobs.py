@@ -48,13 +48,14 @@ def train_codebook(
     Raises:
         DataError: If the data, the encoder or its vectors are missing or broken.
         CodebookNotFoundError: If the parent is not published.
-        CodebookError: If the vectors are too few for the sizes asked for, or the parent is the
-            version itself.
+        CodebookError: If the version is published already, the vectors are too few for the sizes
+            asked for, or the parent is the version itself.
     """
     alignment = load_section(config_path, "alignment", AlignmentConfig)
     quantizer = load_section(config_path, "quantizer", QuantizerConfig)
     config = load_section(config_path, "codebook", CodebookConfig)
-    parent_codes = None if parent is None else _parent_codes(alignment, config.uri, parent)
+    CodebookRegistry(config.uri).check_unpublished(version)
+    parent_codes = None if parent is None else read_parent_codes(alignment, config.uri, parent)
     dataset = load_input_data(load_section(config_path, "data", DataConfig))
     encoder = _encoder_facts(alignment, dataset)
     files = VectorFiles.open(Path(alignment.vectors_uri) / alignment.encoder_version)
@@ -84,9 +85,23 @@ def read_vectors(folder: Path) -> ItemVectors:
     return VectorFiles.open(folder).read()
 
 
-def _parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> ParentCodes:
+def read_parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> ParentCodes:
+    """Return the codes that a published version serves for the vectors of its own encoder.
+
+    Args:
+        alignment: Where vectors lie.
+        uri: Folder of codebook versions.
+        parent: A published version.
+
+    Returns:
+        Its codes and its pool.
+
+    Raises:
+        CodebookNotFoundError: If the version is not published, or was purged.
+        DataError: If the vectors of its encoder are missing or broken.
+    """
     # A draft may still be replaced, so it cannot be what a label map points at.
-    if parent not in CodebookRegistry(uri).states():
+    if parent not in CodebookRegistry(uri).versions():
         raise CodebookNotFoundError(version=parent, uri=uri, known=CodebookRegistry(uri).versions())
     codebook = Codebook.load(uri, parent)
     folder = Path(alignment.vectors_uri) / codebook.manifest.encoder_version

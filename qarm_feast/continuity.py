@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from qarm_feast.codebook import Codebook, ItemIds, ItemVectors
+from qarm_feast.codebook import Codebook, ItemIds, ItemVectors, check_distinct
 from qarm_feast.codebook_config import ContinuityConfig, LevelKind
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import NO_ROW, Overrides, content_order, find_content, hash_array
@@ -290,12 +290,7 @@ def codes_churn(old_NL: Codes, codes_NL: Codes, label_map: Sequence[Codes]) -> d
 def _prepared(items: ItemVectors, train_item_ids: ItemIds, parent: ParentCodes) -> _Items:
     order_N = np.argsort(items.item_ids_N, kind="stable")
     ids_N = items.item_ids_N[order_N].astype(np.int64)
-    is_repeat_N = ids_N[1:] == ids_N[:-1]
-    if is_repeat_N.any():
-        first = int(ids_N[1:][np.argmax(is_repeat_N)])
-        raise DataError(
-            f"{int(is_repeat_N.sum())} item ids come more than once; the first is {first}"
-        )
+    check_distinct(ids_N)
     is_train_N = np.isin(ids_N, train_item_ids)
     if int(is_train_N.sum()) != len(np.unique(train_item_ids)):
         raise DataError(

@@ -41,7 +41,10 @@ class Overrides:
 
     @classmethod
     def from_rows(
-        cls, item_ids_M: npt.NDArray[np.int64], content_hashes_M: Sequence[str], rq_ML: Codes
+        cls,
+        item_ids_M: npt.NDArray[np.int64],
+        content_hashes_M: Sequence[str] | _Hashes,
+        rq_ML: Codes,
     ) -> "Overrides":
         """Return a table, ordered by item id and content hash.
 
@@ -77,6 +80,19 @@ class Overrides:
             rq_ML=rq_ML[order_M],
         )
 
+    def with_rows(
+        self, item_ids_M: _ItemIds, content_hashes_M: Sequence[str], rq_ML: Codes
+    ) -> "Overrides":
+        """Return a table that holds these codes too, in place of others of the same content."""
+        is_kept_M = np.ones(len(self), dtype=np.bool_)
+        rows_M = self.rows_of(item_ids_M, content_hashes_M)
+        is_kept_M[rows_M[rows_M != NO_ROW]] = False
+        return Overrides.from_rows(
+            np.concatenate([self.item_ids_M[is_kept_M], item_ids_M]),
+            np.concatenate([self._hashes[is_kept_M], hash_array(content_hashes_M)]),
+            np.concatenate([self.rq_ML[is_kept_M], rq_ML]),
+        )
+
     def apply(self, item_ids_N: _ItemIds, content_hashes_N: Sequence[str], rq_NL: Codes) -> Codes:
         """Return ``rq_NL`` with the stored code in every row that has one."""
         rows_N = self.rows_of(item_ids_N, content_hashes_N)
@@ -94,10 +110,8 @@ class Overrides:
         # Few items are listed: only theirs is worth the look at the hashes.
         listed_N = np.flatnonzero(np.isin(item_ids_N, self.item_ids_M))
         hashes = [content_hashes_N[row] for row in listed_N.tolist()]
-        width = self.content_hashes_MW.shape[1]
-        hashes_M = np.ascontiguousarray(self.content_hashes_MW).view(f"S{width}")[:, 0]
         rows_N[listed_N] = find_content(
-            self.item_ids_M, hashes_M, item_ids_N[listed_N], hash_array(hashes)
+            self.item_ids_M, self._hashes, item_ids_N[listed_N], hash_array(hashes)
         )
         return rows_N
 
@@ -109,8 +123,13 @@ class Overrides:
             "rq_codes": self.rq_ML,
         }
 
+    @property
+    def _hashes(self) -> _Hashes:
+        width = self.content_hashes_MW.shape[1]
+        return np.ascontiguousarray(self.content_hashes_MW).view(f"S{width}")[:, 0]
 
-def hash_array(content_hashes_N: Sequence[str]) -> _Hashes:
+
+def hash_array(content_hashes_N: Sequence[str] | _Hashes) -> _Hashes:
     """Return content hashes (ASCII) as one array of bytes, which sorts and compares as they do."""
     return np.array(content_hashes_N, dtype=np.bytes_)
 

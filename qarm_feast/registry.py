@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,12 +44,17 @@ _PUBLISH_FIELDS = {"created", "quality", "forced_gates"}
 
 
 class VersionState(StrEnum):
-    """Life of a published version: all but retired have views, workers write live and default."""
+    """Life of a published version: staged, live and default have views, workers write the last two.
+
+    A purged version has lost its files; its name stays taken, because label maps and rows of
+    codes may still name it.
+    """
 
     STAGED = "staged"
     LIVE = "live"
     DEFAULT = "default"
     RETIRED = "retired"
+    PURGED = "purged"
 
 
 class Manifest(BaseModel):
@@ -59,7 +65,8 @@ class Manifest(BaseModel):
     ``label_map`` names, per level and code, the parent's code whose learned row goes on here (-1:
     none); ``reset_pool_rows`` are pool rows that do not go on from the parent's: they hold another
     item, or the parent had no such row. ``continuity`` says what a refresh kept and what it cost,
-    next to the naive refit. ``files`` is SHA-256 by file name.
+    next to the naive refit. ``caps`` says what a cap per full code did when the version was
+    published, and how full codes were shared without it. ``files`` is SHA-256 by file name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +91,7 @@ class Manifest(BaseModel):
     label_map: tuple[tuple[int, ...], ...] | None = None
     reset_pool_rows: tuple[int, ...] = ()
     continuity: dict[str, Any] = {}
+    caps: dict[str, Any] = {}
     quality: dict[str, Any] = {}
     forced_gates: tuple[str, ...] = ()
     files: dict[str, str]
@@ -132,10 +140,9 @@ class CodebookRegistry:
         return {version: VersionState(state) for version, state in versions.items()}
 
     def versions(self, *states: VersionState) -> list[str]:
-        """Return the published versions in one of ``states`` (none given: all), oldest first."""
-        return [
-            version for version, state in self.states().items() if not states or state in states
-        ]
+        """Return the versions in one of ``states`` (none given: all but purged), oldest first."""
+        wanted = states or tuple(state for state in VersionState if state != VersionState.PURGED)
+        return [version for version, state in self.states().items() if state in wanted]
 
     def default_version(self) -> str:
         """Return the version that new feature services are made from.
@@ -165,7 +172,9 @@ class CodebookRegistry:
 
         Raises:
             CodebookNotFoundError: If no artifact of that name is stored.
+            CodebookError: If a version of that name was purged.
         """
+        self.check_not_purged(version)
         read_manifest(self.uri, version)
         with self._change() as states:
             first = VersionState.STAGED if states else VersionState.DEFAULT
@@ -174,26 +183,143 @@ class CodebookRegistry:
     def set_state(self, version: str, state: VersionState) -> None:
         """Move a published version to ``state``; the default before it becomes live.
 
+        :meth:`purge` is the one way to ``PURGED``.
+
         Args:
             version: Version name.
             state: The state to give it.
 
         Raises:
             CodebookNotFoundError: If the version is not published.
-            CodebookError: If no default would be left.
+            CodebookError: If no default would be left, or the version is retired (it cannot become
+                the default) or purged.
         """
+        assert state is not VersionState.PURGED, "purge removes the files too"
+        self.check_not_purged(version)
         with self._change() as states:
             if version not in states:
                 raise CodebookNotFoundError(version=version, uri=self.uri, known=list(states))
             if states[version] is VersionState.DEFAULT and state is not VersionState.DEFAULT:
                 raise CodebookError(
                     f"codebook version {version!r} is the default of {self.uri}; make another "
-                    f"version the default before {version!r} becomes {state.value}"
+                    "version the default (`qarm codebook default --codebook-version OTHER`) before "
+                    f"{version!r} becomes {state.value}"
+                )
+            if states[version] is VersionState.RETIRED and state is VersionState.DEFAULT:
+                raise CodebookError(
+                    f"codebook version {version!r} is retired: nothing has written its rows since; "
+                    f"publish a new version with `qarm codebook train --codebook-version "
+                    f"{self.next_name(version)} --parent {version}`"
                 )
             if state is VersionState.DEFAULT:
                 for other in self._in_state(states, VersionState.DEFAULT):
                     states[other] = VersionState.LIVE
             states[version] = state
+
+    def check_not_purged(self, version: str) -> None:
+        """Refuse the name of a purged version.
+
+        Args:
+            version: Version name.
+
+        Raises:
+            CodebookError: If a version of that name was purged.
+        """
+        if self.states().get(version) is VersionState.PURGED:
+            raise CodebookError(
+                f"codebook version {version!r} was purged from {self.uri}, and its name is never "
+                "used again; run `qarm codebook train --codebook-version "
+                f"{self.next_name(version)}`"
+            )
+
+    def check_unpublished(self, version: str) -> None:
+        """Refuse a name that training may not take any more.
+
+        Args:
+            version: Version name.
+
+        Raises:
+            CodebookError: If a version of that name is published or was purged.
+        """
+        self.check_not_purged(version)
+        state = self.states().get(version)
+        if state is not None:
+            raise CodebookError(
+                f"codebook version {version!r} is {state.value} in {self.uri}, and a published "
+                "version never changes; run `qarm codebook train --codebook-version "
+                f"{self.next_name(version)}`"
+            )
+
+    def next_name(self, version: str) -> str:
+        """Return a free name that follows ``version``: v3 after v1 where v2 is taken."""
+        stem = version.rstrip("0123456789")
+        taken = {*self.states(), *stored_versions(self.uri), *stored_versions(drafts_uri(self.uri))}
+        numbers = [
+            int(name.removeprefix(stem))
+            for name in {version, *taken}
+            if name.startswith(stem) and name.removeprefix(stem).isdigit()
+        ]
+        return f"{stem}{max(numbers, default=1) + 1}"
+
+    def purge(self, version: str) -> tuple[Path, ...]:
+        """Remove the files of a retired version, or of one that was never published, for good.
+
+        1. A published version's state becomes purged: from here on it is gone, its name taken.
+        2. Artifact, draft and report are removed, each manifest before its arrays.
+
+        Killed before the first step, everything is there; killed after it, what is left over is
+        removed by another purge.
+
+        Args:
+            version: A retired or purged version, or a draft.
+
+        Returns:
+            The folders that were removed.
+
+        Raises:
+            CodebookNotFoundError: If there is nothing of that name.
+            CodebookError: If the version is staged, live or the default.
+        """
+        self.check_purgeable(version)
+        with self._change() as states:
+            if version in states:
+                self._refuse_in_use(version, states[version])
+                states[version] = VersionState.PURGED
+        found = self._folders_of(version)
+        for folder in found:
+            _remove_files(folder, keep=())
+        return found
+
+    def check_purgeable(self, version: str) -> None:
+        """Refuse what :meth:`purge` would refuse; see there.
+
+        Args:
+            version: Version name.
+
+        Raises:
+            CodebookNotFoundError: If there is nothing of that name.
+            CodebookError: If the version is staged, live or the default.
+        """
+        states = self.states()
+        if version in states:
+            self._refuse_in_use(version, states[version])
+        elif not self._folders_of(version):
+            raise CodebookNotFoundError(version=version, uri=self.uri, known=list(states))
+
+    def _folders_of(self, version: str) -> tuple[Path, ...]:
+        folder, name = registry_folder(self.uri), check_version_name(version)
+        places = (folder, folder / _DRAFTS_NAME, folder / _REPORTS_NAME)
+        return tuple(place / name for place in places if (place / name).is_dir())
+
+    def _refuse_in_use(self, version: str, state: VersionState) -> None:
+        if state in (VersionState.RETIRED, VersionState.PURGED):
+            return
+        is_default = state is VersionState.DEFAULT
+        first = "`qarm codebook default --codebook-version OTHER`, then " if is_default else ""
+        raise CodebookError(
+            f"codebook version {version!r} is {state.value} in {self.uri}, only a retired one can "
+            f"be purged; run {first}`qarm codebook retire --codebook-version {version}` first"
+        )
 
     @contextmanager
     def _change(self) -> Iterator[dict[str, VersionState]]:
@@ -274,13 +400,30 @@ def write_artifact(
             )
 
 
+@dataclass(frozen=True)
+class ServedArtifact:
+    """A trained codebook as it shall be served: a draft with its caps applied.
+
+    The manifest holds the quality figures of just these bytes.
+    """
+
+    manifest: Manifest
+    payloads: Mapping[str, bytes]
+
+
 def publish_codebook(
-    uri: str, version: str, gates: GateConfig, *, force: bool = False
+    uri: str,
+    version: str,
+    gates: GateConfig,
+    *,
+    force: bool = False,
+    served: ServedArtifact | None = None,
 ) -> VersionState:
     """Publish a trained and evaluated codebook; again for the same codebook, it changes nothing.
 
-    1. The last evaluation is held against the gates.
-    2. The draft's arrays, then its manifest with the quality figures, go to ``<uri>/<version>``.
+    1. The last evaluation (that of ``served`` if it is given) is held against the gates.
+    2. The draft's arrays (or those of ``served``), then its manifest with the quality figures, go
+       to ``<uri>/<version>``.
     3. The registry gives the version its state.
     4. The draft is removed.
 
@@ -289,6 +432,7 @@ def publish_codebook(
         version: A version that was trained (a draft) or saved.
         gates: Limits for the figures.
         force: Publish against a gate; the manifest then says which.
+        served: What to publish in place of the draft as it is.
 
     Returns:
         The version's state.
@@ -296,14 +440,15 @@ def publish_codebook(
     Raises:
         GateRefusedError: If a gate is not kept, or nothing was evaluated; names which, how much.
         CodebookNotFoundError: If no such version was trained.
-        CodebookError: If the version is published with other content.
+        CodebookError: If the version is published with other content, or was purged.
     """
     registry = CodebookRegistry(uri)
+    registry.check_not_purged(version)
     source_uri = trained_uri(uri, version)
     if source_uri == uri and version in registry.states():
         return registry.states()[version]
-    trained = read_manifest(source_uri, version)
-    quality = _report_of(uri, trained)
+    trained = read_manifest(source_uri, version) if served is None else served.manifest
+    quality = quality_of(uri, trained)
     refusals = gate_refusals(quality, gates)
     if refusals and not force:
         raise GateRefusedError(
@@ -313,7 +458,11 @@ def publish_codebook(
         )
     if source_uri != uri:
         folder = Path(source_uri) / version
-        payloads = {name: read_verified(folder, name, trained.files) for name in trained.files}
+        payloads = (
+            {name: read_verified(folder, name, trained.files) for name in trained.files}
+            if served is None
+            else served.payloads
+        )
         update = {"quality": quality, "forced_gates": refusals}
         write_artifact(uri, trained.model_copy(update=update), payloads)
     state = registry.publish(version)
@@ -415,6 +564,23 @@ def write_report(uri: str, manifest: Manifest, quality: Mapping[str, Any]) -> Pa
     return path
 
 
+def quality_of(uri: str, manifest: Manifest) -> dict[str, Any]:
+    """Return the figures of exactly this codebook: of its last evaluation, or stored in it.
+
+    Args:
+        uri: Folder of codebook versions.
+        manifest: Manifest of the version.
+
+    Returns:
+        Figures of ``codebook_quality``; empty if these bytes were never evaluated.
+    """
+    path = report_path(uri, manifest.version)
+    if not path.is_file():
+        return manifest.quality
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return dict(report["quality"]) if report["files"] == manifest.files else manifest.quality
+
+
 def check_version_name(version: str) -> str:
     """Return ``version`` if it is a legal name.
 
@@ -436,15 +602,6 @@ def check_version_name(version: str) -> str:
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(exclude=_PUBLISH_FIELDS)
-
-
-def _report_of(uri: str, manifest: Manifest) -> dict[str, Any]:
-    """Return the figures of exactly this codebook: stored in it, or of its last evaluation."""
-    path = report_path(uri, manifest.version)
-    if not path.is_file():
-        return manifest.quality
-    report = json.loads(path.read_text(encoding="utf-8"))
-    return dict(report["quality"]) if report["files"] == manifest.files else manifest.quality
 
 
 def _remove_files(folder: Path, keep: Iterable[str]) -> None:

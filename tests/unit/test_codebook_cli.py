@@ -197,6 +197,9 @@ def test_the_options_of_every_command_are_pinned() -> None:
         "list": ["--config"],
         "show": ["--config", "--codebook-version"],
         "retire": common,
+        "default": common,
+        "purge": [*common, "--yes"],
+        "diff": [*common, "--against", "--json"],
     }
 
 

@@ -22,6 +22,7 @@ from qarm_feast.errors import (
 from qarm_feast.registry import (
     CodebookRegistry,
     Manifest,
+    ServedArtifact,
     VersionState,
     drafts_uri,
     publish_codebook,
@@ -286,10 +287,55 @@ def test_training_a_published_version_anew_cannot_change_it(uri: str) -> None:
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("is_capped", [False, True])
 def test_publish_killed_between_any_two_steps_leaves_old_or_new_and_ends_well(
-    tmp_path: Path,
+    tmp_path: Path, is_capped: bool
 ) -> None:
     """Kills a publishing process before its n-th change of the disk, for every n."""
+    capped, capped_payloads = _artifact(content=b"arrays with caps")
+    capped = capped.model_copy(update={"quality": GOOD, "caps": {"max_items_per_code": 1}})
+    served = ServedArtifact(capped, capped_payloads)
+
+    statement = (
+        (
+            "registry.publish_codebook(sys.argv[1], 'v1', GateConfig(), served="
+            "registry.ServedArtifact(registry.Manifest.model_validate_json(sys.argv[3]), "
+            f"{capped_payloads!r}))"
+        )
+        if is_capped
+        else "registry.publish_codebook(sys.argv[1], 'v1', GateConfig())"
+    )
+    outcomes = []
+    for num_changes in range(30):
+        uri = str(tmp_path / str(num_changes))
+        draft = _draft(uri)
+        write_report(uri, draft, GOOD)
+
+        outcomes.append(_run_dying(statement, uri, num_changes, capped.model_dump_json()))
+
+        published = "v1" in CodebookRegistry(uri).states()
+        if published:
+            manifest = read_manifest(uri, "v1")
+            assert manifest.files == (capped if is_capped else draft).files
+            for name in manifest.files:
+                artifact.read_verified(Path(uri) / "v1", name, manifest.files)
+        else:
+            assert stored_versions(drafts_uri(uri)) == ["v1"]
+            assert read_manifest(drafts_uri(uri), "v1") == draft
+        again = publish_codebook(uri, "v1", GateConfig(), served=served if is_capped else None)
+        assert again is VersionState.DEFAULT
+        assert read_manifest(uri, "v1").quality == GOOD
+        assert read_manifest(uri, "v1").caps == ({"max_items_per_code": 1} if is_capped else {})
+        if outcomes[-1] == 0:
+            break
+
+    assert outcomes[-1] == 0
+    assert set(outcomes[:-1]) == {-signal.SIGKILL}
+    assert len(outcomes) > 5
+
+
+def _run_dying(statement: str, uri: str, num_changes: int, extra: str = "") -> int:
+    """Run a statement in a process that dies before its n-th change of the disk."""
     script = (
         "import os, signal, sys\n"
         "from qarm_feast import artifact, registry\n"
@@ -305,31 +351,118 @@ def test_publish_killed_between_any_two_steps_leaves_old_or_new_and_ends_well(
         "    return call\n"
         "for name in ('replace', 'link', 'unlink', 'rmdir', 'mkdir'):\n"
         "    setattr(os, name, dying(getattr(os, name)))\n"
-        "registry.publish_codebook(sys.argv[1], 'v1', GateConfig())\n"
     )
+    command = [sys.executable, "-c", script + statement, uri, str(num_changes), extra]
+    return subprocess.run(command, check=False).returncode
+
+
+def _retired(uri: str) -> None:
+    """Two published versions, of which the first is retired."""
+    for version in ("v1", "v2"):
+        write_report(uri, _draft(uri, version), GOOD)
+        publish_codebook(uri, version, GateConfig())
+    CodebookRegistry(uri).set_state("v2", VersionState.DEFAULT)
+    CodebookRegistry(uri).set_state("v1", VersionState.RETIRED)
+
+
+@pytest.mark.fault
+def test_purge_killed_between_any_two_steps_leaves_all_or_a_tombstone_and_ends_well(
+    tmp_path: Path,
+) -> None:
     outcomes = []
     for num_changes in range(30):
         uri = str(tmp_path / str(num_changes))
-        write_report(uri, _draft(uri), GOOD)
+        _retired(uri)
+        manifest = read_manifest(uri, "v1")
 
-        command = [sys.executable, "-c", script, uri, str(num_changes)]
-        outcomes.append(subprocess.run(command, check=False).returncode)
+        statement = "registry.CodebookRegistry(sys.argv[1]).purge('v1')"
+        outcomes.append(_run_dying(statement, uri, num_changes))
 
-        published = "v1" in CodebookRegistry(uri).states()
-        if published:
-            manifest = read_manifest(uri, "v1")
+        codebooks = CodebookRegistry(uri)
+        if codebooks.states()["v1"] is VersionState.RETIRED:
+            assert read_manifest(uri, "v1") == manifest
             for name in manifest.files:
                 artifact.read_verified(Path(uri) / "v1", name, manifest.files)
         else:
-            assert stored_versions(drafts_uri(uri)) == ["v1"]
-        assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
-        assert read_manifest(uri, "v1").quality == GOOD
+            assert codebooks.versions() == ["v2"]
+        codebooks.purge("v1")
+        assert codebooks.states()["v1"] is VersionState.PURGED
+        assert not list(Path(uri).rglob("v1"))
         if outcomes[-1] == 0:
             break
 
     assert outcomes[-1] == 0
     assert set(outcomes[:-1]) == {-signal.SIGKILL}
     assert len(outcomes) > 5
+
+
+def test_the_name_of_a_purged_version_stays_taken(uri: str) -> None:
+    _retired(uri)
+    codebooks = CodebookRegistry(uri)
+
+    codebooks.purge("v1")
+
+    write_report(uri, _draft(uri, "v1"), GOOD)
+    with pytest.raises(CodebookError, match=r"'v1' was purged .* --codebook-version v3"):
+        publish_codebook(uri, "v1", GateConfig())
+    for refused in (codebooks.publish, codebooks.check_unpublished):
+        with pytest.raises(CodebookError, match="was purged"):
+            refused("v1")
+    with pytest.raises(CodebookError, match="was purged"):
+        codebooks.set_state("v1", VersionState.LIVE)
+    assert codebooks.versions() == ["v2"]
+    assert codebooks.states() == {"v1": VersionState.PURGED, "v2": VersionState.DEFAULT}
+
+
+def test_only_a_retired_version_is_purged_and_the_refusal_says_what_comes_first(uri: str) -> None:
+    for version in ("v1", "v2"):
+        _store(uri, version)
+        CodebookRegistry(uri).publish(version)
+    codebooks = CodebookRegistry(uri)
+
+    with pytest.raises(CodebookError, match=r"'v1' is default .* `qarm codebook default .* retire"):
+        codebooks.purge("v1")
+    with pytest.raises(CodebookError, match=r"'v2' is staged .* run `qarm codebook retire"):
+        codebooks.purge("v2")
+    with pytest.raises(CodebookNotFoundError, match="'v3'"):
+        codebooks.purge("v3")
+
+    assert stored_versions(uri) == ["v1", "v2"]
+
+
+def test_purging_a_draft_removes_its_report_too_and_frees_its_name(uri: str) -> None:
+    write_report(uri, _draft(uri), GOOD)
+
+    removed = CodebookRegistry(uri).purge("v1")
+
+    assert [path.parent.name for path in removed] == [".drafts", ".reports"]
+    assert not list(Path(uri).rglob("v1"))
+    CodebookRegistry(uri).check_unpublished("v1")
+    assert publish_after_training(uri) is VersionState.DEFAULT
+
+
+def publish_after_training(uri: str) -> VersionState:
+    write_report(uri, _draft(uri), GOOD)
+    return publish_codebook(uri, "v1", GateConfig())
+
+
+def test_a_published_name_cannot_be_trained_and_a_free_one_is_offered(uri: str) -> None:
+    for version in ("v1", "v9"):
+        _store(uri, version)
+    CodebookRegistry(uri).publish("v1")
+
+    with pytest.raises(CodebookError, match=r"'v1' is default .* --codebook-version v10`"):
+        CodebookRegistry(uri).check_unpublished("v1")
+    assert CodebookRegistry(uri).next_name("books") == "books2"
+
+
+def test_a_retired_version_cannot_become_the_default(uri: str) -> None:
+    _retired(uri)
+
+    with pytest.raises(CodebookError, match=r"'v1' is retired: .* v3 --parent v1"):
+        CodebookRegistry(uri).set_state("v1", VersionState.DEFAULT)
+
+    assert CodebookRegistry(uri).default_version() == "v2"
 
 
 def test_two_publishers_at_once_make_one_default(uri: str) -> None:

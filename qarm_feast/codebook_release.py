@@ -1,0 +1,312 @@
+"""The jobs behind `qarm codebook publish` and `diff`: what is served, and what changes with it.
+
+Shape letters in this file: N items, L levels, V VQ neighbours, P pool rows.
+May import: the codebook, its jobs, caps and registry.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.caps import capped_codes
+from qarm_feast.codebook import Codebook, ItemCodes, ItemVectors, check_distinct
+from qarm_feast.codebook_config import CodebookConfig
+from qarm_feast.codebook_jobs import read_parent_codes, read_vectors
+from qarm_feast.config import load_section
+from qarm_feast.continuity import NO_CODE, ParentCodes, codes_churn
+from qarm_feast.errors import CodebookError, CodebookNotFoundError
+from qarm_feast.overrides import content_order, find_content, hash_array
+from qarm_feast.quality import codebook_quality, full_code_figures
+from qarm_feast.quantizers.base import Codes, unit_rows
+from qarm_feast.registry import (
+    CodebookRegistry,
+    Manifest,
+    ServedArtifact,
+    VersionState,
+    publish_codebook,
+    quality_of,
+    read_manifest,
+    trained_uri,
+)
+
+logger = logging.getLogger(__name__)
+
+_COMPARED_FIELDS = (
+    "parent", "encoder_version", "encoder_hash", "behaviour_cutoff", "embedding_dim",
+    "level_sizes", "level_kinds", "num_neighbors", "pool_size", "seed", "num_training_items",
+    "num_overrides", "forced_gates", "created",
+)  # fmt: skip
+
+
+def publish_version(config_path: str, version: str, *, force: bool = False) -> VersionState:
+    """Publish a trained version; with ``codebook.max_items_per_code``, capped and measured anew.
+
+    Nothing is written before :func:`~qarm_feast.registry.publish_codebook` does, so a process
+    killed in between leaves the draft as it was.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        version: A draft; a version that is published already keeps its state.
+        force: Publish against a gate; the manifest then says which.
+
+    Returns:
+        The version's state.
+
+    Raises:
+        GateRefusedError: If a gate is not kept; names which, how much.
+        CodebookNotFoundError: If no such version was trained, or its parent is gone.
+        CodebookError: If the version was purged or is stored with other content.
+        DataError: If a cap is set and the vectors are missing or broken.
+    """
+    config = load_section(config_path, "codebook", CodebookConfig)
+    registry = CodebookRegistry(config.uri)
+    registry.check_not_purged(version)
+    source_uri = trained_uri(config.uri, version)
+    served = None
+    if config.max_items_per_code is not None and source_uri != config.uri:
+        alignment = load_section(config_path, "alignment", AlignmentConfig)
+        codebook = Codebook.load(source_uri, version)
+        served = _capped(codebook, alignment, config.uri, config.max_items_per_code)
+    elif config.max_items_per_code is not None and version not in registry.states():
+        # What lies beside the drafts is stored for good; it can be published, not changed.
+        stored = read_manifest(source_uri, version)
+        raise CodebookError(
+            f"codebook version {stored.version!r} is no draft but saved in {config.uri} itself, so "
+            "codebook.max_items_per_code cannot be applied to it; run `qarm codebook train "
+            f"--codebook-version {registry.next_name(version)}`"
+        )
+    return publish_codebook(config.uri, version, config.gates, force=force, served=served)
+
+
+def _capped(
+    codebook: Codebook, alignment: AlignmentConfig, uri: str, max_items_per_code: int
+) -> ServedArtifact:
+    vectors = read_vectors(Path(alignment.vectors_uri) / codebook.manifest.encoder_version)
+    check_distinct(np.sort(vectors.item_ids_N))
+    codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
+    is_held_N = np.zeros(len(vectors.item_ids_N), dtype=np.bool_)
+    if codebook.manifest.parent is not None:
+        parent = read_parent_codes(alignment, uri, codebook.manifest.parent)
+        is_held_N = holds_published_code(codebook.manifest, vectors, codes.rq_NL, parent)
+    capped = capped_codes(
+        codebook.rq,
+        vectors.item_ids_N,
+        unit_rows(vectors.x_ND),
+        codes.rq_NL,
+        is_held_N,
+        max_items_per_code,
+    )
+    logger.info(
+        "codebook_capped version=%s max_items_per_code=%d num_moved=%d num_without_room=%d",
+        codebook.version, max_items_per_code, capped.num_moved, capped.num_without_room,
+    )  # fmt: skip
+    served = _with_codes(codebook, vectors, codes.rq_NL, capped.rq_NL)
+    caps = {
+        "max_items_per_code": max_items_per_code,
+        "num_moved": capped.num_moved,
+        "num_without_room": capped.num_without_room,
+        "num_held": int(is_held_N.sum()),
+        "without_caps": full_code_figures(codes.rq_NL),
+        "with_caps": full_code_figures(capped.rq_NL),
+    }
+    item_codes = ItemCodes(vectors.item_ids_N, codes.vq_NV, capped.rq_NL)
+    quality = codebook_quality(served, item_codes, vectors.x_ND)
+    manifest = served.manifest.model_copy(update={"caps": caps, "quality": quality})
+    return ServedArtifact(manifest, served.payloads())
+
+
+def _with_codes(
+    codebook: Codebook, vectors: ItemVectors, rq_NL: Codes, wanted_NL: Codes
+) -> Codebook:
+    rows = np.flatnonzero((rq_NL != wanted_NL).any(axis=1))
+    hashes = [vectors.content_hashes_N[row] for row in rows.tolist()]
+    overrides = codebook.overrides.with_rows(vectors.item_ids_N[rows], hashes, wanted_NL[rows])
+    return codebook.with_overrides(overrides)
+
+
+def holds_published_code(
+    manifest: Manifest, vectors: ItemVectors, rq_NL: Codes, parent: ParentCodes
+) -> npt.NDArray[np.bool_]:
+    """Return which items go on holding the code that the parent serves them.
+
+    Args:
+        manifest: That of the refreshed version.
+        vectors: The catalogue.
+        rq_NL: Its codes in the refreshed version.
+        parent: The codes that the parent serves.
+
+    Returns:
+        True where the label map reads the whole code as the parent's, for the same content.
+    """
+    old_NL = parent.codes_of(vectors.item_ids_N, vectors.content_hashes_N)
+    if manifest.label_map is None or old_NL.shape[1] != rq_NL.shape[1]:
+        return np.zeros(len(rq_NL), dtype=np.bool_)
+    label_map = [np.array(names_K, dtype=np.int64) for names_K in manifest.label_map]
+    read_NL = np.stack(
+        [names_K[codes_N] for names_K, codes_N in zip(label_map, rq_NL.T, strict=True)], 1
+    )
+    is_held_N: npt.NDArray[np.bool_] = ((read_NL == old_NL) & (old_NL != NO_CODE)).all(axis=1)
+    return is_held_N
+
+
+def diff_versions(config_path: str, version: str, against: str) -> dict[str, Any]:
+    """Return what differs between two trained or published versions, ready for JSON.
+
+    Keys: ``manifest`` (both values of each field that differs); ``labels`` (``map`` if codes are
+    read through the label maps that lead from ``version`` to ``against``, else ``number``);
+    ``codes_that_go_on`` (per level, of how many; None without a label map); ``recorded_churn``
+    (what the refresh of ``version`` from ``against`` measured, else None); ``pool`` (rows);
+    ``catalogue`` (share of items whose codes differ, None where vectors are missing);
+    ``quality`` (both values of each figure).
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        version: A draft or a published version.
+        against: Another one.
+
+    Returns:
+        Figures by name, pairs in the order (version, against).
+
+    Raises:
+        CodebookNotFoundError: If one of them is not stored.
+        CorruptArtifactError: If a file of one is damaged.
+    """
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    alignment = load_section(config_path, "alignment", AlignmentConfig)
+    new, old = (Codebook.load(trained_uri(uri, name), name) for name in (version, against))
+    label_map = _label_map(uri, new.manifest, against)
+    is_child = new.manifest.parent == against
+    return {
+        "version": version,
+        "against": against,
+        "manifest": _manifest_changes(new.manifest, old.manifest),
+        "labels": "number" if label_map is None else "map",
+        "codes_that_go_on": None if label_map is None else _num_going_on(label_map),
+        "recorded_churn": new.manifest.continuity.get("churn") if is_child else None,
+        "pool": _pool_changes(new, old),
+        "catalogue": _catalogue_changes(new, old, label_map, Path(alignment.vectors_uri)),
+        "quality": _quality_changes(quality_of(uri, new.manifest), quality_of(uri, old.manifest)),
+    }
+
+
+def _manifest_changes(new: Manifest, old: Manifest) -> dict[str, list[Any]]:
+    new_fields, old_fields = (manifest.model_dump(mode="json") for manifest in (new, old))
+    caps = [fields["caps"].get("max_items_per_code") for fields in (new_fields, old_fields)]
+    changes = {
+        name: [new_fields[name], old_fields[name]]
+        for name in _COMPARED_FIELDS
+        if new_fields[name] != old_fields[name]
+    }
+    return changes if caps[0] == caps[1] else {**changes, "max_items_per_code": caps}
+
+
+def _label_map(uri: str, new: Manifest, against: str) -> list[Codes] | None:
+    """Return per level and code the code of ``against`` that it goes on from, over all parents."""
+    label_map: list[Codes] = []
+    manifest = new
+    while manifest.version != against:
+        if manifest.parent is None or manifest.label_map is None:
+            return None
+        step = [np.array(names_K, dtype=np.int64) for names_K in manifest.label_map]
+        label_map = _composed(label_map, step) if manifest is not new else step
+        if manifest.parent == against:
+            break
+        try:
+            manifest = read_manifest(uri, manifest.parent)
+        except CodebookNotFoundError:
+            # A purged version between the two: the names do not reach across it.
+            return None
+    return label_map or None
+
+
+def _composed(later: Sequence[Codes], earlier: Sequence[Codes]) -> list[Codes]:
+    composed = []
+    for number, names_K in enumerate(later):
+        through_K = np.full(len(names_K), NO_CODE, dtype=np.int64)
+        goes_on_K = names_K != NO_CODE
+        if number < len(earlier):
+            through_K[goes_on_K] = earlier[number][names_K[goes_on_K]]
+        composed.append(through_K)
+    return composed
+
+
+def _num_going_on(label_map: Sequence[Codes]) -> list[list[int]]:
+    return [[int((names_K != NO_CODE).sum()), len(names_K)] for names_K in label_map]
+
+
+def _pool_changes(new: Codebook, old: Codebook) -> dict[str, int]:
+    new_ids_P, old_ids_P = new.vq.pool_item_ids_P, old.vq.pool_item_ids_P
+    num_kept = int(_same_rows(new_ids_P, old_ids_P).sum())
+    return {
+        "num_rows": len(new_ids_P),
+        "num_rows_against": len(old_ids_P),
+        "num_kept": num_kept,
+        "num_reset": len(new_ids_P) - num_kept,
+        "num_items_in_both": int(np.isin(new_ids_P, old_ids_P).sum()),
+    }
+
+
+def _same_rows(
+    new_ids_P: npt.NDArray[np.int64], old_ids_P: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    is_same_P = np.zeros(len(new_ids_P), dtype=np.bool_)
+    both = min(len(new_ids_P), len(old_ids_P))
+    is_same_P[:both] = new_ids_P[:both] == old_ids_P[:both]
+    return is_same_P
+
+
+def _catalogue_changes(
+    new: Codebook, old: Codebook, label_map: Sequence[Codes] | None, vectors_uri: Path
+) -> dict[str, Any] | None:
+    folders = [vectors_uri / codebook.manifest.encoder_version for codebook in (new, old)]
+    if not all(any(folder.glob("*.parquet")) for folder in folders):
+        return None
+    new_items, old_items = (read_vectors(folder) for folder in folders)
+    old_hashes_N = hash_array(old_items.content_hashes_N)
+    order_N = content_order(old_items.item_ids_N, old_hashes_N)
+    found_N = find_content(
+        old_items.item_ids_N[order_N],
+        old_hashes_N[order_N],
+        new_items.item_ids_N,
+        hash_array(new_items.content_hashes_N),
+    )
+    rows_N = np.flatnonzero(found_N >= 0)
+    new_codes = _codes_of(new, new_items, rows_N)
+    old_codes = _codes_of(old, old_items, order_N[found_N[rows_N]])
+    if label_map is None:
+        label_map = [np.arange(size) for size in new.manifest.level_sizes]
+    return {
+        "num_items": len(new_items.item_ids_N),
+        "num_compared": len(rows_N),
+        "rq_churn": codes_churn(old_codes.rq_NL, new_codes.rq_NL, label_map),
+        "vq_churn": _vq_churn(new, old, new_codes.vq_NV, old_codes.vq_NV),
+    }
+
+
+def _codes_of(codebook: Codebook, items: ItemVectors, rows_N: npt.NDArray[np.int64]) -> ItemCodes:
+    hashes = [items.content_hashes_N[row] for row in rows_N.tolist()]
+    return codebook.encode(items.item_ids_N[rows_N], hashes, items.x_ND[rows_N])
+
+
+def _vq_churn(new: Codebook, old: Codebook, new_NV: Codes, old_NV: Codes) -> float:
+    """Return the share of items whose set of pool rows differs, or one of whose rows was reset."""
+    if len(new_NV) == 0 or new_NV.shape != old_NV.shape:
+        return float(len(new_NV) > 0)
+    is_same_P = _same_rows(new.vq.pool_item_ids_P, old.vq.pool_item_ids_P)
+    is_changed_N = (np.sort(new_NV, axis=1) != np.sort(old_NV, axis=1)).any(axis=1)
+    is_changed_N |= ~is_same_P[new_NV].all(axis=1)
+    return float(is_changed_N.mean())
+
+
+def _quality_changes(new: dict[str, Any], old: dict[str, Any]) -> dict[str, list[float | None]]:
+    names = [
+        name
+        for name in dict.fromkeys([*new, *old])
+        if isinstance(new.get(name, old.get(name)), int | float)
+    ]
+    return {name: [new.get(name), old.get(name)] for name in names}
