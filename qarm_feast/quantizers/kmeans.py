@@ -114,10 +114,22 @@ def sample_rows(
 
 
 def num_distinct_rows(x_ND: Embeddings) -> int:
-    """Return how many different rows ``x_ND`` has."""
-    # Adding zero turns -0.0 into 0.0, so that equal numbers have equal bytes.
-    contiguous_ND = np.ascontiguousarray(x_ND + np.float32(0))
-    return len(np.unique(contiguous_ND.view(f"V{contiguous_ND.strides[0]}")))
+    """Return how many different rows ``x_ND`` has, told apart by a hash of 64 bits.
+
+    Memory grows by 16 bytes a row, not by copies of the rows. Two different rows count as one
+    with a chance of about 2^-64 per pair: 2 M rows, all different, lose one in 10^7 such sets.
+    """
+    generator = np.random.default_rng(0)
+    factors_D = generator.integers(1 << 64, size=x_ND.shape[1], dtype=np.uint64) | np.uint64(1)
+    hashes_N = np.empty(len(x_ND), dtype=np.uint64)
+    for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
+        # Adding zero turns -0.0 into 0.0, so that equal numbers have equal bits.
+        block_BD = np.ascontiguousarray(x_ND[start : start + _ROWS_PER_BLOCK] + np.float32(0))
+        terms_BD = block_BD.view(np.uint32) * factors_D
+        # The lower half gets its share of the upper bits, such as the sign.
+        terms_BD ^= terms_BD >> np.uint64(32)
+        hashes_N[start : start + _ROWS_PER_BLOCK] = terms_BD.sum(axis=1)
+    return len(np.unique(hashes_N))
 
 
 def _cell_sums(x_ND: Embeddings, codes_N: Codes, num_cells: int) -> npt.NDArray[np.float64]:

@@ -77,3 +77,9 @@ def test_a_sample_has_distinct_ascending_rows() -> None:
     assert len(rows_N) == 30
     assert (np.diff(rows_N) > 0).all()
     assert sample_rows(5, 30, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_differ_in_signs_alone_are_told_apart() -> None:
+    signs_ND = np.unique(np.sign(np.random.default_rng(1).standard_normal((100_000, 24))), axis=0)
+
+    assert num_distinct_rows(np.repeat(signs_ND, 2, axis=0).astype(np.float32)) == len(signs_ND)
