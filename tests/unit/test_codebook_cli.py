@@ -1,14 +1,13 @@
 """The command line from exported vectors to a published codebook."""
 
 import json
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from codebook_input import NEWEST_TRAIN, NUM_COLD, NUM_ITEMS
 
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
@@ -16,63 +15,6 @@ from qarm_feast.codebook_evaluation import titles_of
 from qarm_feast.codebook_jobs import read_vectors
 from qarm_feast.errors import CodebookNotFoundError, DataError, GateRefusedError
 from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
-
-NUM_ITEMS = 240
-NUM_COLD = 20
-DIM = 8
-START = datetime(2024, 1, 1, tzinfo=UTC)
-ENCODER_CUTOFF = START + timedelta(hours=5)
-NEWEST_TRAIN = START + timedelta(hours=NUM_ITEMS - NUM_COLD - 1)
-
-
-def _write_input(folder: Path) -> None:
-    """One interaction per item, hour by hour; the last items have test rows only."""
-    folder.mkdir(parents=True)
-    times = pa.array(
-        [START + timedelta(hours=n) for n in range(NUM_ITEMS)], pa.timestamp("us", tz="UTC")
-    )
-    ids = pa.array(range(NUM_ITEMS), pa.int64())
-    items = pa.table(
-        {"item_id": ids, "upload_timestamp": times, "title": [f"t{n}" for n in range(NUM_ITEMS)]}
-    )
-    interactions = pa.table(
-        {
-            "user_id": pa.array([n % 6 for n in range(NUM_ITEMS)], pa.int64()),
-            "item_id": ids,
-            "event_timestamp": times,
-            "is_click": [n % 2 == 0 for n in range(NUM_ITEMS)],
-            "split": ["train"] * (NUM_ITEMS - NUM_COLD) + ["test"] * NUM_COLD,
-        }
-    )
-    pq.write_table(items, folder / "items.parquet")
-    pq.write_table(interactions, folder / "interactions.parquet")
-
-
-def _write_vectors(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    x_ND = np.random.default_rng(0).standard_normal((NUM_ITEMS, DIM)).astype(np.float32)
-    table = pa.table(
-        {
-            "item_id": pa.array(range(NUM_ITEMS), pa.int64()),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(x_ND.ravel()), DIM),
-            "content_hash": [f"{n:032x}" for n in range(NUM_ITEMS)],
-        }
-    )
-    pq.write_table(table.slice(0, 100), folder / "part-00000.parquet")
-    pq.write_table(table.slice(100), folder / "part-00001.parquet")
-
-
-@pytest.fixture
-def config_path(tmp_path: Path) -> Path:
-    _write_input(tmp_path / "data" / "input")
-    _write_vectors(tmp_path / "data" / "vectors" / "e1")
-    encoder = tmp_path / "data" / "encoders" / "e1"
-    encoder.mkdir(parents=True)
-    manifest = {"version": "e1", "behaviour_cutoff": ENCODER_CUTOFF.isoformat(), "files": {}}
-    (encoder / "manifest.json").write_text(json.dumps(manifest))
-    path = tmp_path / "qarm.yaml"
-    path.write_text("quantizer: {rq: {num_levels: 2}, vq: {num_neighbors: 5}}\n")
-    return path
 
 
 def _run(config_path: Path, *arguments: str) -> str:
