@@ -72,7 +72,8 @@ def main() -> None:
         config = config.model_copy(update={"features_uri": uri})
         steps = _steps(_data_dir(arguments.data, folder), config, shares)
     sizes = tuple(int(size) for size in arguments.sizes.split("x"))
-    settings = QuantizerConfig(rq=RqConfig(codebook_size=sizes), vq=VqConfig())
+    rq = RqConfig(codebook_size=sizes, last_level=arguments.last_level)
+    settings = QuantizerConfig(rq=rq, vq=VqConfig())
     continuity = ContinuityConfig(hysteresis=arguments.hysteresis)
     figures = _one_refresh(steps[0], steps[-1], settings, continuity)
     figures |= _same_space(steps[0], settings, continuity)
@@ -87,6 +88,7 @@ def main() -> None:
                 "settings": {
                     "data": Path(arguments.data).name if arguments.data else "ml-100k",
                     "sizes": list(sizes),
+                    "last_level": arguments.last_level,
                     "num_items": len(steps[0].vectors.item_ids_N),
                     "num_train_items": [len(step.train_item_ids) for step in steps],
                     **continuity.model_dump(),
@@ -102,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep backbone features in.")
     parser.add_argument("--sizes", default="256x256x256", help="Codebook size per level.")
+    parser.add_argument("--last-level", choices=("kmeans", "fsq"), default="kmeans")
     parser.add_argument("--hysteresis", type=float, default=ContinuityConfig().hysteresis)
     parser.add_argument("--epochs", type=int, default=AlignmentConfig().num_epochs)
     parser.add_argument("--quick", action="store_true", help="Two encoders, one step.")

@@ -42,9 +42,10 @@ def train(config_path: str, log_level: str | None, version: str, parent: str | N
 
     start_logging(config_path, log_level)
     manifest = train_codebook(config_path, version, datetime.now(UTC), parent)
+    is_fsq = " (the last FSQ)" if manifest.kinds[-1] == "fsq" else ""
     click.echo(
         f"trained {version}: {manifest.num_training_items} items, RQ levels "
-        f"{' x '.join(map(str, manifest.level_sizes))}, VQ pool {manifest.pool_size} "
+        f"{' x '.join(map(str, manifest.level_sizes))}{is_fsq}, VQ pool {manifest.pool_size} "
         f"(top {manifest.num_neighbors}), encoder {manifest.encoder_version}"
     )
     if manifest.parent is not None:

@@ -1,6 +1,6 @@
 """Quantizers: aligned vectors in, integer codes out.
 
-May import: NumPy, torch. No I/O.
+May import: NumPy, scipy, torch. No I/O.
 """
 
 from qarm_feast.quantizers.base import Codes, Embeddings, Quantizer

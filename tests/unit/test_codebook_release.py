@@ -417,3 +417,35 @@ def test_one_centroid_is_refused_by_the_configuration(config_path: Path) -> None
     assert result.exit_code == 0
     assert "quantizer.rq.codebook_size" in str(refused.exception)
     assert "greater than 1" in str(refused.exception)
+
+
+def test_an_fsq_codebook_goes_through_train_cap_publish_and_refresh(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__LAST_LEVEL", "fsq")
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__ENABLE_BALANCE", "true")
+    trained = _run(config_path, "train", "--codebook-version", "v1")
+    _cap(monkeypatch, 1)
+    _run(config_path, "publish", "--codebook-version", "v1")
+    _cap(monkeypatch, None)
+
+    _publish(config_path, "v2", "--parent", "v1")
+
+    # 220 items: 4 k-means centroids (39 items each), 32 lattice points (4 each).
+    assert "RQ levels 4 x 32 (the last FSQ)" in trained
+    first, second = (read_manifest(_uri(config_path), version) for version in ("v1", "v2"))
+    assert first.level_kinds == second.level_kinds == ("kmeans", "fsq")
+    assert _largest_bucket(_served(config_path, "v1")) > 1
+    assert first.caps["with_caps"]["num_unique_codes"] == 4 * 32
+    # The refresh is asked for no cap: what the first cap moved far goes back to a nearer code.
+    assert second.continuity["churn"]["prefixes"][0] <= 0.01
+
+
+def test_a_lattice_of_a_size_that_is_no_power_of_two_is_refused_by_train(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__LAST_LEVEL", "fsq")
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__CODEBOOK_SIZE", "6")
+
+    with pytest.raises(CodebookError, match="6 codes was asked for; its size must be a power"):
+        _run(config_path, "train", "--codebook-version", "v1")
