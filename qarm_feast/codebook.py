@@ -19,6 +19,7 @@ from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
+from qarm_feast.quantizers.pool_index import Device
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
@@ -37,6 +38,8 @@ from qarm_feast.vector_source import (
 
 ItemIds = npt.NDArray[np.int64]
 _SUFFIX = ".safetensors"
+_INDEX_PART = "vq_index"
+_INDEX_SUFFIX = ".faiss"
 
 
 class QuantizerConfig(Section):
@@ -44,6 +47,11 @@ class QuantizerConfig(Section):
 
     rq: RqConfig = Field(default=RqConfig(), description="Residual quantizer.")
     vq: VqConfig = Field(default=VqConfig(), description="Neighbour quantizer.")
+    device: Device = Field(
+        default="auto",
+        description="Where an ivf_flat pool is searched: cpu, cuda (a copy of the index on the "
+        "first GPU), or auto: cuda if faiss sees a GPU. Every other search is on the CPU.",
+    )
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,9 @@ class Codebook:
             level_kinds=level_kinds(config.rq, rq.level_sizes),
             num_neighbors=vq.num_neighbors,
             pool_size=len(vq.pool_item_ids_P),
+            search=vq.search_kind,
+            search_settings=vq.search_settings,
+            search_recall=vq.search_recall,
             seed=config.rq.seed,
             num_training_items=len(ids_N),
             files={},
@@ -193,12 +204,13 @@ class Codebook:
         return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes))).with_hashes()
 
     @classmethod
-    def load(cls, uri: str, version: str) -> "Codebook":
+    def load(cls, uri: str, version: str, device: Device = "auto") -> "Codebook":
         """Return a stored codebook after its files have passed their hashes.
 
         Args:
             uri: Folder of codebook versions.
             version: Version name.
+            device: Where an ``ivf_flat`` pool is searched, see ``quantizer.device``.
 
         Returns:
             The codebook.
@@ -206,20 +218,16 @@ class Codebook:
         Raises:
             CodebookNotFoundError: If no such version is stored.
             CorruptArtifactError: If a file is missing or has another hash than the manifest says.
+            ConfigError: If the pool's search needs faiss or a GPU, and there is none.
         """
         manifest = read_manifest(uri, version)
         folder = registry_folder(uri) / version
         rq_arrays = _load_arrays(folder, "rq", manifest.files)
-        vq_arrays = _load_arrays(folder, "vq", manifest.files)
         override_arrays = _load_arrays(folder, "overrides", manifest.files)
         return cls(
             manifest,
             ResidualQuantizer(codebooks=[rq_arrays[name] for name in sorted(rq_arrays)]),
-            NeighborQuantizer(
-                VqConfig(num_neighbors=manifest.num_neighbors),
-                vq_arrays["pool_vectors"],
-                vq_arrays["pool_item_ids"],
-            ),
+            _load_vq(folder, manifest, device),
             Overrides(
                 item_ids_M=override_arrays["item_ids"],
                 content_hashes_MW=override_arrays["content_hashes"],
@@ -306,15 +314,22 @@ class Codebook:
 
     def payloads(self) -> dict[str, bytes]:
         """Return the bytes of every file of the artifact but its manifest, by file name."""
-        parts = {
-            "rq": self.rq.arrays(),
-            "vq": self.vq.arrays(),
-            "overrides": self.overrides.arrays(),
+        vq_arrays = dict(self.vq.arrays())
+        # A file of its own: faiss reads it as it is.
+        index = vq_arrays.pop("index", None)
+        parts = {"rq": self.rq.arrays(), "vq": vq_arrays, "overrides": self.overrides.arrays()}
+        payloads = {
+            _file_name(part, _SUFFIX, payload): payload
+            for part, payload in ((part, _dump_arrays(arrays)) for part, arrays in parts.items())
         }
-        payloads = {part: _dump_arrays(arrays) for part, arrays in parts.items()}
-        return {
-            f"{part}-{sha256(payload)[:16]}{_SUFFIX}": payload for part, payload in payloads.items()
-        }
+        if index is not None:
+            payload = index.tobytes()
+            payloads[_file_name(_INDEX_PART, _INDEX_SUFFIX, payload)] = payload
+        return payloads
+
+
+def _file_name(part: str, suffix: str, payload: bytes) -> str:
+    return f"{part}-{sha256(payload)[:16]}{suffix}"
 
 
 def check_distinct(sorted_ids_N: ItemIds) -> None:
@@ -331,8 +346,22 @@ def _dump_arrays(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
 
 
+def _load_vq(folder: Path, manifest: Manifest, device: Device) -> NeighborQuantizer:
+    is_exact = manifest.search == "exact"
+    return NeighborQuantizer.from_arrays(
+        _load_arrays(folder, "vq", manifest.files),
+        manifest.num_neighbors,
+        index=None if is_exact else _load_part(folder, _INDEX_PART, manifest.files),
+        device=device,
+    )
+
+
 def _load_arrays(folder: Path, part: str, files: dict[str, str]) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load(_load_part(folder, part, files))
+
+
+def _load_part(folder: Path, part: str, files: dict[str, str]) -> bytes:
     name = next((name for name in files if name.startswith(f"{part}-")), None)
     if name is None:
         raise CodebookError(f"the manifest in {folder} names no file for the part {part!r}")
-    return safetensors.numpy.load(read_verified(folder, name, files))
+    return read_verified(folder, name, files)

@@ -48,7 +48,7 @@ from qarm_feast.quantizers.fsq import fit_lattice, paired_codes, train_lattice
 from qarm_feast.quantizers.kmeans import cell_means, lloyd, plus_plus_start, sample_rows
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
 from qarm_feast.quantizers.search import nearest, squared_distances
-from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
+from qarm_feast.quantizers.vq import NeighborQuantizer
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +207,8 @@ def refresh_codebook(
         "behaviour_cutoff": max((time for time in cutoffs if time is not None), default=None),
         "label_map": tuple(tuple(level.parent_code_K.tolist()) for level in fit.levels),
         "reset_pool_rows": tuple(reset_rows.tolist()),
+        "search_settings": vq.search_settings,
+        "search_recall": vq.search_recall,
         "continuity": _report(naive, fit, served_NL, prepared, parent, len(reset_rows)),
     }
     overrides = _overrides(prepared.vectors, served_NL, rq.encode(prepared.vectors.x_ND))
@@ -578,9 +580,7 @@ def _recycled_pool(
     reset_F = np.flatnonzero(is_free_P)
     ids_P[reset_F] = np.concatenate([moved_S, new_ids])[: len(reset_F)]
     vectors_PD = items.vectors.x_ND[np.searchsorted(items.vectors.item_ids_N, ids_P)]
-    return NeighborQuantizer(
-        VqConfig(num_neighbors=naive.num_neighbors), vectors_PD, ids_P
-    ), reset_F
+    return naive.with_pool(vectors_PD, ids_P), reset_F
 
 
 def _overrides(vectors: ItemVectors, served_NL: Codes, nearest_NL: Codes) -> Overrides:

@@ -84,7 +84,9 @@ class Manifest(BaseModel):
     pool_size: int
     metric: Literal["squared_l2"] = "squared_l2"
     normalisation: Literal["l2"] = "l2"
-    search: Literal["exact"] = "exact"
+    search: Literal["exact", "ivf_flat", "hnsw"] = "exact"
+    search_settings: dict[str, int] = {}
+    search_recall: float = 1.0
     seed: int
     num_training_items: int
     num_overrides: int = 0

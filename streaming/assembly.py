@@ -17,7 +17,7 @@ from feast import FeatureStore
 from qarm_feast import view_tags
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.code_log import CodeLog
-from qarm_feast.codebook import Codebook
+from qarm_feast.codebook import Codebook, QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import CodebookError, ConfigError
@@ -107,7 +107,8 @@ def load_codebooks(config_path: str) -> LiveCodebooks:
             f"{uri} has no live codebook version; run "
             "`qarm codebook publish --codebook-version VERSION` first"
         )
-    codebooks = {version: Codebook.load(uri, version) for version in versions}
+    device = load_section(config_path, "quantizer", QuantizerConfig).device
+    codebooks = {version: Codebook.load(uri, version, device) for version in versions}
     for version in versions:
         CODEBOOK_INFO.labels(version).set(1)
     encoder_uri = load_section(config_path, "alignment", AlignmentConfig).encoder_uri

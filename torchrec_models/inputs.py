@@ -70,7 +70,8 @@ def load_train_inputs(config_path: str, config: RankerConfig) -> TrainInputs:
     if not config.enable_centroid_start:
         return TrainInputs(store=store, codebook=None)
     codebooks = load_section(config_path, "codebook", CodebookConfig)
-    codebook = Codebook.load(codebooks.uri, version)
+    # Only its vectors are read: no place on a GPU is needed for the search.
+    codebook = Codebook.load(codebooks.uri, version, device="cpu")
     vectors = CodebookVectors(
         codebooks=codebook.rq.codebooks, pool_vectors_PD=codebook.vq.pool_vectors_PD
     )

@@ -1,10 +1,13 @@
 """Vector quantization by neighbours (VQ): an item's code is its nearest items of a pool.
 
-Shape letters in this file: N items, P pool rows, D embedding width, k neighbours.
-May import: NumPy, torch through ``search``.
+Shape letters in this file: N items, P pool rows, D embedding width, k neighbours, S sampled rows,
+R some rows.
+May import: NumPy, torch through ``search``, faiss through ``pool_index``.
 """
 
-from typing import Annotated, Literal
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +17,36 @@ from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
 from qarm_feast.quantizers.kmeans import sample_rows
-from qarm_feast.quantizers.search import NearestSearch
+from qarm_feast.quantizers.pool_index import (
+    Device,
+    PoolIndex,
+    build_graph,
+    build_lists,
+    canonical_keys,
+    rows_of_keys,
+)
+from qarm_feast.quantizers.search import NearestSearch, squared_distances
+
+logger = logging.getLogger(__name__)
 
 ItemIds = npt.NDArray[np.int64]
+
+MAX_AUTO_POOL_SIZE = 1_000_000
+MAX_EXACT_POOL_SIZE = 131_072
+"""Largest pool that ``search: auto`` searches exactly.
+
+On one thread, text-like vectors (``curved`` of benchmarks/quantize_vq.py) and recall .99, the exact
+search took .7 of the time of ivf_flat at 100,000 rows and 6.8 times as long at 1,000,000.
+"""
+MAX_AUTO_PROBED_SHARE = 1 / 4
+"""Share of the lists above which ``search: auto`` goes back to the exact search.
+
+A row scanned in a list costs 27 ns there, a row of the exact search 6 (100,000) to 12 (1,000,000).
+"""
+MAX_EF_SEARCH = 4096
+_NUM_RECALL_QUERIES = 1024
+_NUM_BISECTIONS = 3
+_ROWS_PER_BLOCK = 1 << 16
 
 
 class VqConfig(Section):
@@ -24,10 +54,90 @@ class VqConfig(Section):
 
     pool_size: Literal["auto"] | Annotated[int, Field(gt=1)] = Field(
         default="auto",
-        description="Pool rows; auto takes every item with a train row, a number a sample of them.",
+        description="Pool rows: a number takes a seeded uniform sample of the items with a train "
+        "row, auto all of them, or a sample of 1,000,000 if there are more.",
     )
     num_neighbors: int = Field(default=25, gt=0, description="Pool rows in a code.")
-    seed: int = Field(default=0, ge=0, description="Seed of the pool's sample.")
+    search: Literal["auto", "exact", "ivf_flat", "hnsw"] = Field(
+        default="auto",
+        description="How the pool is searched. exact: all of it. ivf_flat: the lists nearest to "
+        "the vector, on a GPU if there is one. hnsw: a graph, for fleets without GPUs. auto: "
+        "exact up to 131,072 rows, above that ivf_flat where a quarter of its lists is enough "
+        "for min_recall, else exact.",
+    )
+    min_recall: float = Field(
+        default=0.99,
+        gt=0,
+        le=1,
+        description="Share of the exact neighbours that an approximate search shall find, "
+        "measured on pool items at training. Where num_probes or ef_search is auto it is raised "
+        "until twice the standard error below the measured share is no less; where it is a "
+        "number, training warns. New items are not in the graph of hnsw and find less there "
+        "(.978 to .990 where pool items found .993, benchmarks/quantize_vq.py).",
+    )
+    num_lists: Literal["auto"] | Annotated[int, Field(gt=0, le=65_536)] = Field(
+        default="auto",
+        description="ivf_flat: lists of the pool; auto takes the power of two near four times the "
+        "root of its distinct vectors, and at most one list per 39 of them.",
+    )
+    num_probes: Literal["auto"] | Annotated[int, Field(gt=0, le=65_536)] = Field(
+        default="auto", description="ivf_flat: lists searched per vector."
+    )
+    hnsw_m: int = Field(
+        default=32, ge=4, le=128, description="hnsw: links per vector (twice on the lowest layer)."
+    )
+    ef_construction: int = Field(
+        default=80, ge=8, le=4096, description="hnsw: candidates when a vector is linked."
+    )
+    ef_search: Literal["auto"] | Annotated[int, Field(gt=0, le=MAX_EF_SEARCH)] = Field(
+        default="auto",
+        description="hnsw: candidates per searched vector, more than num_neighbors.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the samples of pool and queries.")
+
+
+class PoolSearch(Protocol):
+    """Finds the pool rows nearest to a vector."""
+
+    @property
+    def kind(self) -> Literal["exact", "ivf_flat", "hnsw"]:
+        """Name of the search."""
+
+    @property
+    def settings(self) -> Mapping[str, int]:
+        """What it was built with and searches with, for the manifest."""
+
+    def search(self, x_ND: Embeddings, k: int) -> Codes:
+        """Return k pool rows of each vector, nearest first."""
+
+    def vectors(self, rows_R: npt.NDArray[np.int64]) -> Embeddings:
+        """Return the vectors of some pool rows."""
+
+    def arrays(self) -> Arrays:
+        """Return what an artifact stores of it."""
+
+
+class ExactPool:
+    """Searches every pool row."""
+
+    kind: Literal["exact"] = "exact"
+    settings: Mapping[str, int] = {}
+
+    def __init__(self, pool_vectors_PD: Embeddings) -> None:
+        self._pool_vectors_PD = pool_vectors_PD
+        self._search = NearestSearch(pool_vectors_PD)
+
+    def search(self, x_ND: Embeddings, k: int) -> Codes:
+        """Return the k nearest pool rows of each vector, nearest first."""
+        return self._search.search(x_ND, k)
+
+    def vectors(self, rows_R: npt.NDArray[np.int64]) -> Embeddings:
+        """Return the vectors of some pool rows."""
+        return self._pool_vectors_PD[rows_R]
+
+    def arrays(self) -> Arrays:
+        """Return ``pool_vectors``, row by row."""
+        return {"pool_vectors": self._pool_vectors_PD}
 
 
 class NeighborQuantizer:
@@ -40,39 +150,84 @@ class NeighborQuantizer:
         pool_item_ids_P: ItemIds | None = None,
     ) -> None:
         self._config = config or VqConfig()
-        self._search: NearestSearch | None = None
+        self._search: PoolSearch | None = None
+        self.search_recall = 1.0
+        """Share of the exact neighbours found, as measured at training; 1 for exact search."""
         if pool_vectors_PD is not None:
             self.set_pool(pool_vectors_PD, pool_item_ids_P)
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Arrays, num_neighbors: int, *, index: bytes | None, device: Device
+    ) -> "NeighborQuantizer":
+        """Return a stored quantizer.
+
+        Args:
+            arrays: What :meth:`arrays` gave, but for ``index``.
+            num_neighbors: Pool rows in a code.
+            index: The bytes of ``index``; None for an exact search.
+            device: Where an ``ivf_flat`` index is searched.
+
+        Returns:
+            The quantizer; ``search_recall`` is not known to it.
+
+        Raises:
+            ConfigError: If faiss is missing, or the device is cuda and faiss sees no GPU.
+        """
+        quantizer = cls(VqConfig(num_neighbors=num_neighbors))
+        quantizer.pool_item_ids_P = arrays["pool_item_ids"].astype(np.int64, copy=False)
+        if index is None:
+            quantizer._search = ExactPool(arrays["pool_vectors"].astype(np.float32, copy=False))
+        else:
+            numbers_P = arrays["pool_vector_numbers"].astype(np.int64, copy=False)
+            quantizer._search = PoolIndex.from_bytes(index, numbers_P, device)
+        return quantizer
 
     @property
     def num_neighbors(self) -> int:
         """Pool rows in a code."""
         return self._config.num_neighbors
 
+    @property
+    def search_kind(self) -> Literal["exact", "ivf_flat", "hnsw"]:
+        """How the pool is searched."""
+        return self._trained().kind
+
+    @property
+    def search_settings(self) -> dict[str, int]:
+        """What the index was built with and is searched with; empty for exact search."""
+        return dict(self._trained().settings)
+
+    @property
+    def pool_vectors_PD(self) -> Embeddings:  # noqa: N802 - a shape suffix, as elsewhere
+        """Pool vectors, row by row; an approximate search makes this copy for the caller."""
+        return self._trained().vectors(np.arange(len(self.pool_item_ids_P)))
+
     def train(self, x_ND: Embeddings, item_ids_N: ItemIds | None = None) -> None:
-        """Make ``x_ND``, or a sample of it, the pool.
+        """Make ``x_ND``, or a sample of it, the pool, and build its search.
 
         Args:
             x_ND: Vectors of the items that may stand in the pool, float32.
             item_ids_N: Their ids, each once; None numbers the rows.
 
         Raises:
-            CodebookError: If there are too few items for the pool or for a code.
+            CodebookError: If there are too few items for the pool, for a code or for the lists.
             DataError: If there are no vectors, a value is NaN or infinite, or an id comes twice.
+            MissingDependencyError: If the search is approximate and faiss is not installed.
         """
         check_embeddings(x_ND)
         rows_P = self.pool_rows(len(x_ND))
         ids_N = np.arange(len(x_ND), dtype=np.int64) if item_ids_N is None else item_ids_N
-        self.set_pool(x_ND[rows_P], ids_N[rows_P])
+        self.set_pool(x_ND if len(rows_P) == len(x_ND) else x_ND[rows_P], ids_N[rows_P])
 
     def pool_rows(self, num_items: int) -> npt.NDArray[np.int64]:
-        """Return which of ``num_items`` items stand in the pool, ascending.
+        """Return which of ``num_items`` items stand in the pool: a seeded sample.
 
         Args:
             num_items: Items that may stand in it.
 
         Returns:
-            Places of the items, a seeded sample.
+            Places of the items, ascending.
 
         Raises:
             CodebookError: If there are too few items for ``pool_size``.
@@ -86,35 +241,57 @@ class NeighborQuantizer:
                 f"quantizer.vq.pool_size is {pool_size}, but only {num_items} items can stand in "
                 "the pool; lower it or set it to auto"
             )
-        generator = np.random.default_rng(self._config.seed)
-        return sample_rows(num_items, num_items if pool_size == "auto" else pool_size, generator)
+        if pool_size == "auto" and num_items > MAX_AUTO_POOL_SIZE:
+            logger.info("vq_pool_sampled num_items=%d pool_size=%d", num_items, MAX_AUTO_POOL_SIZE)
+        size = MAX_AUTO_POOL_SIZE if pool_size == "auto" else pool_size
+        return sample_rows(num_items, size, np.random.default_rng(self._config.seed))
 
     def set_pool(self, pool_vectors_PD: Embeddings, pool_item_ids_P: ItemIds | None) -> None:
-        """Take a pool as it is.
+        """Take a pool as it is, and build the search of it.
 
         Args:
-            pool_vectors_PD: Vectors, float32.
-            pool_item_ids_P: The items in its rows, each once; None numbers the rows.
+            pool_vectors_PD: Pool vectors, float32, row by row.
+            pool_item_ids_P: The item of each row, each once; None numbers the rows.
 
         Raises:
-            CodebookError: If there are too few items for a code.
-            DataError: If an id comes twice.
+            CodebookError: If there are too few rows for a code or for the lists.
+            DataError: If a value is NaN or infinite, or an id comes twice.
         """
         if pool_item_ids_P is None:
             pool_item_ids_P = np.arange(len(pool_vectors_PD), dtype=np.int64)
-        if len(np.unique(pool_item_ids_P)) != len(pool_vectors_PD):
+        num_ids = len(np.unique(pool_item_ids_P))
+        if num_ids != len(pool_vectors_PD):
             raise DataError(
-                f"the pool has {len(pool_vectors_PD)} vectors and "
-                f"{len(np.unique(pool_item_ids_P))} distinct item ids; each item may come once"
+                f"the pool has {len(pool_vectors_PD)} vectors and {num_ids} distinct item ids; "
+                "each item may come once"
             )
-        if len(pool_vectors_PD) < self.num_neighbors + 1:
+        if num_ids < self.num_neighbors + 1:
             raise CodebookError(
-                f"a pool of {len(pool_vectors_PD)} items cannot give {self.num_neighbors} "
+                f"a pool of {num_ids} items cannot give {self.num_neighbors} "
                 f"neighbours besides the item itself; lower quantizer.vq.num_neighbors"
             )
-        self._search = NearestSearch(pool_vectors_PD)
-        self.pool_vectors_PD = pool_vectors_PD
+        check_embeddings(pool_vectors_PD)
+        self._search, self.search_recall = _built_search(pool_vectors_PD, self._config)
         self.pool_item_ids_P = pool_item_ids_P
+
+    def with_pool(
+        self, pool_vectors_PD: Embeddings, pool_item_ids_P: ItemIds
+    ) -> "NeighborQuantizer":
+        """Return a quantizer of another pool, its search of the same kind and built alike.
+
+        Args:
+            pool_vectors_PD: Pool vectors, float32, row by row.
+            pool_item_ids_P: The item of each row, each once.
+
+        Returns:
+            The trained quantizer.
+
+        Raises:
+            CodebookError: If there are too few rows for a code or for the lists.
+            DataError: If an id comes twice.
+        """
+        config = self._config.model_copy(update={"search": self.search_kind})
+        return NeighborQuantizer(config, pool_vectors_PD, pool_item_ids_P)
 
     def encode(self, x_ND: Embeddings, item_ids_N: ItemIds | None = None) -> Codes:
         """Return the nearest pool rows of each vector, nearest first, the item itself left out.
@@ -136,10 +313,7 @@ class NeighborQuantizer:
             return search.search(x_ND, self.num_neighbors)
         # One more than wanted: without the item itself the order of the rest does not change.
         rows_Nk = search.search(x_ND, self.num_neighbors + 1)
-        is_left_out_Nk = self.pool_item_ids_P[rows_Nk] == item_ids_N[:, None]
-        is_left_out_Nk[~is_left_out_Nk.any(axis=1), -1] = True
-        kept_Nk: Codes = rows_Nk[~is_left_out_Nk].reshape(len(x_ND), self.num_neighbors)
-        return kept_Nk
+        return _without(rows_Nk, self.pool_item_ids_P[rows_Nk] == item_ids_N[:, None])
 
     def decode(self, codes_NC: Codes) -> Embeddings:
         """Return the mean of the pool vectors that each code lists.
@@ -153,25 +327,150 @@ class NeighborQuantizer:
         Raises:
             CodebookError: If the quantizer is untrained or a code is no pool row.
         """
-        self._trained()
-        pool_size = len(self.pool_vectors_PD)
+        search, pool_size = self._trained(), len(self.pool_item_ids_P)
         if not ((codes_NC >= 0) & (codes_NC < pool_size)).all():
             raise CodebookError(
                 f"vq_code holds {codes_NC.min()} ... {codes_NC.max()}; this pool has rows "
                 f"0 ... {pool_size - 1}"
             )
-        decoded_ND = np.zeros((len(codes_NC), self.pool_vectors_PD.shape[1]), dtype=np.float64)
-        for rows_N in codes_NC.T:
-            decoded_ND += self.pool_vectors_PD[rows_N]
+        decoded_ND = search.vectors(codes_NC[:, 0]).astype(np.float64)
+        for rows_N in codes_NC.T[1:]:
+            decoded_ND += search.vectors(rows_N)
         mean_ND: Embeddings = (decoded_ND / codes_NC.shape[1]).astype(np.float32)
         return mean_ND
 
     def arrays(self) -> Arrays:
-        """Return ``pool_vectors`` and ``pool_item_ids``, row by row."""
-        self._trained()
-        return {"pool_vectors": self.pool_vectors_PD, "pool_item_ids": self.pool_item_ids_P}
+        """Return ``pool_item_ids``, row by row, and what the search stores.
 
-    def _trained(self) -> NearestSearch:
+        That is ``pool_vectors``, or ``index`` (bytes) and ``pool_vector_numbers``.
+        """
+        return {**self._trained().arrays(), "pool_item_ids": self.pool_item_ids_P}
+
+    def _trained(self) -> PoolSearch:
         if self._search is None:
             raise CodebookError("this neighbour quantizer has no pool; call train first")
         return self._search
+
+
+class _RecallSample:
+    """Pool items as queries, and their exact neighbours, themselves excluded."""
+
+    def __init__(self, x_PD: Embeddings, num_neighbors: int, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        self._rows_S = sample_rows(len(x_PD), _NUM_RECALL_QUERIES, generator)
+        self._x_SD = x_PD[self._rows_S]
+        self._num_neighbors = num_neighbors
+        self._exact_Sk = self._own_left_out(_exact_rows(self._x_SD, x_PD, num_neighbors + 1))
+
+    def recall(self, index: PoolIndex, effort: int) -> tuple[float, float]:
+        """Return the share of exact neighbours that ``index`` finds, and its standard error."""
+        index.effort = effort
+        found_Sk = self._own_left_out(index.search(self._x_SD, self._num_neighbors + 1))
+        is_found_Skk = found_Sk[:, :, None] == self._exact_Sk[:, None, :]
+        shared_S = is_found_Skk.any(axis=2).mean(axis=1)
+        return float(shared_S.mean()), float(shared_S.std() / np.sqrt(len(shared_S)))
+
+    def _own_left_out(self, rows_Sk: Codes) -> Codes:
+        return _without(rows_Sk, rows_Sk == self._rows_S[:, None])
+
+
+def _built_search(x_PD: Embeddings, config: VqConfig) -> tuple[PoolSearch, float]:
+    """Return the search that ``config`` asks for, and its recall."""
+    is_auto = config.search == "auto"
+    if config.search == "exact" or (is_auto and len(x_PD) <= MAX_EXACT_POOL_SIZE):
+        return ExactPool(x_PD), 1.0
+    if config.search == "hnsw":
+        index, effort = build_graph(x_PD, config.hnsw_m, config.ef_construction), config.ef_search
+        _check_effort("ef_search", effort, config.num_neighbors + 1, MAX_EF_SEARCH)
+        most = min(MAX_EF_SEARCH, index.num_distinct)
+    else:
+        index, effort = build_lists(x_PD, config.num_lists, config.seed), config.num_probes
+        most = index.settings["num_lists"]
+        _check_effort("num_probes", effort, 1, most)
+    if is_auto and effort == "auto":
+        most = max(1, int(most * MAX_AUTO_PROBED_SHARE))
+    sample = _RecallSample(x_PD, config.num_neighbors, config.seed)
+    recall, is_enough = _set_effort(index, sample, config.min_recall, effort, most)
+    if is_auto and not is_enough:
+        logger.info(
+            "vq_search_exact: %d of %d lists find %.4f of the neighbours, quantizer.vq.min_recall "
+            "is %.4f, so auto takes the exact search",
+            index.effort, index.settings["num_lists"], recall, config.min_recall,
+        )  # fmt: skip
+        return ExactPool(x_PD), 1.0
+    _log_search(index, recall, is_enough, config.min_recall)
+    return index, recall
+
+
+def _set_effort(
+    index: PoolIndex,
+    sample: _RecallSample,
+    min_recall: float,
+    effort: int | Literal["auto"],
+    most: int,
+) -> tuple[float, bool]:
+    """Set the effort and return its recall, and whether that is enough.
+
+    A number is taken as it is. Auto doubles the effort until twice the standard error below its
+    recall is no less than ``min_recall``, then halves the last step a few times.
+    """
+    if effort != "auto":
+        recall, _ = sample.recall(index, effort)
+        return recall, recall >= min_recall
+
+    def measured(value: int) -> tuple[float, bool]:
+        recall, error = sample.recall(index, value)
+        return recall, recall - 2 * error >= min_recall
+
+    low, high = 0, 1
+    best = measured(high)
+    while not best[1] and high < most:
+        low, high = high, min(2 * high, most)
+        best = measured(high)
+    for _ in range(_NUM_BISECTIONS if best[1] else 0):
+        middle = (low + high) // 2
+        found = measured(middle) if middle > low else (0.0, False)
+        low, high, best = (low, middle, found) if found[1] else (middle, high, best)
+    index.effort = high
+    return best
+
+
+def _check_effort(key: str, effort: int | Literal["auto"], least: int, most: int) -> None:
+    if effort != "auto" and not least <= effort <= most:
+        raise CodebookError(
+            f"quantizer.vq.{key} is {effort}, it must lie in {least} ... {most} for this pool; "
+            "change it or set it to auto"
+        )
+
+
+def _log_search(index: PoolIndex, recall: float, is_enough: bool, min_recall: float) -> None:
+    settings = " ".join(f"{name}={value}" for name, value in index.settings.items())
+    logger.info("vq_search kind=%s %s recall=%.4f", index.kind, settings, recall)
+    if not is_enough:
+        key = "num_probes" if index.kind == "ivf_flat" else "ef_search"
+        logger.warning(
+            "vq_recall_too_low recall=%.4f is below quantizer.vq.min_recall=%.4f at %s=%d; raise "
+            "%s or set it to auto; where auto ends here, use another quantizer.vq.search",
+            recall, min_recall, key, index.effort, key,
+        )  # fmt: skip
+
+
+def _exact_rows(x_SD: Embeddings, x_PD: Embeddings, k: int) -> Codes:
+    """Return the k nearest pool rows by the canonical rule, a block of the pool at a time."""
+    keys_SC = np.empty((len(x_SD), 0), dtype=np.int64)
+    for start in range(0, len(x_PD), _ROWS_PER_BLOCK):
+        block_BD = x_PD[start : start + _ROWS_PER_BLOCK]
+        rows_Sk = NearestSearch(block_BD).search(x_SD, min(k, len(block_BD)))
+        distances_Sk = np.stack(
+            [squared_distances(x_SD, block_BD[rows_S]) for rows_S in rows_Sk.T], axis=1
+        )
+        keys_SC = np.hstack([keys_SC, canonical_keys(distances_Sk, rows_Sk + start)])
+        keys_SC = np.sort(keys_SC, axis=1)[:, :k]
+    return rows_of_keys(keys_SC, k)
+
+
+def _without(rows_Nk: Codes, is_left_out_Nk: npt.NDArray[np.bool_]) -> Codes:
+    """Return all but one column of each row: the one left out, or else the last."""
+    is_left_out_Nk[~is_left_out_Nk.any(axis=1), -1] = True
+    kept_Nk: Codes = rows_Nk[~is_left_out_Nk].reshape(len(rows_Nk), rows_Nk.shape[1] - 1)
+    return kept_Nk

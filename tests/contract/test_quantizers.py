@@ -23,6 +23,8 @@ BUILDERS: dict[str, Callable[[], Quantizer]] = {
     ),
     "rq_fsq": lambda: build_quantizer(RqConfig(codebook_size=(16, 16, 64), last_level="fsq")),
     "vq": lambda: build_quantizer(VqConfig(num_neighbors=25)),
+    "vq_ivf_flat": lambda: build_quantizer(VqConfig(num_neighbors=25, search="ivf_flat")),
+    "vq_hnsw": lambda: build_quantizer(VqConfig(num_neighbors=25, search="hnsw")),
 }
 WIDTH = 24
 

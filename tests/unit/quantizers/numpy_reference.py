@@ -44,3 +44,15 @@ def encode_neighbors(
         keys = zip(distances(x_D, pool_PD).tolist(), range(len(pool_PD)), strict=True)
         rows.append([row for _, row in sorted(keys) if pool_ids_P[row] != item_id][:k])
     return np.array(rows, dtype=np.int64)
+
+
+def encode_listed_neighbors(
+    x_ND: np.ndarray, pool_PD: np.ndarray, coarse_ID: np.ndarray, num_probes: int, k: int
+) -> np.ndarray:
+    """The nearest of the pool rows whose nearest centroid is among the vector's nearest."""
+    list_of_row_P = nearest(pool_PD, coarse_ID)[:, 0]
+    rows = []
+    for x_D, probed in zip(x_ND, nearest(x_ND, coarse_ID, num_probes), strict=True):
+        keys = zip(distances(x_D, pool_PD).tolist(), range(len(pool_PD)), strict=True)
+        rows.append([row for _, row in sorted(keys) if list_of_row_P[row] in probed][:k])
+    return np.array(rows, dtype=np.int64)

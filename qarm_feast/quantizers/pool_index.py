@@ -1,0 +1,486 @@
+"""Approximate search of a VQ pool: faiss's IVF-Flat and HNSW-Flat under the canonical rule.
+
+faiss proposes candidates, the canonical distance of ``search`` orders them (of equal distances the
+lower pool row first), so faiss's own rounding never shows in a code. What is guaranteed:
+
+- A vector's code depends on nothing but the vector and the index: not on the batch, its order, or
+  the number of threads.
+- ``ivf_flat``: the code is the canonical answer over all items of the probed lists. The lists are
+  chosen by the canonical rule too, since faiss's own choice takes another formula from 20 queries
+  on. faiss's float32 distances are off by a known share; a candidate list whose end lies within it
+  of the last neighbour wanted is asked for again, twice as long. Lists that hold too few vectors
+  for a code are joined by as many more.
+- ``hnsw``: the code is the canonical answer over the ``ef_search`` items that the walk through the
+  graph ends with; a walk that ends with too few is replaced by a scan of all vectors.
+- Equal vectors stand in the index once and are spread over their rows afterwards. So duplicates
+  neither crowd others out of a candidate list nor tear the graph apart, and their lowest rows
+  stand in a code.
+- The same pool, settings and seed build the same bytes. faiss links a graph in whatever order its
+  threads come, so ``hnsw`` is built by one thread.
+
+The vectors are held once, in the index.
+
+Shape letters in this file: N items, B items of a block, O open items of a block, P pool rows,
+U distinct vectors, D embedding width, I lists, C candidates per item, T (item, candidate) pairs,
+R some rows, k neighbours.
+May import: NumPy, torch through ``search``. The one file that imports faiss.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qarm_feast.errors import CodebookError, ConfigError, MissingDependencyError
+from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings, fold_sum
+from qarm_feast.quantizers.kmeans import lloyd, sample_rows
+from qarm_feast.quantizers.search import NearestSearch, squared_distances
+
+logger = logging.getLogger(__name__)
+
+Device = Literal["auto", "cpu", "cuda"]
+Rows = npt.NDArray[np.int64]
+
+POINTS_PER_LIST = 39
+"""Fewest distinct vectors per list when the number of lists is left to the data."""
+_LIST_ITERATIONS = 10
+_TRAINING_POINTS_PER_LIST = 64
+_NUM_SPARE = 4
+"""Candidates beyond those wanted: they show in most cases that no other can be nearer."""
+_PAIRS_PER_BLOCK = 1 << 15
+_ROWS_PER_BLOCK = 1 << 16
+_FLOAT32_ROUNDOFF = 2.0**-24
+_SMALLEST_DISTANCE = 1e-30
+"""Absolute slack: below it the squares of differences may have been flushed to zero."""
+_PARALLEL_OVER_QUERIES = 3
+_MAX_GPU_CANDIDATES = 2048
+_NO_KEY = np.iinfo(np.int64).max
+
+
+class _Index(Protocol):
+    """Proposes candidates among the distinct vectors, by their number."""
+
+    def candidates(self, x_BD: Embeddings, k: int) -> Codes:
+        """Return at least k candidates per row where there are so many; -1 fills up."""
+
+    def vectors(self, numbers_R: Rows) -> Embeddings:
+        """Return the vectors of some numbers."""
+
+
+class PoolIndex:
+    """Searches pool rows like ``NearestSearch``, but not all of them; see the module.
+
+    Safe to share between threads.
+
+    Args:
+        faiss_index: Holds the distinct vectors.
+        number_of_row_P: For each pool row the number of its vector in there.
+        device: Where an ``ivf_flat`` index is searched.
+    """
+
+    def __init__(self, faiss_index: Any, number_of_row_P: Rows, device: Device = "cpu") -> None:
+        self._faiss_index = faiss_index
+        self._number_of_row_P = number_of_row_P
+        is_graph = isinstance(faiss_index, _faiss().IndexHNSW)
+        self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if is_graph else "ivf_flat"
+        self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, device)
+        self._rows_P = np.argsort(number_of_row_P, kind="stable")
+        self._counts_U = np.bincount(number_of_row_P, minlength=faiss_index.ntotal)
+        self._starts_U = np.cumsum(self._counts_U) - self._counts_U
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, number_of_row_P: Rows, device: Device) -> "PoolIndex":
+        """Return a stored index.
+
+        Args:
+            payload: Bytes of the array ``index``, see :meth:`arrays`; their hash has been checked.
+            number_of_row_P: The array ``pool_vector_numbers``.
+            device: Where an ``ivf_flat`` index is searched; ``hnsw`` always is on the CPU.
+
+        Returns:
+            The index.
+
+        Raises:
+            ConfigError: If the device is cuda and faiss sees no GPU.
+            MissingDependencyError: If faiss is not installed.
+        """
+        faiss = _faiss()
+        return cls(
+            faiss.deserialize_index(np.frombuffer(payload, np.uint8)), number_of_row_P, device
+        )
+
+    @property
+    def num_distinct(self) -> int:
+        """Different vectors in the pool."""
+        return len(self._counts_U)
+
+    @property
+    def effort(self) -> int:
+        """Lists to probe (``ivf_flat``) or candidates of a walk (``hnsw``)."""
+        index = self._faiss_index
+        return int(index.hnsw.efSearch if self.kind == "hnsw" else index.nprobe)
+
+    @effort.setter
+    def effort(self, value: int) -> None:
+        if self.kind == "hnsw":
+            self._faiss_index.hnsw.efSearch = value
+        else:
+            self._faiss_index.nprobe = value
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What the index was built with and is searched with, for the manifest."""
+        index = self._faiss_index
+        if self.kind == "ivf_flat":
+            return {"num_lists": int(index.nlist), "num_probes": self.effort}
+        return {
+            "hnsw_m": int(index.hnsw.nb_neighbors(1)),
+            "ef_construction": int(index.hnsw.efConstruction),
+            "ef_search": self.effort,
+        }
+
+    def arrays(self) -> Arrays:
+        """Return faiss's own bytes as ``index``, and ``pool_vector_numbers``, row by row."""
+        return {
+            "pool_vector_numbers": self._number_of_row_P,
+            "index": _faiss().serialize_index(self._faiss_index),
+        }
+
+    def vectors(self, rows_R: Rows) -> Embeddings:
+        """Return the vectors of some pool rows, float32 ``[R, D]``."""
+        return self._index.vectors(self._number_of_row_P[rows_R])
+
+    def search(self, x_ND: Embeddings, k: int) -> Codes:
+        """Return k near pool rows of each vector, nearest first.
+
+        Args:
+            x_ND: Vectors, float32.
+            k: How many rows to return per vector.
+
+        Returns:
+            Pool rows of shape ``[N, k]``, int64.
+
+        Raises:
+            CodebookError: If widths differ, or the pool has fewer than k rows.
+            DataError: If a value is NaN or infinite.
+        """
+        check_embeddings(x_ND, self._faiss_index.d)
+        if not 0 < k <= len(self._rows_P):
+            raise CodebookError(f"k={k} neighbours wanted of {len(self._rows_P)} pool rows")
+        x_ND = np.ascontiguousarray(x_ND)
+        rows_Nk = np.empty((len(x_ND), k), dtype=np.int64)
+        block = max(1, _PAIRS_PER_BLOCK // (k + _NUM_SPARE))
+        for start in range(0, len(x_ND), block):
+            x_BD = x_ND[start : start + block]
+            rows_Nk[start : start + block] = self._search_block(x_BD, k)
+        return rows_Nk
+
+    def _search_block(self, x_BD: Embeddings, k: int) -> Codes:
+        candidates_BC = self._index.candidates(x_BD, min(k, self.num_distinct))
+        query_T, column_T = np.nonzero(candidates_BC >= 0)
+        number_T = candidates_BC[query_T, column_T]
+        distance_T = self._distances(x_BD, query_T, number_T)
+        # Equal vectors share a distance, so only the k lowest of their rows can be in a code.
+        count_T = np.minimum(self._counts_U[number_T], k)
+        first_T = np.cumsum(count_T) - count_T
+        place_S = np.arange(count_T.sum()) - np.repeat(first_T, count_T)
+        row_S = self._rows_P[np.repeat(self._starts_U[number_T], count_T) + place_S]
+        keys_S = canonical_keys(np.repeat(distance_T, count_T), row_S)
+        return rows_of_keys(_by_query(np.repeat(query_T, count_T), keys_S, len(x_BD)), k)
+
+    def _distances(self, x_BD: Embeddings, query_T: Rows, number_T: Rows) -> Embeddings:
+        distance_T = np.empty(len(query_T), dtype=np.float32)
+        for start in range(0, len(query_T), _PAIRS_PER_BLOCK):
+            block = slice(start, start + _PAIRS_PER_BLOCK)
+            vectors_TD = self._index.vectors(number_T[block])
+            distance_T[block] = squared_distances(x_BD[query_T[block]], vectors_TD)
+        return distance_T
+
+
+class _Lists:
+    """Candidates of an IVF-Flat index: a scan of the lists whose centroids are nearest."""
+
+    def __init__(self, index: Any, device: Device) -> None:
+        self._index = index
+        # Candidates are read back by number, which needs to know where each vector lies.
+        index.make_direct_map()
+        # By default only faiss's own choice of lists is spread over threads.
+        index.parallel_mode = _PARALLEL_OVER_QUERIES
+        self._coarse = NearestSearch(index.quantizer.reconstruct_n(0, index.nlist))
+        self._gpu_copy = _GpuCopy(index) if _wants_gpu(device) else None
+
+    def vectors(self, numbers_R: Rows) -> Embeddings:
+        vectors_RD: Embeddings = self._index.reconstruct_batch(numbers_R)
+        return vectors_RD
+
+    def candidates(self, x_BD: Embeddings, k: int) -> Codes:
+        return self._candidates(x_BD, k, k + _NUM_SPARE, min(self._index.nprobe, self._index.nlist))
+
+    def _candidates(self, x_BD: Embeddings, k: int, num_wanted: int, num_probes: int) -> Codes:
+        lists_BI = self._coarse.search(x_BD, num_probes)
+        distances_BC, numbers_BC = self._scan(x_BD, lists_BI, num_wanted)
+        is_short_B = (numbers_BC >= 0).sum(axis=1) < k
+        slack = 4 * (x_BD.shape[1] + 8) * _FLOAT32_ROUNDOFF
+        limit_B = distances_BC[:, k - 1].astype(np.float64) * (1 + slack) + _SMALLEST_DISTANCE
+        # A vector beyond the end of the list might still be nearer by the rule, or as near.
+        is_end_B = (numbers_BC[:, -1] < 0) | (num_wanted >= self._index.ntotal)
+        is_cut_B = ~is_end_B & (distances_BC[:, -1] <= limit_B)
+        for is_open_B, wanted, probes in (
+            (is_short_B, num_wanted, min(2 * num_probes, self._index.nlist)),
+            (is_cut_B & ~is_short_B, 2 * num_wanted, num_probes),
+        ):
+            if is_open_B.any():
+                wider_OC = self._candidates(x_BD[is_open_B], k, wanted, probes)
+                numbers_BC = _widened(numbers_BC, wider_OC.shape[1])
+                numbers_BC[is_open_B] = _widened(wider_OC, numbers_BC.shape[1])
+        return numbers_BC
+
+    def _scan(self, x_BD: Embeddings, lists_BI: Codes, num_wanted: int) -> tuple[Embeddings, Codes]:
+        """Return faiss's nearest of the lists, ascending; number -1 where there are too few."""
+        num_wanted = min(num_wanted, self._index.ntotal)
+        fits_gpu = max(num_wanted, lists_BI.shape[1]) <= _MAX_GPU_CANDIDATES
+        if self._gpu_copy is not None and fits_gpu:
+            return self._gpu_copy.scan(x_BD, lists_BI, num_wanted)
+        return _scan(self._index, x_BD, lists_BI, num_wanted)
+
+
+class _Graph:
+    """Candidates of an HNSW index: where the walk through its graph ends."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+        self._flat = _faiss().downcast_index(index.storage)
+
+    def vectors(self, numbers_R: Rows) -> Embeddings:
+        vectors_RD: Embeddings = self._flat.reconstruct_batch(numbers_R)
+        return vectors_RD
+
+    def candidates(self, x_BD: Embeddings, k: int) -> Codes:
+        num_wanted = min(max(self._index.hnsw.efSearch, k + _NUM_SPARE), self._index.ntotal)
+        numbers_BC: Codes = self._index.search(
+            x_BD, num_wanted, params=_faiss().SearchParametersHNSW(efSearch=num_wanted)
+        )[1]
+        for short in np.flatnonzero((numbers_BC >= 0).sum(axis=1) < k):
+            # One at a time: from 20 queries on faiss takes another formula.
+            numbers_BC[short] = self._flat.search(x_BD[short : short + 1], num_wanted)[1]
+        return numbers_BC
+
+
+class _GpuCopy:
+    """A GPU's copy of an IVF-Flat index.
+
+    A GPU index is not thread-safe, not even for readers: one thread makes the copy and its
+    resources, owns them, and makes every search.
+    """
+
+    def __init__(self, index: Any) -> None:
+        self._owner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qarm-gpu-index")
+        self._on_owner(self._copy, index)
+
+    def scan(self, x_BD: Embeddings, lists_BI: Codes, num_wanted: int) -> tuple[Embeddings, Codes]:
+        """Return what :func:`_scan` does, up to float32 rounding."""
+        found: tuple[Embeddings, Codes] = self._on_owner(
+            _scan, self._gpu_index, x_BD, lists_BI, num_wanted
+        )
+        return found
+
+    def _copy(self, index: Any) -> None:
+        faiss = _faiss()
+        self._resources = faiss.StandardGpuResources()
+        self._gpu_index = faiss.index_cpu_to_gpu(self._resources, 0, index)
+
+    def _on_owner(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return self._owner.submit(call, *arguments).result()
+
+
+def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -> PoolIndex:
+    """Return an IVF-Flat index of a pool; one list is probed until ``effort`` is set.
+
+    Args:
+        x_PD: Pool vectors, float32, row by row.
+        num_lists: Lists to sort them into; auto takes the power of two near four times the root
+            of their number.
+        seed: Seed of the sample that the lists' centroids are trained on.
+
+    Returns:
+        The index; the same bytes for the same input.
+
+    Raises:
+        CodebookError: If there are fewer distinct vectors than lists.
+        MissingDependencyError: If faiss is not installed.
+    """
+    faiss = _faiss()
+    number_of_row_P, rows_U = _distinct(x_PD)
+    size = _auto_num_lists(len(rows_U)) if num_lists == "auto" else num_lists
+    if size > len(rows_U):
+        raise CodebookError(
+            f"quantizer.vq.num_lists is {size}, but the pool has only {len(rows_U)} distinct "
+            "vectors; lower it or set it to auto"
+        )
+    coarse_ID = _coarse_centroids(x_PD, rows_U, size, seed)
+    quantizer = faiss.IndexFlatL2(x_PD.shape[1])
+    quantizer.add(coarse_ID)
+    index = faiss.IndexIVFFlat(quantizer, x_PD.shape[1], size)
+    index.is_trained = True
+    _add_by_list(index, x_PD, rows_U, coarse_ID)
+    return PoolIndex(index, number_of_row_P)
+
+
+def build_graph(x_PD: Embeddings, hnsw_m: int, ef_construction: int) -> PoolIndex:
+    """Return an HNSW-Flat index of a pool, built by one thread.
+
+    Args:
+        x_PD: Pool vectors, float32, row by row.
+        hnsw_m: Links of a vector in the graph (twice as many on its lowest layer).
+        ef_construction: Candidates that are looked at for them.
+
+    Returns:
+        The index; the same bytes for the same input.
+
+    Raises:
+        MissingDependencyError: If faiss is not installed.
+    """
+    faiss = _faiss()
+    number_of_row_P, rows_U = _distinct(x_PD)
+    index = faiss.IndexHNSWFlat(x_PD.shape[1], hnsw_m)
+    index.hnsw.efConstruction = ef_construction
+    num_threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        for start in range(0, len(rows_U), _ROWS_PER_BLOCK):
+            index.add(x_PD[rows_U[start : start + _ROWS_PER_BLOCK]])
+    finally:
+        faiss.omp_set_num_threads(num_threads)
+    return PoolIndex(index, number_of_row_P)
+
+
+def canonical_keys(distances_T: Embeddings, rows_T: Rows) -> Rows:
+    """Return numbers that sort as the canonical rule does: by distance, then by pool row.
+
+    The bits of floats that are not negative sort as the floats do; rows stay below 2 ** 32.
+    """
+    keys_T: Rows = (distances_T.view(np.int32).astype(np.int64) << 32) | rows_T
+    return keys_T
+
+
+def rows_of_keys(keys_BC: Rows, k: int) -> Codes:
+    """Return the pool rows of the k lowest keys of each row, lowest first."""
+    rows_Bk: Codes = np.sort(keys_BC, axis=1)[:, :k] & 0xFFFF_FFFF
+    return rows_Bk
+
+
+def _by_query(query_S: Rows, keys_S: Rows, num_queries: int) -> Rows:
+    """Return one row of keys per query, filled up with the largest number."""
+    counts_B = np.bincount(query_S, minlength=num_queries)
+    starts_B = np.cumsum(counts_B) - counts_B
+    keys_BC = np.full((num_queries, counts_B.max(initial=0)), _NO_KEY)
+    keys_BC[query_S, np.arange(len(query_S)) - starts_B[query_S]] = keys_S
+    return keys_BC
+
+
+def _widened(numbers_BC: Codes, width: int) -> Codes:
+    missing = max(0, width - numbers_BC.shape[1])
+    return np.pad(numbers_BC, ((0, 0), (0, missing)), constant_values=-1)
+
+
+def _scan(
+    index: Any, x_BD: Embeddings, lists_BI: Codes, num_wanted: int
+) -> tuple[Embeddings, Codes]:
+    faiss = _faiss()
+    distances_BC = np.empty((len(x_BD), num_wanted), dtype=np.float32)
+    numbers_BC = np.empty((len(x_BD), num_wanted), dtype=np.int64)
+    # Read by indexes over residuals only; these hold the vectors themselves.
+    no_distances_BI = np.zeros(lists_BI.shape, dtype=np.float32)
+    arrays = (lists_BI, no_distances_BI, distances_BC, numbers_BC)
+    index.search_preassigned_c(
+        len(x_BD), faiss.swig_ptr(x_BD), num_wanted, *map(faiss.swig_ptr, arrays), False,
+        faiss.SearchParametersIVF(nprobe=lists_BI.shape[1]),
+    )  # fmt: skip
+    return distances_BC, numbers_BC
+
+
+def _distinct(x_PD: Embeddings) -> tuple[Rows, Rows]:
+    """Return the number of each row's vector, and the first row of each distinct vector.
+
+    Numbers ascend with the first row that holds the vector.
+    """
+    weights_D = np.random.default_rng(0).standard_normal(x_PD.shape[1])
+    sums_P = np.concatenate(
+        [
+            fold_sum(x_PD[start : start + _ROWS_PER_BLOCK].astype(np.float64) * weights_D)
+            for start in range(0, len(x_PD), _ROWS_PER_BLOCK)
+        ]
+    )
+    order_P = np.argsort(sums_P, kind="stable")
+    is_first_P = np.ones(len(x_PD), dtype=bool)
+    # Equal vectors have equal sums, so they are neighbours here, in the order of their rows.
+    alike = 1 + np.flatnonzero(sums_P[order_P[1:]] == sums_P[order_P[:-1]])
+    for start in range(0, len(alike), _ROWS_PER_BLOCK):
+        places = alike[start : start + _ROWS_PER_BLOCK]
+        is_first_P[places] = (x_PD[order_P[places]] != x_PD[order_P[places - 1]]).any(axis=1)
+    first_row_P = np.empty(len(x_PD), dtype=np.int64)
+    first_row_P[order_P] = order_P[is_first_P][np.cumsum(is_first_P) - 1]
+    rows_U, number_of_row_P = np.unique(first_row_P, return_inverse=True)
+    return number_of_row_P, rows_U
+
+
+def _auto_num_lists(num_distinct: int) -> int:
+    wanted: int = 1 << round(np.log2(4 * np.sqrt(num_distinct)))
+    return max(1, min(wanted, num_distinct // POINTS_PER_LIST))
+
+
+def _coarse_centroids(x_PD: Embeddings, rows_U: Rows, num_lists: int, seed: int) -> Embeddings:
+    generator = np.random.default_rng(seed)
+    sample = sample_rows(len(rows_U), _TRAINING_POINTS_PER_LIST * num_lists, generator)
+    points_RD = x_PD[rows_U[sample]]
+    start_ID = points_RD[sample_rows(len(points_RD), num_lists, generator)]
+    return lloyd(points_RD, start_ID, _LIST_ITERATIONS)
+
+
+def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddings) -> None:
+    """Put each distinct vector into the list of its nearest centroid, list after list.
+
+    In this order a list's memory is asked for once, not grown; inside a list numbers ascend.
+    """
+    faiss = _faiss()
+    coarse = NearestSearch(coarse_ID)
+    blocks = [
+        coarse.search(x_PD[rows_U[start : start + _ROWS_PER_BLOCK]])[:, 0]
+        for start in range(0, len(rows_U), _ROWS_PER_BLOCK)
+    ]
+    lists_U = np.concatenate(blocks)
+    order_U = np.argsort(lists_U, kind="stable")
+    for start in range(0, len(order_U), _ROWS_PER_BLOCK):
+        numbers_B = order_U[start : start + _ROWS_PER_BLOCK]
+        x_BD, lists_B = np.ascontiguousarray(x_PD[rows_U[numbers_B]]), lists_U[numbers_B]
+        index.add_core(len(x_BD), *map(faiss.swig_ptr, (x_BD, numbers_B, lists_B)))
+
+
+def _wants_gpu(device: Device) -> bool:
+    """Return whether to search on a GPU; refuse cuda where faiss sees none."""
+    if device == "cpu":
+        return False
+    faiss = _faiss()
+    num_gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    if device == "cuda" and num_gpus == 0:
+        raise ConfigError(
+            "quantizer.device is cuda, but faiss sees no GPU; set it to auto or cpu, or install "
+            'faiss for GPUs with `pip install "qarm-feast[gpu]"`'
+        )
+    return bool(num_gpus > 0)
+
+
+def _faiss() -> Any:
+    """Return the module; imported when the first index is met, since exact pools need none."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(
+            package="faiss",
+            needed_for="an approximate search of the VQ pool (quantizer.vq.search)",
+            command='pip install "qarm-feast[cpu]"` or `pip install "qarm-feast[gpu]"',
+        ) from error
+    return faiss
