@@ -26,7 +26,6 @@ R some rows, k neighbours.
 May import: NumPy, torch through ``search``. The one file that imports faiss.
 """
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
@@ -38,8 +37,6 @@ from qarm_feast.errors import CodebookError, ConfigError, MissingDependencyError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings, fold_sum
 from qarm_feast.quantizers.kmeans import lloyd, sample_rows
 from qarm_feast.quantizers.search import NearestSearch, squared_distances
-
-logger = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
 Rows = npt.NDArray[np.int64]

@@ -380,11 +380,13 @@ def _built_search(x_PD: Embeddings, config: VqConfig) -> tuple[PoolSearch, float
     if config.search == "exact" or (is_auto and len(x_PD) <= MAX_EXACT_POOL_SIZE):
         return ExactPool(x_PD), 1.0
     if config.search == "hnsw":
-        index, effort = build_graph(x_PD, config.hnsw_m, config.ef_construction), config.ef_search
+        effort = config.ef_search
         _check_effort("ef_search", effort, config.num_neighbors + 1, MAX_EF_SEARCH)
+        index = build_graph(x_PD, config.hnsw_m, config.ef_construction)
         most = min(MAX_EF_SEARCH, index.num_distinct)
     else:
-        index, effort = build_lists(x_PD, config.num_lists, config.seed), config.num_probes
+        effort = config.num_probes
+        index = build_lists(x_PD, config.num_lists, config.seed)
         most = index.settings["num_lists"]
         _check_effort("num_probes", effort, 1, most)
     if is_auto and effort == "auto":
