@@ -45,7 +45,7 @@ _NUM_SPARE = 4
 """Extra short-listed centroids per item when k > 1: they spare most rows a full scan."""
 _FLOAT32_ROUNDOFF = 2.0**-24
 _REDUCED_ERROR = 3 * 2.0**-8
-"""Error of a product of two numbers rounded to bfloat16, which a process may have allowed."""
+"""Error of a product of two numbers rounded to bfloat16 or, less, TF32: a process may allow it."""
 _SMALLEST_SCORE = 1e-30
 """Absolute slack: below it the products of a score may have been flushed to zero."""
 
@@ -79,16 +79,22 @@ class NearestSearch:
     """Searches one set of centroids, prepared once, by the canonical rule.
 
     Holds the centroids twice: as given, and as the filter in use wants them. Safe to share between
-    threads.
+    threads. On another device ("cuda") torch's filter and the rule both run there: the filter's
+    bound holds for any order of additions, and the rule is elementwise float64, so the codes are
+    those of the CPU.
     """
 
-    def __init__(self, centroids_KD: Embeddings) -> None:
+    def __init__(self, centroids_KD: Embeddings, device: str = "cpu") -> None:
         check_embeddings(centroids_KD)
         if len(centroids_KD) == 0:
             raise CodebookError("there are no centroids to search")
-        self._centroids_KD = _tensor(centroids_KD)
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise CodebookError(f"device={device!r}, but torch finds no GPU; use device='cpu'")
         stride = -(-len(centroids_KD) // _CENTRE_SAMPLE_SIZE)
-        self._centre_D = self._centroids_KD[::stride].median(dim=0).values
+        centre_D = _tensor(centroids_KD)[::stride].median(dim=0).values
+        self._centroids_KD = _tensor(centroids_KD).to(self._device)
+        self._centre_D = centre_D.to(self._device)
 
     def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
         """Return the k nearest centroids of each row; see :func:`nearest`."""
@@ -117,15 +123,36 @@ class NearestSearch:
             codes_N = self._native.search(residual, is_subtracted=True)
         else:
             codes_N = self._search(residual, 1)[:, 0]
-            residual -= self._centroids_KD[codes_N]
+            residual -= self._centroids_KD[codes_N.to(self._device)].cpu()
         result: Codes = codes_N.numpy()
         return result
+
+    def decide(self, x_ND: Embeddings, listed_NM: Codes, k: int) -> Codes:
+        """Return the k nearest of a short list of centroids per row, nearest first.
+
+        Args:
+            x_ND: Checked vectors, float32.
+            listed_NM: Distinct centroids of each row, in any order, at least k.
+            k: How many to return per row.
+
+        Returns:
+            Indices of shape ``[N, k]``, int64.
+        """
+        x, listed = (torch.from_numpy(array).to(self._device) for array in (x_ND, listed_NM))
+        codes_Nk: Codes = self._decide_listed(x, listed, k).cpu().numpy()
+        return codes_Nk
+
+    def centroids(self, codes_N: Codes) -> Embeddings:
+        """Return the centroid of each index, float32 ``[N, D]``."""
+        codes = torch.from_numpy(codes_N).to(self._device)
+        centroids_ND: Embeddings = self._centroids_KD[codes].cpu().numpy()
+        return centroids_ND
 
     # Prepared when first wanted: a search needs one of the two. Made twice by two threads, it is
     # the same both times.
     @functools.cached_property
     def _native(self) -> NativeSearch | None:
-        library = kernels()
+        library = kernels() if self._device.type == "cpu" else None
         if library is None:
             return None
         return NativeSearch(library, self._centroids_KD, self._centre_D)
@@ -140,11 +167,12 @@ class NearestSearch:
         codes_Nk = torch.empty((len(x_ND), k), dtype=torch.int64)
         rows = max(1, min(_MAX_ROWS_PER_BLOCK, _SCORES_PER_BLOCK // len(self._centroids_KD)))
         for start in range(0, len(x_ND), rows):
-            codes_Nk[start : start + rows] = self._search_block(x_ND[start : start + rows], k)
+            x_BD = x_ND[start : start + rows].to(self._device)
+            codes_Nk[start : start + rows] = self._search_block(x_BD, k)
         return codes_Nk
 
     def _search_block(self, x_BD: torch.Tensor, k: int) -> torch.Tensor:
-        slack = _slack(x_BD.shape[1])
+        slack = _slack(x_BD.shape[1], self._device)
         centred_BD = x_BD - self._centre_D
         centred_DK, squared_norms_K = self._centred
         bias_K = (squared_norms_K * (1 - slack)).float()
@@ -175,13 +203,13 @@ class NearestSearch:
         ).amax(dim=1)
         limit_B = worst_B + row_slack_B + _SMALLEST_SCORE
         # Rounding to float32 may go down; the next number up keeps the limit safe.
-        return torch.nextafter(limit_B.float(), torch.tensor(torch.inf))
+        return torch.nextafter(limit_B.float(), torch.tensor(torch.inf, device=limit_B.device))
 
     def _decide_listed(self, x_BD: torch.Tensor, listed_BM: torch.Tensor, k: int) -> torch.Tensor:
         """Order a short list of equal length per row by the rule and return its first k."""
         ordered_BM = listed_BM.sort(dim=1).values
         num_rows, num_listed = ordered_BM.shape
-        rows_P = torch.arange(num_rows).repeat_interleave(num_listed)
+        rows_P = torch.arange(num_rows, device=x_BD.device).repeat_interleave(num_listed)
         distances_P = self._distances(x_BD, rows_P, ordered_BM.flatten())
         # Stable, and the list ascends: of equal distances the lower index stays first.
         order_BM = distances_P.view(num_rows, num_listed).sort(dim=1, stable=True).indices
@@ -195,12 +223,12 @@ class NearestSearch:
         order_P = by_distance_P[rows_P[by_distance_P].sort(stable=True).indices]
         counts_B = is_near_BK.sum(dim=1)
         starts_B = counts_B.cumsum(dim=0) - counts_B
-        return columns_P[order_P[starts_B[:, None] + torch.arange(k)]]
+        return columns_P[order_P[starts_B[:, None] + torch.arange(k, device=x_BD.device)]]
 
     def _distances(
         self, x_BD: torch.Tensor, rows_P: torch.Tensor, columns_P: torch.Tensor
     ) -> torch.Tensor:
-        distances_P = torch.empty(len(rows_P))
+        distances_P = torch.empty(len(rows_P), device=x_BD.device)
         for start in range(0, len(rows_P), _PAIRS_PER_BLOCK):
             block = slice(start, start + _PAIRS_PER_BLOCK)
             distances_P[block] = _pair_distances(
@@ -297,9 +325,9 @@ def _pair_distances(x_PD: torch.Tensor, y_PD: torch.Tensor) -> torch.Tensor:
     return fold_sum(terms_PD.square_()).float()
 
 
-def _slack(embedding_dim: int) -> float:
+def _slack(embedding_dim: int, device: torch.device) -> float:
     """Return the relative error bound of a score under this process's settings of torch."""
     # get_float32_matmul_precision() raises when a process mixed torch's two ways to set this.
-    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined] # no stub
-    is_full = precision in ("none", "ieee")
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    is_full = backend.matmul.fp32_precision in ("none", "ieee")
     return (embedding_dim + 16) * _FLOAT32_ROUNDOFF + (0.0 if is_full else _REDUCED_ERROR)
