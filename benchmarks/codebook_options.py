@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qarm_feast.caps import capped_codes
+from qarm_feast.caps import NO_PUBLISHED_CODE, capped_codes
 from qarm_feast.codebook_jobs import read_vectors
 from qarm_feast.quality import code_use, full_code_figures
 from qarm_feast.quantizers import ResidualQuantizer, RqConfig
@@ -135,12 +135,12 @@ def _capped(quantizer: ResidualQuantizer, unit_ND: Embeddings) -> dict[str, floa
     start = time.monotonic()
     rq_NL = quantizer.encode(unit_ND)
     encode_seconds = time.monotonic() - start
-    nothing_held_N = np.zeros(len(unit_ND), dtype=np.bool_)
+    unpublished_N = np.full(len(unit_ND), NO_PUBLISHED_CODE)
     figures = {}
     for cap in CAPS:
         start = time.monotonic()
         capped = capped_codes(
-            quantizer, np.arange(len(unit_ND)), unit_ND, rq_NL, nothing_held_N, cap
+            quantizer, np.arange(len(unit_ND)), unit_ND, rq_NL, unpublished_N, cap
         )
         figures[f"cap{cap}_time_vs_encode"] = (time.monotonic() - start) / encode_seconds
         figures[f"cap{cap}_moved_share"] = capped.num_moved / len(unit_ND)

@@ -3,6 +3,8 @@
 Items beyond the cap move on the last level only, so their prefix keeps its meaning:
 
 1. Items that hold a published code (the parent's) stay, whatever the cap, and count towards it.
+   Of those that must leave a full code, items with a published code under the same prefix (an
+   earlier cap had moved them there) go back to it first, as far as there is room.
 2. Of the others on a full code the nearest to its last centroid stay; of equally near ones the
    lower item id.
 3. The rest, in that same order, move each to the nearest centroid of the last level whose full
@@ -34,7 +36,9 @@ _FEW_CANDIDATES = 32
 """Nearest centroids that an item looks at in one search."""
 
 _Ints = npt.NDArray[np.int64]
-_Bools = npt.NDArray[np.bool_]
+
+NO_PUBLISHED_CODE = -1
+"""In place of a last code: the item was never published, or under another prefix."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def capped_codes(
     item_ids_N: _Ints,
     unit_ND: Embeddings,
     rq_NL: Codes,
-    is_held_N: _Bools,
+    published_N: Codes,
     max_items_per_code: int,
 ) -> CappedCodes:
     """Return codes of which no more items share one than the cap allows, as far as there is room.
@@ -61,7 +65,8 @@ def capped_codes(
         item_ids_N: Items, each once.
         unit_ND: Their vectors of length 1, float32.
         rq_NL: The codes that they are served without a cap.
-        is_held_N: Which items hold a published code and stay.
+        published_N: The last code that an item was published with, if it was under this prefix;
+            else ``NO_PUBLISHED_CODE``.
         max_items_per_code: The cap, at least 1.
 
     Returns:
@@ -71,15 +76,14 @@ def capped_codes(
     over_O = _over_full(slot_N, max_items_per_code)
     residual_OD = _last_residuals(rq, unit_ND[over_O], rq_NL[over_O])
     distance_O = squared_distances(residual_OD, rq.codebooks[-1][rq_NL[over_O, -1]])
-    keys = (item_ids_N[over_O], distance_O, ~is_held_N[over_O], slot_N[over_O])
-    is_beyond_O = _ranks(keys) >= max_items_per_code
-    is_beyond_O &= ~is_held_N[over_O]
-    movers = np.flatnonzero(is_beyond_O)
+    is_held_O = published_N[over_O] == rq_NL[over_O, -1]
+    ranks_O = _ranks((item_ids_N[over_O], distance_O, ~is_held_O, slot_N[over_O]))
+    movers = np.flatnonzero((ranks_O >= max_items_per_code) & ~is_held_O)
     movers = movers[np.lexsort((item_ids_N[over_O[movers]], distance_O[movers]))]
     rooms = _Rooms(slot_N, over_O[movers], rq.level_sizes[-1], max_items_per_code)
-    served_NL = rq_NL.copy()
     placing = _Placing(rq.codebooks[-1], residual_OD[movers], slot_N[over_O[movers]], rooms)
-    served_NL[over_O[movers], -1] = placing.last_codes()
+    served_NL = rq_NL.copy()
+    served_NL[over_O[movers], -1] = placing.last_codes(published_N[over_O[movers]])
     num_moved = int((served_NL[:, -1] != rq_NL[:, -1]).sum())
     return CappedCodes(served_NL, num_moved, len(movers) - num_moved)
 
@@ -159,18 +163,24 @@ class _Placing:
         self._rooms = rooms
         self._prefix_M, self._code_M = np.divmod(slot_M, len(centroids_KD))
 
-    def last_codes(self) -> Codes:
+    def last_codes(self, published_M: Codes) -> Codes:
         """Return each item's last code after it has taken the nearest room, if there was any.
+
+        First of all, published codes take back their items.
 
         Prefixes do not touch each other. So all are searched at once for a few candidates per
         item, and only those prefixes one by one where these did not reach.
         """
+        returning = np.flatnonzero(published_M != NO_PUBLISHED_CODE).tolist()
+        settled = {row for row in returning if self._takes(row, [int(published_M[row])])}
         waiting: dict[int, list[int]] = {}
         search = NearestSearch(self._centroids_KD)
         for rows_B, num_wanted in self._blocks():
             num_candidates = min(num_wanted, _FEW_CANDIDATES)
             nearest_BC = search.search(self._residual_MD[rows_B], num_candidates)
             for row, codes in zip(rows_B.tolist(), nearest_BC.tolist(), strict=True):
+                if row in settled:
+                    continue
                 prefix = int(self._prefix_M[row])
                 # After one that waits everybody waits: it chooses first.
                 if prefix in waiting:

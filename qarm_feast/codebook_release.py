@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.caps import capped_codes
+from qarm_feast.caps import NO_PUBLISHED_CODE, capped_codes
 from qarm_feast.codebook import Codebook, ItemCodes, ItemVectors, check_distinct
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.codebook_jobs import read_parent_codes, read_vectors
@@ -89,16 +89,16 @@ def _capped(
     vectors = read_vectors(Path(alignment.vectors_uri) / codebook.manifest.encoder_version)
     check_distinct(np.sort(vectors.item_ids_N))
     codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
-    is_held_N = np.zeros(len(vectors.item_ids_N), dtype=np.bool_)
+    published_N = np.full(len(vectors.item_ids_N), NO_PUBLISHED_CODE, dtype=np.int64)
     if codebook.manifest.parent is not None:
         parent = read_parent_codes(alignment, uri, codebook.manifest.parent)
-        is_held_N = holds_published_code(codebook.manifest, vectors, codes.rq_NL, parent)
+        published_N = published_last_codes(codebook.manifest, vectors, codes.rq_NL, parent)
     capped = capped_codes(
         codebook.rq,
         vectors.item_ids_N,
         unit_rows(vectors.x_ND),
         codes.rq_NL,
-        is_held_N,
+        published_N,
         max_items_per_code,
     )
     logger.info(
@@ -110,7 +110,7 @@ def _capped(
         "max_items_per_code": max_items_per_code,
         "num_moved": capped.num_moved,
         "num_without_room": capped.num_without_room,
-        "num_held": int(is_held_N.sum()),
+        "num_held": int((published_N == capped.rq_NL[:, -1]).sum()),
         "without_caps": full_code_figures(codes.rq_NL),
         "with_caps": full_code_figures(capped.rq_NL),
     }
@@ -129,10 +129,10 @@ def _with_codes(
     return codebook.with_overrides(overrides)
 
 
-def holds_published_code(
+def published_last_codes(
     manifest: Manifest, vectors: ItemVectors, rq_NL: Codes, parent: ParentCodes
-) -> npt.NDArray[np.bool_]:
-    """Return which items go on holding the code that the parent serves them.
+) -> Codes:
+    """Return the last code that the parent publishes for each item, in the new version's numbers.
 
     Args:
         manifest: That of the refreshed version.
@@ -141,17 +141,22 @@ def holds_published_code(
         parent: The codes that the parent serves.
 
     Returns:
-        True where the label map reads the whole code as the parent's, for the same content.
+        Codes of shape ``[N]``; ``NO_PUBLISHED_CODE`` for new content, and where the label map does
+        not read the item's prefix as the parent's.
     """
     old_NL = parent.codes_of(vectors.item_ids_N, vectors.content_hashes_N)
+    published_N = np.full(len(rq_NL), NO_PUBLISHED_CODE, dtype=np.int64)
     if manifest.label_map is None or old_NL.shape[1] != rq_NL.shape[1]:
-        return np.zeros(len(rq_NL), dtype=np.bool_)
-    label_map = [np.array(names_K, dtype=np.int64) for names_K in manifest.label_map]
-    read_NL = np.stack(
-        [names_K[codes_N] for names_K, codes_N in zip(label_map, rq_NL.T, strict=True)], 1
-    )
-    is_held_N: npt.NDArray[np.bool_] = ((read_NL == old_NL) & (old_NL != NO_CODE)).all(axis=1)
-    return is_held_N
+        return published_N
+    *before, last_K = (np.array(names_K, dtype=np.int64) for names_K in manifest.label_map)
+    is_same_N = old_NL[:, -1] != NO_CODE
+    for names_K, codes_N, old_N in zip(before, rq_NL.T, old_NL.T, strict=False):
+        is_same_N &= names_K[codes_N] == old_N
+    goes_on_K = np.flatnonzero(last_K != NO_CODE)
+    own_of_old = np.full(parent.level_sizes[-1], NO_PUBLISHED_CODE, dtype=np.int64)
+    own_of_old[last_K[goes_on_K]] = goes_on_K
+    published_N[is_same_N] = own_of_old[old_NL[is_same_N, -1]]
+    return published_N
 
 
 def diff_versions(config_path: str, version: str, against: str) -> dict[str, Any]:

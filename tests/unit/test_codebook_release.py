@@ -17,7 +17,7 @@ from codebook_input import NUM_ITEMS, write_vectors
 from qarm_feast.codebook import Codebook, ItemVectors
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.codebook_jobs import read_vectors
-from qarm_feast.codebook_release import holds_published_code
+from qarm_feast.codebook_release import published_last_codes
 from qarm_feast.continuity import ParentCodes
 from qarm_feast.errors import (
     CodebookError,
@@ -155,7 +155,7 @@ def test_a_refresh_under_a_cap_moves_no_published_code(
     assert kept_N.sum() == manifest.caps["num_held"] > 0.9 * NUM_ITEMS
 
 
-def test_an_item_holds_its_code_through_the_label_map_and_with_the_same_content_only() -> None:
+def test_published_codes_are_read_through_the_label_map_for_the_same_content_only() -> None:
     parent = ParentCodes(
         version="v1",
         level_sizes=(2, 2),
@@ -171,11 +171,26 @@ def test_an_item_holds_its_code_through_the_label_map_and_with_the_same_content_
     vectors = ItemVectors(
         np.array([1, 2, 3, 4, 5]), ["a", "edited", "c", "d", "e"], np.ones((5, 1), np.float32)
     )
-    rq_NL = np.array([[1, 0], [1, 0], [0, 1], [0, 0], [1, 0]])
+    rq_NL = np.array([[1, 1], [1, 0], [0, 1], [1, 0], [1, 0]])
 
-    held_N = holds_published_code(manifest, vectors, rq_NL, parent)
+    published_N = published_last_codes(manifest, vectors, rq_NL, parent)
 
-    assert held_N.tolist() == [True, False, False, True, False]
+    # Item 1 has its prefix; 2 was edited, 3's last code does not go on, 4 has another prefix.
+    assert published_N.tolist() == [0, -1, -1, -1, -1]
+
+
+def test_a_refresh_in_the_same_space_gives_capped_items_their_capped_codes_again(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__CODEBOOK_SIZE", "[4, 96]")
+    _cap(monkeypatch, 1)
+    _publish(config_path, "v1")
+
+    _publish(config_path, "v2", "--parent", "v1")
+
+    is_other_N = (_served(config_path, "v1") != _served(config_path, "v2")).any(axis=1)
+    assert read_manifest(_uri(config_path), "v1").caps["num_moved"] > 0.1 * NUM_ITEMS
+    assert is_other_N.mean() <= 0.01
 
 
 def test_a_version_that_is_no_draft_cannot_be_capped(
