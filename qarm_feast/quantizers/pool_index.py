@@ -85,7 +85,7 @@ class PoolIndex:
         self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if is_graph else "ivf_flat"
         self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, device)
         self._rows_P = np.argsort(number_of_row_P, kind="stable")
-        self._counts_U = np.bincount(number_of_row_P, minlength=faiss_index.ntotal)
+        self._counts_U = np.bincount(number_of_row_P)
         self._starts_U = np.cumsum(self._counts_U) - self._counts_U
 
     @classmethod
@@ -138,6 +138,17 @@ class PoolIndex:
             "ef_construction": int(index.hnsw.efConstruction),
             "ef_search": self.effort,
         }
+
+    def link(self, x_RD: Embeddings) -> None:
+        """Append the vectors that come next by number to the graph of an ``hnsw`` index."""
+        faiss = _faiss()
+        num_threads = faiss.omp_get_max_threads()
+        # More than one would link in the order in which they happen to come.
+        faiss.omp_set_num_threads(1)
+        try:
+            self._faiss_index.add(x_RD)
+        finally:
+            faiss.omp_set_num_threads(num_threads)
 
     def arrays(self) -> Arrays:
         """Return faiss's own bytes as ``index``, and ``pool_vector_numbers``, row by row."""
@@ -326,32 +337,41 @@ def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -
     return PoolIndex(index, number_of_row_P)
 
 
-def build_graph(x_PD: Embeddings, hnsw_m: int, ef_construction: int) -> PoolIndex:
+def build_graph(
+    x_PD: Embeddings, hnsw_m: int, ef_construction: int, *, num_late: int = 0, seed: int = 0
+) -> tuple[PoolIndex, Rows]:
     """Return an HNSW-Flat index of a pool, built by one thread.
 
     Args:
         x_PD: Pool vectors, float32, row by row.
         hnsw_m: Links of a vector in the graph (twice as many on its lowest layer).
         ef_construction: Candidates that are looked at for them.
+        num_late: Most rows to leave out for now; at most a tenth of those whose vector no other
+            row holds. They are new to the graph, and may test it, until :meth:`PoolIndex.link`.
+        seed: Seed of their choice.
 
     Returns:
-        The index; the same bytes for the same input.
+        The index, and the rows that are to be linked yet; the same bytes for the same input.
 
     Raises:
         MissingDependencyError: If faiss is not installed.
     """
-    faiss = _faiss()
     number_of_row_P, rows_U = _distinct(x_PD)
-    index = faiss.IndexHNSWFlat(x_PD.shape[1], hnsw_m)
-    index.hnsw.efConstruction = ef_construction
-    num_threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        for start in range(0, len(rows_U), _ROWS_PER_BLOCK):
-            index.add(x_PD[rows_U[start : start + _ROWS_PER_BLOCK]])
-    finally:
-        faiss.omp_set_num_threads(num_threads)
-    return PoolIndex(index, number_of_row_P)
+    single_U = np.flatnonzero(np.bincount(number_of_row_P) == 1)
+    size = min(num_late, len(single_U) // 10)
+    late = single_U[sample_rows(len(single_U), size, np.random.default_rng(seed))]
+    is_late_U = np.zeros(len(rows_U), dtype=bool)
+    is_late_U[late] = True
+    # A vector's number is its place in the index, where late ones come last.
+    order_U = np.argsort(is_late_U, kind="stable")
+    place_U = np.argsort(order_U)
+    graph = _faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
+    graph.hnsw.efConstruction = ef_construction
+    index = PoolIndex(graph, place_U[number_of_row_P])
+    linked = rows_U[~is_late_U]
+    for start in range(0, len(linked), _ROWS_PER_BLOCK):
+        index.link(x_PD[linked[start : start + _ROWS_PER_BLOCK]])
+    return index, rows_U[is_late_U]
 
 
 def canonical_keys(distances_T: Embeddings, rows_T: Rows) -> Rows:

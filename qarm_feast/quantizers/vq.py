@@ -30,6 +30,7 @@ from qarm_feast.quantizers.search import NearestSearch, squared_distances
 logger = logging.getLogger(__name__)
 
 ItemIds = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 
 MAX_AUTO_POOL_SIZE = 1_000_000
 MAX_EXACT_POOL_SIZE = 131_072
@@ -72,8 +73,7 @@ class VqConfig(Section):
         description="Share of the exact neighbours that an approximate search shall find, "
         "measured on pool items at training. Where num_probes or ef_search is auto it is raised "
         "until twice the standard error below the measured share is no less; where it is a "
-        "number, training warns. New items are not in the graph of hnsw and find less there "
-        "(.978 to .990 where pool items found .993, benchmarks/quantize_vq.py).",
+        "number, training warns.",
     )
     num_lists: Literal["auto"] | Annotated[int, Field(gt=0, le=65_536)] = Field(
         default="auto",
@@ -110,7 +110,7 @@ class PoolSearch(Protocol):
     def search(self, x_ND: Embeddings, k: int) -> Codes:
         """Return k pool rows of each vector, nearest first."""
 
-    def vectors(self, rows_R: npt.NDArray[np.int64]) -> Embeddings:
+    def vectors(self, rows_R: Rows) -> Embeddings:
         """Return the vectors of some pool rows."""
 
     def arrays(self) -> Arrays:
@@ -131,7 +131,7 @@ class ExactPool:
         """Return the k nearest pool rows of each vector, nearest first."""
         return self._search.search(x_ND, k)
 
-    def vectors(self, rows_R: npt.NDArray[np.int64]) -> Embeddings:
+    def vectors(self, rows_R: Rows) -> Embeddings:
         """Return the vectors of some pool rows."""
         return self._pool_vectors_PD[rows_R]
 
@@ -220,7 +220,7 @@ class NeighborQuantizer:
         ids_N = np.arange(len(x_ND), dtype=np.int64) if item_ids_N is None else item_ids_N
         self.set_pool(x_ND if len(rows_P) == len(x_ND) else x_ND[rows_P], ids_N[rows_P])
 
-    def pool_rows(self, num_items: int) -> npt.NDArray[np.int64]:
+    def pool_rows(self, num_items: int) -> Rows:
         """Return which of ``num_items`` items stand in the pool: a seeded sample.
 
         Args:
@@ -353,14 +353,16 @@ class NeighborQuantizer:
 
 
 class _RecallSample:
-    """Pool items as queries, and their exact neighbours, themselves excluded."""
+    """Pool items as queries, and their exact neighbours in the pool, themselves left out."""
 
-    def __init__(self, x_PD: Embeddings, num_neighbors: int, seed: int) -> None:
-        generator = np.random.default_rng(seed)
-        self._rows_S = sample_rows(len(x_PD), _NUM_RECALL_QUERIES, generator)
-        self._x_SD = x_PD[self._rows_S]
+    def __init__(
+        self, x_PD: Embeddings, query_rows_S: Rows, searched_rows_R: Rows, num_neighbors: int
+    ) -> None:
+        self._query_rows_S = query_rows_S
+        self._x_SD = x_PD[query_rows_S]
         self._num_neighbors = num_neighbors
-        self._exact_Sk = self._own_left_out(_exact_rows(self._x_SD, x_PD, num_neighbors + 1))
+        exact_Sk = _exact_rows(self._x_SD, x_PD, searched_rows_R, num_neighbors + 1)
+        self._exact_Sk = self._own_left_out(exact_Sk)
 
     def recall(self, index: PoolIndex, effort: int) -> tuple[float, float]:
         """Return the share of exact neighbours that ``index`` finds, and its standard error."""
@@ -371,35 +373,59 @@ class _RecallSample:
         return float(shared_S.mean()), float(shared_S.std() / np.sqrt(len(shared_S)))
 
     def _own_left_out(self, rows_Sk: Codes) -> Codes:
-        return _without(rows_Sk, rows_Sk == self._rows_S[:, None])
+        return _without(rows_Sk, rows_Sk == self._query_rows_S[:, None])
 
 
 def _built_search(x_PD: Embeddings, config: VqConfig) -> tuple[PoolSearch, float]:
     """Return the search that ``config`` asks for, and its recall."""
-    is_auto = config.search == "auto"
-    if config.search == "exact" or (is_auto and len(x_PD) <= MAX_EXACT_POOL_SIZE):
+    is_small = len(x_PD) <= MAX_EXACT_POOL_SIZE
+    if config.search == "exact" or (config.search == "auto" and is_small):
         return ExactPool(x_PD), 1.0
-    if config.search == "hnsw":
-        effort = config.ef_search
-        _check_effort("ef_search", effort, config.num_neighbors + 1, MAX_EF_SEARCH)
-        index = build_graph(x_PD, config.hnsw_m, config.ef_construction)
-        most = min(MAX_EF_SEARCH, index.num_distinct)
-    else:
-        effort = config.num_probes
-        index = build_lists(x_PD, config.num_lists, config.seed)
-        most = index.settings["num_lists"]
-        _check_effort("num_probes", effort, 1, most)
-    if is_auto and effort == "auto":
-        most = max(1, int(most * MAX_AUTO_PROBED_SHARE))
-    sample = _RecallSample(x_PD, config.num_neighbors, config.seed)
-    recall, is_enough = _set_effort(index, sample, config.min_recall, effort, most)
-    if is_auto and not is_enough:
+    return _built_graph(x_PD, config) if config.search == "hnsw" else _built_lists(x_PD, config)
+
+
+def _built_lists(x_PD: Embeddings, config: VqConfig) -> tuple[PoolSearch, float]:
+    index = build_lists(x_PD, config.num_lists, config.seed)
+    num_lists = most = index.settings["num_lists"]
+    _check_effort("num_probes", config.num_probes, 1, num_lists)
+    if config.search == "auto" and config.num_probes == "auto":
+        most = max(1, int(num_lists * MAX_AUTO_PROBED_SHARE))
+    rows_P = np.arange(len(x_PD))
+    queries_S = sample_rows(len(x_PD), _NUM_RECALL_QUERIES, np.random.default_rng(config.seed))
+    sample = _RecallSample(x_PD, queries_S, rows_P, config.num_neighbors)
+    bounds = 1, most
+    recall, is_enough = _set_effort(index, sample, config.min_recall, config.num_probes, bounds)
+    if config.search == "auto" and not is_enough:
         logger.info(
             "vq_search_exact: %d of %d lists find %.4f of the neighbours, quantizer.vq.min_recall "
             "is %.4f, so auto takes the exact search",
-            index.effort, index.settings["num_lists"], recall, config.min_recall,
+            index.effort, num_lists, recall, config.min_recall,
         )  # fmt: skip
         return ExactPool(x_PD), 1.0
+    _log_search(index, recall, is_enough, config.min_recall)
+    return index, recall
+
+
+def _built_graph(x_PD: Embeddings, config: VqConfig) -> tuple[PoolSearch, float]:
+    """Return an HNSW search and its recall.
+
+    A vector in the graph finds its neighbours by its own links, a new item has none: so the
+    queries are linked only after the recall is measured.
+    """
+    least = config.num_neighbors + 1
+    _check_effort("ef_search", config.ef_search, least, MAX_EF_SEARCH)
+    num_late = min(_NUM_RECALL_QUERIES, len(x_PD) - least)
+    index, late_S = build_graph(
+        x_PD, config.hnsw_m, config.ef_construction, num_late=num_late, seed=config.seed
+    )
+    # None is left out of a pool of duplicates; its queries then stand in the graph.
+    generator = np.random.default_rng(config.seed)
+    queries_S = late_S if len(late_S) else sample_rows(len(x_PD), _NUM_RECALL_QUERIES, generator)
+    linked_R = np.setdiff1d(np.arange(len(x_PD)), late_S)
+    sample = _RecallSample(x_PD, queries_S, linked_R, config.num_neighbors)
+    bounds = least, min(MAX_EF_SEARCH, max(least, index.num_distinct))
+    recall, is_enough = _set_effort(index, sample, config.min_recall, config.ef_search, bounds)
+    index.link(x_PD[late_S])
     _log_search(index, recall, is_enough, config.min_recall)
     return index, recall
 
@@ -409,7 +435,7 @@ def _set_effort(
     sample: _RecallSample,
     min_recall: float,
     effort: int | Literal["auto"],
-    most: int,
+    bounds: tuple[int, int],
 ) -> tuple[float, bool]:
     """Set the effort and return its recall, and whether that is enough.
 
@@ -424,7 +450,8 @@ def _set_effort(
         recall, error = sample.recall(index, value)
         return recall, recall - 2 * error >= min_recall
 
-    low, high = 0, 1
+    least, most = bounds
+    low, high = least - 1, least
     best = measured(high)
     while not best[1] and high < most:
         low, high = high, min(2 * high, most)
@@ -457,16 +484,17 @@ def _log_search(index: PoolIndex, recall: float, is_enough: bool, min_recall: fl
         )  # fmt: skip
 
 
-def _exact_rows(x_SD: Embeddings, x_PD: Embeddings, k: int) -> Codes:
-    """Return the k nearest pool rows by the canonical rule, a block of the pool at a time."""
+def _exact_rows(x_SD: Embeddings, x_PD: Embeddings, searched_rows_R: Rows, k: int) -> Codes:
+    """Return the k nearest of some pool rows by the canonical rule, a block at a time."""
     keys_SC = np.empty((len(x_SD), 0), dtype=np.int64)
-    for start in range(0, len(x_PD), _ROWS_PER_BLOCK):
-        block_BD = x_PD[start : start + _ROWS_PER_BLOCK]
-        rows_Sk = NearestSearch(block_BD).search(x_SD, min(k, len(block_BD)))
+    for start in range(0, len(searched_rows_R), _ROWS_PER_BLOCK):
+        rows_B = searched_rows_R[start : start + _ROWS_PER_BLOCK]
+        block_BD = x_PD[rows_B]
+        places_Sk = NearestSearch(block_BD).search(x_SD, min(k, len(block_BD)))
         distances_Sk = np.stack(
-            [squared_distances(x_SD, block_BD[rows_S]) for rows_S in rows_Sk.T], axis=1
+            [squared_distances(x_SD, block_BD[places_S]) for places_S in places_Sk.T], axis=1
         )
-        keys_SC = np.hstack([keys_SC, canonical_keys(distances_Sk, rows_Sk + start)])
+        keys_SC = np.hstack([keys_SC, canonical_keys(distances_Sk, rows_B[places_Sk])])
         keys_SC = np.sort(keys_SC, axis=1)[:, :k]
     return rows_of_keys(keys_SC, k)
 

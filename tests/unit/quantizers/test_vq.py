@@ -207,6 +207,29 @@ def test_a_pool_of_equal_vectors_gives_its_lowest_rows(kind: Any) -> None:
     assert quantizer.search_recall == 1.0
 
 
+def test_a_pool_whose_vectors_all_come_twice_is_measured_as_well() -> None:
+    pool_PD = np.repeat(np.random.default_rng(0).standard_normal((400, 24)), 2, axis=0)
+    config = VqConfig(search="hnsw", num_neighbors=10, hnsw_m=4, ef_search=11)
+
+    assert 0 < NeighborQuantizer(config, pool_PD.astype(np.float32)).search_recall < 1
+
+
+def test_late_vectors_are_new_to_a_graph_until_they_are_linked() -> None:
+    pool_PD = _clustered(600)
+    index, late_S = build_graph(pool_PD, 8, 40, num_late=30, seed=0)
+    index.effort = 600
+    early = np.setdiff1d(np.arange(600), late_S)
+
+    before_NV = index.search(pool_PD[late_S], 5)
+    index.link(pool_PD[late_S])
+    after_NV = index.search(pool_PD[late_S], 5)
+
+    assert len(late_S) == 30
+    expected_NV = early[reference.nearest(pool_PD[late_S], pool_PD[early], 5)]
+    np.testing.assert_array_equal(before_NV, expected_NV)
+    np.testing.assert_array_equal(after_NV, reference.nearest(pool_PD[late_S], pool_PD, 5))
+
+
 def test_zero_and_minus_zero_are_one_vector() -> None:
     pool_PD = np.array([[0.0, 1.0], [-0.0, 1.0], [0.0, 2.0]], dtype=np.float32)
 
@@ -225,7 +248,7 @@ def test_lists_too_short_for_a_code_are_joined_by_more() -> None:
 
 def test_a_walk_that_finds_too_few_is_replaced_by_a_scan() -> None:
     pool_PD = _clustered(60)
-    real = build_graph(pool_PD, hnsw_m=8, ef_construction=16)
+    real, _ = build_graph(pool_PD, hnsw_m=8, ef_construction=16)
     stored = faiss.deserialize_index(real.arrays()["index"])
     lost = SimpleNamespace(
         hnsw=SimpleNamespace(efSearch=8),
@@ -352,7 +375,7 @@ def test_a_graph_is_the_same_bytes_whatever_the_number_of_threads() -> None:
     payloads = []
     for num_threads in (1, 2):
         faiss.omp_set_num_threads(num_threads)
-        payloads.append(build_graph(_clustered(1000), 8, 40).arrays()["index"].tobytes())
+        payloads.append(build_graph(_clustered(1000), 8, 40)[0].arrays()["index"].tobytes())
         assert faiss.omp_get_max_threads() == num_threads
 
     assert payloads[0] == payloads[1]
