@@ -2,10 +2,11 @@
 
     uv run --frozen --extra cpu python benchmarks/quantize_vq.py [--quick]
 
-Top-25 in a pool of 128 columns, on one thread: ``ivf_flat`` over 1,000,000 rows, ``hnsw`` over
-100,000, since only one thread links a graph. Four kinds of vectors: those of ``generators``, and
-:func:`curved`, which has the spectrum of ``low_rank`` but neighbourhoods of few dimensions, as text
-vectors have. ``--quick``: ``low_rank`` and ``curved`` only, 20,000 rows.
+Top-25 in a pool of 128 columns, on one thread: ``ivf_flat`` over 1,000,000 rows, both kinds over
+100,000 (names that end in ``_100k``), since only one thread links a graph. Four kinds of vectors:
+those of ``generators``, and :func:`curved`, which has the spectrum of ``low_rank`` but
+neighbourhoods of few dimensions, as text vectors have. ``--quick``: ``low_rank`` and ``curved``
+only, 20,000 rows.
 
 Exact is the faster of our own exact search and faiss's flat index, on the same batch of 2048 new
 vectors (the most that the streaming worker reads at once), and again one vector at a time. Times
@@ -35,13 +36,19 @@ from qarm_feast.quantizers import NeighborQuantizer, VqConfig
 from qarm_feast.quantizers.base import Codes, Embeddings
 from qarm_feast.quantizers.search import NearestSearch
 
+Kind = Literal["ivf_flat", "hnsw", "auto"]
+
 EMBEDDING_DIM = 128
 NUM_NEIGHBORS = 25
 BATCH_SIZE = 2048
 NUM_SINGLES = 64
-QUICK_POOL_SIZE = 20_000
 QUICK_VECTORS = ("low_rank", "curved")
-POOL_SIZES: dict[Literal["ivf_flat", "hnsw"], int] = {"ivf_flat": 1_000_000, "hnsw": 100_000}
+POOLS: tuple[tuple[int, tuple[Kind, ...], str], ...] = (
+    (1_000_000, ("ivf_flat",), ""),
+    (100_000, ("ivf_flat", "hnsw"), "_100k"),
+)
+QUICK_POOLS: tuple[tuple[int, tuple[Kind, ...], str], ...] = ((20_000, ("ivf_flat", "hnsw"), ""),)
+"""Rows, the searches of such a pool, and the ending of its figures' names."""
 TARGETS = {
     "vq_recall_at_25": {"op": "ge", "value": 0.99},
     "vq_speedup_vs_exact": {"op": "ge", "value": 20.0},
@@ -66,7 +73,7 @@ def main() -> None:
                 "device": f"{platform.machine()}, 1 thread",
                 "figures": {name: round(value, 4) for name, value in figures.items()},
                 "targets": TARGETS,
-                "settings": {"quick": arguments.quick, "pool_sizes": _pool_sizes(arguments.quick)},
+                "settings": {"quick": arguments.quick, "batch_size": BATCH_SIZE},
             }
         )
     )
@@ -85,13 +92,12 @@ def vq_figures(quick: bool) -> dict[str, float]:
     faiss.omp_set_num_threads(1)
     figures: dict[str, float] = {}
     try:
-        for kind, pool_size in _pool_sizes(quick).items():
-            for vectors, generate in {**GENERATORS, "curved": curved}.items():
-                if quick and vectors not in QUICK_VECTORS:
-                    continue
-                x_ND = generate(pool_size + BATCH_SIZE, EMBEDDING_DIM, 0)
-                is_headline = (kind, vectors) == ("ivf_flat", "low_rank")
-                names = {kind: f"_{kind}_{vectors}", **({"auto": ""} if is_headline else {})}
+        for pool_size, kinds, ending in QUICK_POOLS if quick else POOLS:
+            for vectors in QUICK_VECTORS if quick else VECTORS:
+                x_ND = VECTORS[vectors](pool_size + BATCH_SIZE, EMBEDDING_DIM, 0)
+                names: dict[Kind, str] = {kind: f"_{kind}_{vectors}{ending}" for kind in kinds}
+                if vectors == "low_rank" and ending == "":
+                    names["auto"] = ""
                 figures |= _figures(x_ND[:pool_size], x_ND[pool_size:], names)
     finally:
         torch.set_num_threads(before[0])
@@ -124,14 +130,13 @@ def curved(num_rows: int, embedding_dim: int, seed: int) -> Embeddings:
     return x_ND
 
 
-def _pool_sizes(quick: bool) -> dict[Literal["ivf_flat", "hnsw"], int]:
-    return dict.fromkeys(POOL_SIZES, QUICK_POOL_SIZE) if quick else POOL_SIZES
+VECTORS = {**GENERATORS, "curved": curved}
 
 
 def _figures(
     pool_PD: Embeddings,
     x_QD: Embeddings,
-    names: dict[Literal["ivf_flat", "hnsw", "auto"], str],
+    names: dict[Kind, str],
 ) -> dict[str, float]:
     """Return the figures of some searches of one pool; ``names`` are their suffixes."""
     exact_Qk, exact_seconds, exact_single_seconds = _exact(pool_PD, x_QD)
