@@ -41,7 +41,10 @@ class ContinuityConfig(Section):
         "times that of the nearest.",
     )
     num_iterations: int = Field(
-        default=3, gt=0, le=100, description="k-means iterations per level, at first."
+        default=3,
+        gt=0,
+        le=100,
+        description="k-means iterations per level, at first, where none do not keep the budget.",
     )
     mse_budget: float = Field(
         default=0.05,

@@ -3,15 +3,14 @@
 A row (level, code) of an embedding table holds learned weights. A plain refit (below: the naive
 refit) names and cuts all cells anew, so those weights would stand for other items. Here:
 
-1. Each level starts from the means of the parent's members in the new space and takes a few
-   k-means iterations. Only which item had which code is read, so the new vectors may have another
-   width or come from another encoder.
+1. Each level starts from the means of the parent's members in the new space. Only which item had
+   which code is read, so the new vectors may have another width or come from another encoder.
 2. An item keeps its old code while ``d2_old <= (1 + hysteresis) * d2_best``, level by level on
    what the codes kept so far leave over. A code that is not the nearest is stored as an override,
    by item id and content hash; centroids end as the means of the items that hold their code.
 3. Where the mean squared error on the training items is above ``(1 + mse_budget)`` times the naive
-   refit's, more iterations are taken, then the hysteresis is lowered; at last the naive refit
-   itself is taken, its labels matched.
+   refit's, a few k-means iterations are taken, then more, then the hysteresis is lowered; at last
+   the naive refit itself is taken, its labels matched.
 4. A level cannot start from members if its size differs from the parent's, or if fewer than half
    of the parent's codes have a member among the training items. Such a level is trained afresh,
    and its codes get the parent's labels by Hungarian matching of the items they share.
@@ -341,12 +340,13 @@ class _BudgetSearch:
 
     def more_iterations(self, config: ContinuityConfig, most_iterations: int) -> _Fit | None:
         """Return the first fit within the budget of ever more iterations, None if there is none."""
-        num_iterations = config.num_iterations
+        # None at first: in the same space k-means would only move on from codes that still serve.
+        num_iterations = 0
         while self._last is None or self._last.num_iterations < most_iterations:
             fit = self._try(config.hysteresis, num_iterations)
             if fit is not None:
                 return fit
-            num_iterations = min(2 * num_iterations, most_iterations)
+            num_iterations = min(max(config.num_iterations, 2 * num_iterations), most_iterations)
         return None
 
     def less_hysteresis(self) -> _Fit | None:
