@@ -102,12 +102,15 @@ class NativeSearch:
         """Return the nearest centroid of each row.
 
         Args:
-            x_ND: Vectors, float32, contiguous, finite.
+            x_ND: Checked vectors, float32, contiguous.
             is_subtracted: Whether each row is replaced by what its centroid leaves over.
 
         Returns:
             Indices of shape ``[N]``, int64.
         """
+        # The kernel sees a bare address: callers have checked, this is the last line.
+        assert x_ND.is_contiguous(), "rows must lie one after the other"
+        assert (x_ND.dtype, x_ND.shape[1]) == (torch.float32, self._set.dim)
         codes_N = torch.empty(len(x_ND), dtype=torch.int64)
         self._library.search(
             ctypes.byref(self._set),

@@ -95,6 +95,8 @@ class NearestSearch:
         centre_D = _tensor(centroids_KD)[::stride].median(dim=0).values
         self._centroids_KD = _tensor(centroids_KD).to(self._device)
         self._centre_D = centre_D.to(self._device)
+        # Here and not in the first search: they may have to be compiled, which takes seconds.
+        self._library = kernels() if self._device.type == "cpu" else None
 
     def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
         """Return the k nearest centroids of each row; see :func:`nearest`."""
@@ -152,10 +154,9 @@ class NearestSearch:
     # the same both times.
     @functools.cached_property
     def _native(self) -> NativeSearch | None:
-        library = kernels() if self._device.type == "cpu" else None
-        if library is None:
+        if self._library is None:
             return None
-        return NativeSearch(library, self._centroids_KD, self._centre_D)
+        return NativeSearch(self._library, self._centroids_KD, self._centre_D)
 
     @functools.cached_property
     def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
