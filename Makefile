@@ -14,7 +14,7 @@ UV := $(shell uv python dir >/dev/null 2>&1 && command -v uv || echo $(CACHE)/uv
 export UV_PYTHON_DOWNLOADS := never
 RUN := $(UV) run --frozen --extra cpu
 
-.PHONY: quickstart test check setup prerequisites environment clean-run
+.PHONY: quickstart test check bench setup prerequisites environment clean-run
 # Prerequisites are checked first, also under `make -j`.
 .NOTPARALLEL:
 
@@ -30,6 +30,10 @@ check: environment
 	$(RUN) mypy
 	$(RUN) lint-imports
 	$(RUN) pydoclint qarm_feast streaming torchrec_models
+
+# Every benchmark, shortened, and one table; a missed target is shown and is no failure.
+bench: environment $(CACHE)/packages/.complete
+	@$(RUN) python -W ignore benchmarks/run_all.py $(if $(DATA),--data "$(DATA)")
 
 clean-run: environment
 	@$(RUN) python -m examples.quickstart.run --clean $(if $(DATA),--data "$(DATA)")
