@@ -21,6 +21,7 @@ from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddin
 from qarm_feast.quantizers.fsq import num_bits_of, train_lattice
 from qarm_feast.quantizers.kmeans import lloyd, num_distinct_rows, plus_plus_start, sample_rows
 from qarm_feast.quantizers.search import NearestSearch
+from qarm_feast.quantizers.start import direction_start
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +191,13 @@ class ResidualQuantizer:
                 "rq_level_thin level=%d num_distinct=%d codebook_size=%d wanted_per_centroid=%d",
                 level + 1, num_distinct, size, POINTS_PER_CENTROID,
             )  # fmt: skip
-        start_KD = plus_plus_start(residual_ND, size, generator)
+        num_iterations = self._config.num_iterations
+        if level == 0:
+            start_KD = plus_plus_start(residual_ND, size, generator)
+        else:
+            start_KD = direction_start(residual_ND, size, num_iterations, generator)
         iterate = balanced_lloyd if self._config.enable_balance else lloyd
-        return iterate(residual_ND, start_KD, self._config.num_iterations)
+        return iterate(residual_ND, start_KD, num_iterations)
 
     def _set_codebooks(self, codebooks: Sequence[Embeddings]) -> None:
         self._codebooks = tuple(codebooks)

@@ -199,7 +199,7 @@ def test_where_some_items_drift_away_the_others_keep_their_codes() -> None:
 
     codes = refreshed.encode(old.item_ids_N, old.content_hashes_N, x_ND)
     is_same_N = (codes.rq_NL == parent.rq_NL).all(axis=1)
-    assert is_same_N[60:].mean() > 0.95
+    assert is_same_N[60:].mean() > 0.9
     assert is_same_N[:60][moved_N].mean() < 0.1
     assert refreshed.manifest.continuity["naive_churn"]["full"] > 0.5
 
