@@ -13,8 +13,9 @@ behavioural neighbours are read from test rows. Blocks: raw vectors; the same wi
 items per full code, for methods whose codes add up to the vector; vectors of an encoder aligned on
 train rows (prefix ``aligned_``). ``<measure>_minus_best_peer`` sets our default against the best of
 the others in that measure, at the size where it does worst; ``mse_over_best_peer`` is a ratio - 1.
-Deviations (``_std``) are over seeds. Progress goes to stderr, the last line of stdout is one JSON
-object.
+Few or uneven cells bring many behavioural neighbours together for no merit, so the share less that
+of chance stands beside it (``behaviour_excess``). Deviations (``_std``) are over seeds. Progress
+goes to stderr, the last line of stdout is one JSON object.
 
 Shape letters in this file: N items, D width, L levels.
 """
@@ -63,6 +64,7 @@ HIGHER_IS_BETTER = {
     "hr10": True,
     "behaviour_share_c1": True,
     "behaviour_share_c1c2": True,
+    "behaviour_excess_c1": True,
 }
 TARGETS = {
     "collision_rate_minus_best_peer": ("le", 0.0),
@@ -193,12 +195,12 @@ def _measured(coded: Coded, items: Items) -> Figures:
 
 
 def _behaviour(levels: list[dict[str, float]]) -> Figures:
-    names = ("c1", "c1c2")
-    shares = {f"behaviour_share_{n}": each["share"] for n, each in zip(names, levels, strict=False)}
-    chances = {
-        f"behaviour_chance_{n}": each["chance"] for n, each in zip(names, levels, strict=False)
-    }
-    return shares | chances
+    figures: Figures = {}
+    for name, level in zip(("c1", "c1c2"), levels, strict=False):
+        figures[f"behaviour_share_{name}"] = level["share"]
+        figures[f"behaviour_chance_{name}"] = level["chance"]
+        figures[f"behaviour_excess_{name}"] = level["share"] - level["chance"]
+    return figures
 
 
 def _capped(coded: Coded, items: Items, cap: int) -> Coded:
