@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from qarm_feast.caps import NO_PUBLISHED_CODE, capped_codes
-from qarm_feast.codebook_jobs import read_vectors
 from qarm_feast.quality import code_use, full_code_figures
 from qarm_feast.quantizers import ResidualQuantizer, RqConfig
 from qarm_feast.quantizers.base import Embeddings, unit_rows
 from qarm_feast.quantizers.rq import level_sizes
+from qarm_feast.vector_files import VectorFiles
 
 CAPS = (1, 5, 20)
 TARGETS = {"balanced_train_time_vs_kmeans": {"op": "le", "value": 3.0}}
@@ -83,7 +83,7 @@ def _arguments() -> argparse.Namespace:
 
 def _vectors(arguments: argparse.Namespace) -> tuple[Embeddings, int]:
     if arguments.vectors:
-        unit_ND = unit_rows(read_vectors(Path(arguments.vectors)).x_ND)
+        unit_ND = unit_rows(VectorFiles.open(Path(arguments.vectors)).read().x_ND)
     else:
         unit_ND = _clusters(10_000 if arguments.quick else 100_000, 64)
     distinct_ND = np.unique(unit_ND, axis=0)

@@ -29,6 +29,9 @@ import numpy as np
 import torch
 
 from benchmarks.generators import GENERATORS
+from benchmarks.quantize_memory import memory_figures
+from benchmarks.quantize_vq import TARGETS as VQ_TARGETS
+from benchmarks.quantize_vq import vq_figures
 from qarm_feast.quantizers import ResidualQuantizer
 from qarm_feast.quantizers.base import Embeddings, fold_sum
 from qarm_feast.quantizers.faiss_search import FaissSearch
@@ -43,6 +46,7 @@ ENCODE_TARGETS = {4096: 0.8, 256: 1.3}
 """Most times the bare default float32 products, by codebook size."""
 KMEANS_TIME_TARGET = 1.05
 KMEANS_INERTIA_TARGET = 1.005
+TRAIN_PEAK_GIB_TARGET = 4.0
 _ITEMS_PER_TIMING = 20_000
 _ROWS_PER_PRODUCT = 8192
 """The bare product fills one block of scores again and again: its best case."""
@@ -58,9 +62,11 @@ class Scale:
     kmeans_points: int = 100_000
     kmeans_size: int = 1024
     kmeans_iterations: int = 25
+    is_quick: bool = False
 
 
 QUICK = Scale(
+    is_quick=True,
     num_items=20_000,
     num_checked=50,
     kmeans_points=20_000,
@@ -196,9 +202,24 @@ def gpu_section(scale: Scale, device: str = "cuda") -> Outcome:
     return outcome
 
 
+def vq_section(scale: Scale) -> Outcome:
+    """Recall and speed of the approximate VQ search, see ``quantize_vq``."""
+    targets = {name: (target["op"], target["value"]) for name, target in VQ_TARGETS.items()}
+    return Outcome(vq_figures(scale.is_quick), targets)
+
+
+def memory_section(scale: Scale) -> Outcome:
+    """Most memory that training on files holds, see ``quantize_memory``."""
+    return Outcome(
+        memory_figures(quick=scale.is_quick), {"train_peak_gib": ("le", TRAIN_PEAK_GIB_TARGET)}
+    )
+
+
 SECTIONS: dict[str, Callable[[Scale], Outcome]] = {
     "encode": encode_section,
     "kmeans": kmeans_section,
+    "vq": vq_section,
+    "memory": memory_section,
     "gpu": gpu_section,
 }
 

@@ -3,7 +3,6 @@
 Shape letters in this file: N items, D embedding width.
 """
 
-import json
 import multiprocessing
 import resource
 import sys
@@ -102,7 +101,3 @@ def _train(folder: str) -> tuple[float, int]:
     )
     seconds = time.monotonic() - start
     return seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":
-    print(json.dumps(memory_figures(quick="--quick" in sys.argv)))

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.artifact import replace_file
 from qarm_feast.behaviour import follow_up_pairs
-from qarm_feast.codebook import Codebook
+from qarm_feast.codebook import Codebook, ItemCodes
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import CodebookMismatchError
 from qarm_feast.input_data import DataConfig, load_input_data
 from qarm_feast.quality import ItemFacts, codebook_quality
 from qarm_feast.quality_page.page import PageInput, quality_page
-from qarm_feast.registry import gate_readings, trained_uri, write_report
+from qarm_feast.registry import Manifest, gate_readings, trained_uri, write_report
 from qarm_feast.schema import ITEM_ID
 from qarm_feast.vector_files import VectorFiles
 
@@ -59,14 +59,52 @@ def evaluate_codebook(config_path: str, version: str) -> Evaluation:
     config = load_section(config_path, "codebook", CodebookConfig)
     codebook = Codebook.load(trained_uri(config.uri, version), version)
     _check_encoder(codebook, alignment.encoder_version)
-    checked = load_input_data(load_section(config_path, "data", DataConfig))
     vectors = VectorFiles.open(Path(alignment.vectors_uri) / alignment.encoder_version).read()
     codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
-    facts = ItemFacts(follow_up_pairs(checked), titles_of(checked.items, vectors.item_ids_N))
+    facts = item_facts(config_path, vectors.item_ids_N)
     quality = codebook_quality(codebook, codes, vectors.x_ND, facts)
+    return store_evaluation(config, codebook.manifest, quality, codes, facts)
+
+
+def item_facts(config_path: str, item_ids_N: npt.NDArray[np.int64]) -> ItemFacts:
+    """Return what section ``data`` tells of some items: titles, and pairs from its test rows.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        item_ids_N: The items.
+
+    Returns:
+        Titles in the order of the ids.
+
+    Raises:
+        DataError: If the data is missing or broken.
+    """
+    checked = load_input_data(load_section(config_path, "data", DataConfig))
+    return ItemFacts(follow_up_pairs(checked), titles_of(checked.items, item_ids_N))
+
+
+def store_evaluation(
+    config: CodebookConfig,
+    manifest: Manifest,
+    quality: dict[str, Any],
+    codes: ItemCodes,
+    facts: ItemFacts,
+) -> Evaluation:
+    """Write figures and page of one version beside the registry's versions.
+
+    Args:
+        config: Where the registry lies, and the gates that the page shows.
+        manifest: The manifest of the codebook that was measured.
+        quality: Its figures.
+        codes: The codes that were measured.
+        facts: Titles of the items, in the order of ``codes``.
+
+    Returns:
+        The figures and the files that hold them.
+    """
     page = quality_page(
         PageInput(
-            manifest=codebook.manifest,
+            manifest=manifest,
             quality=quality,
             gates=gate_readings(quality, config.gates),
             item_ids_N=codes.item_ids_N,
@@ -74,7 +112,7 @@ def evaluate_codebook(config_path: str, version: str) -> Evaluation:
             titles_N=facts.titles_N,
         )
     )
-    report_path = write_report(config.uri, codebook.manifest, quality)
+    report_path = write_report(config.uri, manifest, quality)
     page_path = report_path.with_name(PAGE_NAME)
     replace_file(page_path, page.encode())
     return Evaluation(quality, report_path, page_path)

@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.artifact import MANIFEST_NAME, sha256
-from qarm_feast.codebook import Codebook, EncoderFacts, ItemVectors, QuantizerConfig
+from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.continuity import ParentCodes, refresh_codebook
@@ -80,11 +80,6 @@ def train_codebook(
     return codebook.manifest
 
 
-def read_vectors(folder: Path) -> ItemVectors:
-    """Return all vectors that `qarm align export` wrote to ``folder``; see ``VectorFiles``."""
-    return VectorFiles.open(folder).read()
-
-
 def read_parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> ParentCodes:
     """Return the codes that a published version serves for the vectors of its own encoder.
 
@@ -105,7 +100,7 @@ def read_parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> Pare
         raise CodebookNotFoundError(version=parent, uri=uri, known=CodebookRegistry(uri).versions())
     codebook = Codebook.load(uri, parent)
     folder = Path(alignment.vectors_uri) / codebook.manifest.encoder_version
-    return ParentCodes.served_by(codebook, read_vectors(folder))
+    return ParentCodes.served_by(codebook, VectorFiles.open(folder).read())
 
 
 def _encoder_facts(alignment: AlignmentConfig, dataset: InputData) -> EncoderFacts:

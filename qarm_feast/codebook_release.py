@@ -6,6 +6,7 @@ May import: the codebook, its jobs, caps and registry.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.caps import NO_PUBLISHED_CODE, capped_codes
 from qarm_feast.codebook import Codebook, ItemCodes, ItemVectors, check_distinct
 from qarm_feast.codebook_config import CodebookConfig
-from qarm_feast.codebook_jobs import read_parent_codes, read_vectors
+from qarm_feast.codebook_evaluation import item_facts, store_evaluation
+from qarm_feast.codebook_jobs import read_parent_codes
 from qarm_feast.config import load_section
 from qarm_feast.continuity import NO_CODE, ParentCodes, codes_churn
 from qarm_feast.errors import CodebookError, CodebookNotFoundError
 from qarm_feast.overrides import content_order, find_content, hash_array
-from qarm_feast.quality import codebook_quality, full_code_figures
+from qarm_feast.quality import ItemFacts, codebook_quality, full_code_figures
 from qarm_feast.quantizers.base import Codes, unit_rows
 from qarm_feast.registry import (
     CodebookRegistry,
@@ -33,6 +35,7 @@ from qarm_feast.registry import (
     read_manifest,
     trained_uri,
 )
+from qarm_feast.vector_files import VectorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +70,10 @@ def publish_version(config_path: str, version: str, *, force: bool = False) -> V
     registry = CodebookRegistry(config.uri)
     registry.check_not_purged(version)
     source_uri = trained_uri(config.uri, version)
-    served = None
+    capped = None
     if config.max_items_per_code is not None and source_uri != config.uri:
-        alignment = load_section(config_path, "alignment", AlignmentConfig)
         codebook = Codebook.load(source_uri, version)
-        served = _capped(codebook, alignment, config.uri, config.max_items_per_code)
+        capped = _capped(config_path, codebook, config.uri, config.max_items_per_code)
     elif config.max_items_per_code is not None and version not in registry.states():
         # What lies beside the drafts is stored for good; it can be published, not changed.
         stored = read_manifest(source_uri, version)
@@ -80,13 +82,29 @@ def publish_version(config_path: str, version: str, *, force: bool = False) -> V
             "codebook.max_items_per_code cannot be applied to it; run `qarm codebook train "
             f"--codebook-version {registry.next_name(version)}`"
         )
-    return publish_codebook(config.uri, version, config.gates, force=force, served=served)
+    served = None if capped is None else capped.artifact
+    state = publish_codebook(config.uri, version, config.gates, force=force, served=served)
+    if capped is not None:
+        # The report of the draft is not that of the codes that are served now.
+        manifest = capped.artifact.manifest
+        store_evaluation(config, manifest, manifest.quality, capped.codes, capped.facts)
+    return state
 
 
-def _capped(
-    codebook: Codebook, alignment: AlignmentConfig, uri: str, max_items_per_code: int
-) -> ServedArtifact:
-    vectors = read_vectors(Path(alignment.vectors_uri) / codebook.manifest.encoder_version)
+@dataclass(frozen=True)
+class _Capped:
+    """A draft with its caps applied, and what its report is made of."""
+
+    artifact: ServedArtifact
+    codes: ItemCodes
+    facts: ItemFacts
+
+
+def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: int) -> _Capped:
+    alignment = load_section(config_path, "alignment", AlignmentConfig)
+    vectors = VectorFiles.open(
+        Path(alignment.vectors_uri) / codebook.manifest.encoder_version
+    ).read()
     check_distinct(np.sort(vectors.item_ids_N))
     codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
     published_N = np.full(len(vectors.item_ids_N), NO_PUBLISHED_CODE, dtype=np.int64)
@@ -115,9 +133,10 @@ def _capped(
         "with_caps": full_code_figures(capped.rq_NL),
     }
     item_codes = ItemCodes(vectors.item_ids_N, codes.vq_NV, capped.rq_NL)
-    quality = codebook_quality(served, item_codes, vectors.x_ND)
+    facts = item_facts(config_path, vectors.item_ids_N)
+    quality = codebook_quality(served, item_codes, vectors.x_ND, facts)
     manifest = served.manifest.model_copy(update={"caps": caps, "quality": quality})
-    return ServedArtifact(manifest, served.payloads())
+    return _Capped(ServedArtifact(manifest, served.payloads()), item_codes, facts)
 
 
 def _with_codes(
@@ -271,7 +290,7 @@ def _catalogue_changes(
     folders = [vectors_uri / codebook.manifest.encoder_version for codebook in (new, old)]
     if not all(any(folder.glob("*.parquet")) for folder in folders):
         return None
-    new_items, old_items = (read_vectors(folder) for folder in folders)
+    new_items, old_items = (VectorFiles.open(folder).read() for folder in folders)
     old_hashes_N = hash_array(old_items.content_hashes_N)
     order_N = content_order(old_items.item_ids_N, old_hashes_N)
     found_N = find_content(

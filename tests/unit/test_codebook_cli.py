@@ -13,9 +13,9 @@ from codebook_input import NEWEST_TRAIN, NUM_COLD, NUM_ITEMS
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.codebook_evaluation import titles_of
-from qarm_feast.codebook_jobs import read_vectors
 from qarm_feast.errors import CodebookNotFoundError, DataError, GateRefusedError
 from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
+from qarm_feast.vector_files import VectorFiles
 
 
 def _run(config_path: Path, *arguments: str) -> str:
@@ -123,7 +123,7 @@ def test_vectors_of_unequal_width_are_refused_with_both_files(tmp_path: Path) ->
         pq.write_table(table, tmp_path / f"{name}.parquet")
 
     with pytest.raises(DataError, match=r"b\.parquet holds vectors of width 3, .*a\.parquet of 2"):
-        read_vectors(tmp_path)
+        VectorFiles.open(tmp_path).read()
 
 
 def test_the_options_of_every_command_are_pinned() -> None:
@@ -155,13 +155,13 @@ def test_an_item_without_a_title_is_named_by_its_id() -> None:
 
 def test_vectors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="qarm align export"):
-        read_vectors(tmp_path)
+        VectorFiles.open(tmp_path).read()
 
     embedding = pa.array([[1.0]], pa.list_(pa.float32()))
     table = pa.table({"item_id": [1], "embedding": embedding, "content_hash": ["h"]})
     pq.write_table(table, tmp_path / "part.parquet")
     with pytest.raises(DataError, match="embedding is list"):
-        read_vectors(tmp_path)
+        VectorFiles.open(tmp_path).read()
 
     fixed = pa.FixedSizeListArray.from_arrays(pa.array([1.0], pa.float32()), 1)
     table = pa.table(
@@ -169,4 +169,4 @@ def test_vectors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     )
     pq.write_table(table, tmp_path / "part.parquet")
     with pytest.raises(DataError, match="1 values of item_id are null"):
-        read_vectors(tmp_path)
+        VectorFiles.open(tmp_path).read()

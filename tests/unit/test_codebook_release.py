@@ -16,7 +16,6 @@ from codebook_input import NUM_ITEMS, write_vectors
 
 from qarm_feast.codebook import Codebook, ItemVectors
 from qarm_feast.codebook_cli import codebook_group
-from qarm_feast.codebook_jobs import read_vectors
 from qarm_feast.codebook_release import published_last_codes
 from qarm_feast.continuity import ParentCodes
 from qarm_feast.errors import (
@@ -26,7 +25,8 @@ from qarm_feast.errors import (
     GateRefusedError,
 )
 from qarm_feast.quantizers.base import unit_rows
-from qarm_feast.registry import CodebookRegistry, Manifest, VersionState, read_manifest
+from qarm_feast.registry import CodebookRegistry, Manifest, VersionState, read_manifest, report_path
+from qarm_feast.vector_files import VectorFiles
 
 
 def _invoke(config_path: Path, *arguments: str, answer: str | None = None) -> Result:
@@ -59,7 +59,7 @@ def _uri(config_path: Path) -> str:
 
 
 def _vectors(config_path: Path, encoder: str = "e1") -> ItemVectors:
-    return read_vectors(config_path.parent / "data" / "vectors" / encoder)
+    return VectorFiles.open(config_path.parent / "data" / "vectors" / encoder).read()
 
 
 def _served(config_path: Path, version: str) -> np.ndarray:
@@ -98,6 +98,10 @@ def test_a_cap_moves_catalogue_items_and_the_gates_see_the_codes_as_served(
     assert manifest.quality["max_bucket"] == _largest_bucket(served_NL)
     assert caps["without_caps"]["max_bucket"] == _largest_bucket(edited_NL)
     assert f"{caps['num_moved']} moved, {caps['num_without_room']} found no free code" in printed
+    report = json.loads(report_path(_uri(config_path), "v1").read_text())
+    assert report["quality"] == manifest.quality
+    assert "behaviour" in report["quality"]
+    assert report_path(_uri(config_path), "v1").with_name("quality.html").is_file()
 
 
 def test_a_gate_refuses_by_the_capped_figures_and_nothing_is_stored(
