@@ -126,21 +126,24 @@ def test_held_codes_equal_a_plain_reference() -> None:
         np.testing.assert_array_equal(held_codes(levels, x_ND, old_NL, hysteresis), expected_NL)
 
 
-def test_the_centroids_equal_a_plain_reference() -> None:
+@pytest.mark.parametrize(("mse_budget", "num_iterations"), [(1.0, 0), (0.01, 3)])
+def test_the_centroids_equal_a_plain_reference(mse_budget: float, num_iterations: int) -> None:
     parent = _parent(_vectors())
     new = _drifted(_vectors(), 0.15, seed=3)
-    keep = ContinuityConfig(hysteresis=0.1, num_iterations=3, mse_budget=1.0)
+    keep = ContinuityConfig(hysteresis=0.1, num_iterations=3, mse_budget=mse_budget)
 
     refreshed = _refresh(new, parent, keep)
 
+    assert refreshed.manifest.continuity["num_iterations"] == num_iterations
+    assert refreshed.manifest.continuity["hysteresis"] == keep.hysteresis
     residual_ND = unit_rows(new.x_ND).astype(np.float64)
     for number, centroids_KD in enumerate(refreshed.rq.codebooks):
         old_N = parent.rq_NL[:, number]
         codes_N = old_N
-        for step in range(keep.num_iterations + NUM_HELD_MEANS + 1):
+        for step in range(num_iterations + NUM_HELD_MEANS + 1):
             means_KD = np.stack([residual_ND[codes_N == code].mean(axis=0) for code in range(8)])
             squared_NK = ((residual_ND[:, None] - means_KD) ** 2).sum(axis=2)
-            h = keep.hysteresis if step >= keep.num_iterations else 0.0
+            h = keep.hysteresis if step >= num_iterations else 0.0
             own_N = squared_NK[np.arange(len(old_N)), old_N]
             codes_N = np.where(
                 own_N <= (1 + h) * squared_NK.min(axis=1), old_N, squared_NK.argmin(axis=1)
