@@ -19,7 +19,7 @@ from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
-from qarm_feast.quantizers.pool_index import Device
+from qarm_feast.quantizers.devices import ON_CPU, Device, GpuBackend, Placement
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
@@ -49,9 +49,18 @@ class QuantizerConfig(Section):
     vq: VqConfig = Field(default=VqConfig(), description="Neighbour quantizer.")
     device: Device = Field(
         default="auto",
-        description="Where an ivf_flat pool is searched: cpu, cuda (a copy of the index on the "
-        "first GPU), or auto: cuda if faiss sees a GPU. Every other search is on the CPU.",
+        description="Where vectors get their codes: cpu, cuda (the first GPU), or auto: cuda if "
+        "the backend sees a GPU. Training, and the search of an hnsw pool, are on the CPU.",
     )
+    gpu_backend: GpuBackend = Field(
+        default="faiss",
+        description="What drives the GPU: faiss (an ivf_flat pool needs it), or torch.",
+    )
+
+    @property
+    def placement(self) -> Placement:
+        """Where a process with this configuration searches."""
+        return Placement(self.device, self.gpu_backend)
 
 
 @dataclass(frozen=True)
@@ -204,13 +213,13 @@ class Codebook:
         return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes))).with_hashes()
 
     @classmethod
-    def load(cls, uri: str, version: str, device: Device = "auto") -> "Codebook":
+    def load(cls, uri: str, version: str, placement: Placement = ON_CPU) -> "Codebook":
         """Return a stored codebook after its files have passed their hashes.
 
         Args:
             uri: Folder of codebook versions.
             version: Version name.
-            device: Where an ``ivf_flat`` pool is searched, see ``quantizer.device``.
+            placement: Where codes are searched, see ``quantizer.device``; by default on the CPU.
 
         Returns:
             The codebook.
@@ -224,10 +233,11 @@ class Codebook:
         folder = registry_folder(uri) / version
         rq_arrays = _load_arrays(folder, "rq", manifest.files)
         override_arrays = _load_arrays(folder, "overrides", manifest.files)
+        levels = [rq_arrays[name] for name in sorted(rq_arrays)]
         return cls(
             manifest,
-            ResidualQuantizer(codebooks=[rq_arrays[name] for name in sorted(rq_arrays)]),
-            _load_vq(folder, manifest, device),
+            ResidualQuantizer(codebooks=levels, placement=placement),
+            _load_vq(folder, manifest, placement),
             Overrides(
                 item_ids_M=override_arrays["item_ids"],
                 content_hashes_MW=override_arrays["content_hashes"],
@@ -346,13 +356,13 @@ def _dump_arrays(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
 
 
-def _load_vq(folder: Path, manifest: Manifest, device: Device) -> NeighborQuantizer:
+def _load_vq(folder: Path, manifest: Manifest, placement: Placement) -> NeighborQuantizer:
     is_exact = manifest.search == "exact"
     return NeighborQuantizer.from_arrays(
         _load_arrays(folder, "vq", manifest.files),
         manifest.num_neighbors,
         index=None if is_exact else _load_part(folder, _INDEX_PART, manifest.files),
-        device=device,
+        placement=placement,
     )
 
 

@@ -107,8 +107,8 @@ def load_codebooks(config_path: str) -> LiveCodebooks:
             f"{uri} has no live codebook version; run "
             "`qarm codebook publish --codebook-version VERSION` first"
         )
-    device = load_section(config_path, "quantizer", QuantizerConfig).device
-    codebooks = {version: Codebook.load(uri, version, device) for version in versions}
+    placement = load_section(config_path, "quantizer", QuantizerConfig).placement
+    codebooks = {version: Codebook.load(uri, version, placement) for version in versions}
     for version in versions:
         CODEBOOK_INFO.labels(version).set(1)
     encoder_uri = load_section(config_path, "alignment", AlignmentConfig).encoder_uri

@@ -71,7 +71,7 @@ def load_train_inputs(config_path: str, config: RankerConfig) -> TrainInputs:
         return TrainInputs(store=store, codebook=None)
     codebooks = load_section(config_path, "codebook", CodebookConfig)
     # Only its vectors are read: no place on a GPU is needed for the search.
-    codebook = Codebook.load(codebooks.uri, version, device="cpu")
+    codebook = Codebook.load(codebooks.uri, version)
     vectors = CodebookVectors(
         codebooks=codebook.rq.codebooks, pool_vectors_PD=codebook.vq.pool_vectors_PD
     )

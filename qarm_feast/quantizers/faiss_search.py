@@ -1,23 +1,22 @@
 """The canonical nearest search with faiss as its filter: for a GPU that faiss drives.
 
 A flat index returns a short list with float32 distances; :class:`NearestSearch` orders it by the
-rule, and scans all centroids for the rows whose list is not provably long enough. A GPU index is
-not thread-safe, even for readers, so one thread makes it, asks it and frees it.
+rule, and scans all centroids for the rows whose list is not provably long enough. The thread of
+:func:`~qarm_feast.quantizers.devices.gpu_owner` makes the index, asks it and frees it.
 
 Shape letters in this file: N items, B items of a block, K centroids, D embedding width,
 M short-listed centroids per item, k nearest wanted.
-May import: NumPy, torch, faiss.
+May import: NumPy, faiss through ``devices``.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
-import faiss
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Codes, Embeddings, check_embeddings
+from qarm_feast.quantizers.devices import gpu_owner, load_faiss
 from qarm_feast.quantizers.search import NearestSearch
 
 MAX_GPU_NEIGHBORS = 2048
@@ -35,15 +34,16 @@ class FaissSearch:
     wait for each other. Owns the index and, on a GPU, its memory until :meth:`close`.
     """
 
-    def __init__(self, centroids_KD: Embeddings, device: str = "cuda") -> None:
+    def __init__(self, centroids_KD: Embeddings, device: Literal["cpu", "cuda"] = "cuda") -> None:
         self._exact = NearestSearch(centroids_KD, device)
         self._shape = centroids_KD.shape
         stride = -(-len(centroids_KD) // _ROWS_PER_BLOCK)
         self._centre_D = np.median(centroids_KD[::stride], axis=0).astype(np.float32)
         centred_KD = centroids_KD - self._centre_D
         self._largest_square = float(np.square(centred_KD.astype(np.float64)).sum(axis=1).max())
-        self._owner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="faiss-search")
-        self._index: faiss.Index = self._owner.submit(_open, centred_KD, device).result()
+        index = load_faiss().IndexFlatL2(centred_KD.shape[1])
+        index.add(np.ascontiguousarray(centred_KD))
+        self._index = index if device == "cpu" else gpu_owner().copy_to_gpu(index)
 
     def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
         """Return the k nearest centroids of each row.
@@ -81,15 +81,13 @@ class FaissSearch:
 
     def close(self) -> None:
         """Free the index, in the thread that made it; the search cannot be used afterwards."""
-        self._owner.submit(delattr, self, "_index").result()
-        self._owner.shutdown()
+        gpu_owner().run(delattr, self, "_index")
 
     def _search_block(self, x_BD: Embeddings, k: int) -> Codes:
         centred_BD = x_BD - self._centre_D
         num_listed = min(k + _NUM_SPARE, self._shape[0])
         # One call at a time: the owner's queue is the lock.
-        asked = self._owner.submit(self._index.search, centred_BD, num_listed)
-        rough_BM, listed_BM = asked.result()
+        rough_BM, listed_BM = gpu_owner().run(self._index.search, centred_BD, num_listed)
         codes_Bk = self._exact.decide(x_BD, listed_BM, k)
         open_B = np.flatnonzero(~self._is_settled(centred_BD, rough_BM, k))
         if len(open_B):
@@ -109,19 +107,3 @@ class FaissSearch:
         gap_B = rough_BM[:, -1].astype(np.float64) - rough_BM[:, k - 1]
         is_settled_B: npt.NDArray[np.bool_] = gap_B > 2 * bound_B
         return is_settled_B
-
-
-def _open(centred_KD: Embeddings, device: str) -> faiss.Index:
-    """Return a flat index of the vectors on the device; runs in the owner thread."""
-    index: faiss.Index = faiss.IndexFlatL2(centred_KD.shape[1])
-    index.add(np.ascontiguousarray(centred_KD))
-    where = torch.device(device)
-    if where.type == "cpu":
-        return index
-    if not hasattr(faiss, "StandardGpuResources"):
-        raise CodebookError(
-            f"device={device!r} needs faiss-gpu, but this faiss has no GPU indexes; "
-            'pip install "qarm-feast[gpu]"'
-        )
-    # The GPU index holds a reference to its resources: they are freed with it.
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), where.index or 0, index)

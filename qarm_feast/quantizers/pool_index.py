@@ -23,22 +23,20 @@ The vectors are held once, in the index.
 Shape letters in this file: N items, B items of a block, O open items of a block, P pool rows,
 U distinct vectors, D embedding width, I lists, C candidates per item, T (item, candidate) pairs,
 R some rows, k neighbours.
-May import: NumPy, torch through ``search``. The one file that imports faiss.
+May import: NumPy, faiss through ``devices``, torch through ``search``.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from qarm_feast.errors import CodebookError, ConfigError, MissingDependencyError
+from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings, fold_sum
+from qarm_feast.quantizers.devices import ON_CPU, Placement, gpu_owner, load_faiss
 from qarm_feast.quantizers.kmeans import lloyd, sample_rows
 from qarm_feast.quantizers.search import NearestSearch, squared_distances
 
-Device = Literal["auto", "cpu", "cuda"]
 Rows = npt.NDArray[np.int64]
 
 POINTS_PER_LIST = 39
@@ -75,27 +73,29 @@ class PoolIndex:
     Args:
         faiss_index: Holds the distinct vectors.
         number_of_row_P: For each pool row the number of its vector in there.
-        device: Where an ``ivf_flat`` index is searched.
+        placement: Where an ``ivf_flat`` index is searched.
     """
 
-    def __init__(self, faiss_index: Any, number_of_row_P: Rows, device: Device = "cpu") -> None:
+    def __init__(
+        self, faiss_index: Any, number_of_row_P: Rows, placement: Placement = ON_CPU
+    ) -> None:
         self._faiss_index = faiss_index
         self._number_of_row_P = number_of_row_P
-        is_graph = isinstance(faiss_index, _faiss().IndexHNSW)
+        is_graph = isinstance(faiss_index, load_faiss().IndexHNSW)
         self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if is_graph else "ivf_flat"
-        self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, device)
+        self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, placement)
         self._rows_P = np.argsort(number_of_row_P, kind="stable")
         self._counts_U = np.bincount(number_of_row_P)
         self._starts_U = np.cumsum(self._counts_U) - self._counts_U
 
     @classmethod
-    def from_bytes(cls, payload: bytes, number_of_row_P: Rows, device: Device) -> "PoolIndex":
+    def from_bytes(cls, payload: bytes, number_of_row_P: Rows, placement: Placement) -> "PoolIndex":
         """Return a stored index.
 
         Args:
             payload: Bytes of the array ``index``, see :meth:`arrays`; their hash has been checked.
             number_of_row_P: The array ``pool_vector_numbers``.
-            device: Where an ``ivf_flat`` index is searched; ``hnsw`` always is on the CPU.
+            placement: Where an ``ivf_flat`` index is searched; ``hnsw`` always is on the CPU.
 
         Returns:
             The index.
@@ -104,9 +104,9 @@ class PoolIndex:
             ConfigError: If the device is cuda and faiss sees no GPU.
             MissingDependencyError: If faiss is not installed.
         """
-        faiss = _faiss()
+        faiss = load_faiss()
         return cls(
-            faiss.deserialize_index(np.frombuffer(payload, np.uint8)), number_of_row_P, device
+            faiss.deserialize_index(np.frombuffer(payload, np.uint8)), number_of_row_P, placement
         )
 
     @property
@@ -141,7 +141,7 @@ class PoolIndex:
 
     def link(self, x_RD: Embeddings) -> None:
         """Append the vectors that come next by number to the graph of an ``hnsw`` index."""
-        faiss = _faiss()
+        faiss = load_faiss()
         num_threads = faiss.omp_get_max_threads()
         # More than one would link in the order in which they happen to come.
         faiss.omp_set_num_threads(1)
@@ -154,7 +154,7 @@ class PoolIndex:
         """Return faiss's own bytes as ``index``, and ``pool_vector_numbers``, row by row."""
         return {
             "pool_vector_numbers": self._number_of_row_P,
-            "index": _faiss().serialize_index(self._faiss_index),
+            "index": load_faiss().serialize_index(self._faiss_index),
         }
 
     def vectors(self, rows_R: Rows) -> Embeddings:
@@ -211,14 +211,14 @@ class PoolIndex:
 class _Lists:
     """Candidates of an IVF-Flat index: a scan of the lists whose centroids are nearest."""
 
-    def __init__(self, index: Any, device: Device) -> None:
+    def __init__(self, index: Any, placement: Placement) -> None:
         self._index = index
         # Candidates are read back by number, which needs to know where each vector lies.
         index.make_direct_map()
         # By default only faiss's own choice of lists is spread over threads.
         index.parallel_mode = _PARALLEL_OVER_QUERIES
         self._coarse = NearestSearch(index.quantizer.reconstruct_n(0, index.nlist))
-        self._gpu_copy = _GpuCopy(index) if _wants_gpu(device) else None
+        self._gpu_copy = _GpuCopy(index) if placement.has_gpu() else None
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         vectors_RD: Embeddings = self._index.reconstruct_batch(numbers_R)
@@ -260,7 +260,7 @@ class _Graph:
 
     def __init__(self, index: Any) -> None:
         self._index = index
-        self._flat = _faiss().downcast_index(index.storage)
+        self._flat = load_faiss().downcast_index(index.storage)
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         vectors_RD: Embeddings = self._flat.reconstruct_batch(numbers_R)
@@ -269,7 +269,7 @@ class _Graph:
     def candidates(self, x_BD: Embeddings, k: int) -> Codes:
         num_wanted = min(max(self._index.hnsw.efSearch, k + _NUM_SPARE), self._index.ntotal)
         numbers_BC: Codes = self._index.search(
-            x_BD, num_wanted, params=_faiss().SearchParametersHNSW(efSearch=num_wanted)
+            x_BD, num_wanted, params=load_faiss().SearchParametersHNSW(efSearch=num_wanted)
         )[1]
         for short in np.flatnonzero((numbers_BC >= 0).sum(axis=1) < k):
             # One at a time: from 20 queries on faiss takes another formula.
@@ -278,30 +278,17 @@ class _Graph:
 
 
 class _GpuCopy:
-    """A GPU's copy of an IVF-Flat index.
-
-    A GPU index is not thread-safe, not even for readers: one thread makes the copy and its
-    resources, owns them, and makes every search.
-    """
+    """A GPU's copy of an IVF-Flat index, asked by the one thread that owns it."""
 
     def __init__(self, index: Any) -> None:
-        self._owner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qarm-gpu-index")
-        self._on_owner(self._copy, index)
+        self._gpu_index = gpu_owner().copy_to_gpu(index)
 
     def scan(self, x_BD: Embeddings, lists_BI: Codes, num_wanted: int) -> tuple[Embeddings, Codes]:
         """Return what :func:`_scan` does, up to float32 rounding."""
-        found: tuple[Embeddings, Codes] = self._on_owner(
+        found: tuple[Embeddings, Codes] = gpu_owner().run(
             _scan, self._gpu_index, x_BD, lists_BI, num_wanted
         )
         return found
-
-    def _copy(self, index: Any) -> None:
-        faiss = _faiss()
-        self._resources = faiss.StandardGpuResources()
-        self._gpu_index = faiss.index_cpu_to_gpu(self._resources, 0, index)
-
-    def _on_owner(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return self._owner.submit(call, *arguments).result()
 
 
 def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -> PoolIndex:
@@ -320,7 +307,7 @@ def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -
         CodebookError: If there are fewer distinct vectors than lists.
         MissingDependencyError: If faiss is not installed.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     number_of_row_P, rows_U = _distinct(x_PD)
     size = _auto_num_lists(len(rows_U)) if num_lists == "auto" else num_lists
     if size > len(rows_U):
@@ -365,7 +352,7 @@ def build_graph(
     # A vector's number is its place in the index, where late ones come last.
     order_U = np.argsort(is_late_U, kind="stable")
     place_U = np.argsort(order_U)
-    graph = _faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
+    graph = load_faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
     graph.hnsw.efConstruction = ef_construction
     index = PoolIndex(graph, place_U[number_of_row_P])
     linked = rows_U[~is_late_U]
@@ -406,7 +393,7 @@ def _widened(numbers_BC: Codes, width: int) -> Codes:
 def _scan(
     index: Any, x_BD: Embeddings, lists_BI: Codes, num_wanted: int
 ) -> tuple[Embeddings, Codes]:
-    faiss = _faiss()
+    faiss = load_faiss()
     distances_BC = np.empty((len(x_BD), num_wanted), dtype=np.float32)
     numbers_BC = np.empty((len(x_BD), num_wanted), dtype=np.int64)
     # Read by indexes over residuals only; these hold the vectors themselves.
@@ -462,7 +449,7 @@ def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddin
 
     In this order a list's memory is asked for once, not grown; inside a list numbers ascend.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     coarse = NearestSearch(coarse_ID)
     blocks = [
         coarse.search(x_PD[rows_U[start : start + _ROWS_PER_BLOCK]])[:, 0]
@@ -474,30 +461,3 @@ def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddin
         numbers_B = order_U[start : start + _ROWS_PER_BLOCK]
         x_BD, lists_B = np.ascontiguousarray(x_PD[rows_U[numbers_B]]), lists_U[numbers_B]
         index.add_core(len(x_BD), *map(faiss.swig_ptr, (x_BD, numbers_B, lists_B)))
-
-
-def _wants_gpu(device: Device) -> bool:
-    """Return whether to search on a GPU; refuse cuda where faiss sees none."""
-    if device == "cpu":
-        return False
-    faiss = _faiss()
-    num_gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    if device == "cuda" and num_gpus == 0:
-        raise ConfigError(
-            "quantizer.device is cuda, but faiss sees no GPU; set it to auto or cpu, or install "
-            'faiss for GPUs with `pip install "qarm-feast[gpu]"`'
-        )
-    return bool(num_gpus > 0)
-
-
-def _faiss() -> Any:
-    """Return the module; imported when the first index is met, since exact pools need none."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            package="faiss",
-            needed_for="an approximate search of the VQ pool (quantizer.vq.search)",
-            command='pip install "qarm-feast[cpu]"` or `pip install "qarm-feast[gpu]"',
-        ) from error
-    return faiss

@@ -18,6 +18,7 @@ from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.quantizers.balance import balanced_lloyd
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
+from qarm_feast.quantizers.devices import ON_CPU, Placement
 from qarm_feast.quantizers.fsq import num_bits_of, train_lattice
 from qarm_feast.quantizers.kmeans import lloyd, num_distinct_rows, plus_plus_start, sample_rows
 from qarm_feast.quantizers.search import NearestSearch
@@ -73,9 +74,13 @@ class ResidualQuantizer:
     """One code per level: the nearest centroid to what the levels before left over."""
 
     def __init__(
-        self, config: RqConfig | None = None, codebooks: Sequence[Embeddings] = ()
+        self,
+        config: RqConfig | None = None,
+        codebooks: Sequence[Embeddings] = (),
+        placement: Placement = ON_CPU,
     ) -> None:
         self._config = config or RqConfig()
+        self._placement = placement
         self._set_codebooks(codebooks)
 
     @property
@@ -201,7 +206,7 @@ class ResidualQuantizer:
 
     def _set_codebooks(self, codebooks: Sequence[Embeddings]) -> None:
         self._codebooks = tuple(codebooks)
-        self._searches = tuple(NearestSearch(codebook_KD) for codebook_KD in codebooks)
+        self._searches = tuple(self._placement.open(codebook_KD) for codebook_KD in codebooks)
 
     def _trained(self) -> tuple[Embeddings, ...]:
         if not self._codebooks:

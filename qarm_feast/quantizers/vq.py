@@ -16,9 +16,9 @@ from pydantic import Field
 from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
+from qarm_feast.quantizers.devices import ON_CPU, Placement
 from qarm_feast.quantizers.kmeans import sample_rows
 from qarm_feast.quantizers.pool_index import (
-    Device,
     PoolIndex,
     build_graph,
     build_lists,
@@ -125,9 +125,9 @@ class ExactPool:
     kind: Literal["exact"] = "exact"
     settings: Mapping[str, int] = {}
 
-    def __init__(self, pool_vectors_PD: Embeddings) -> None:
+    def __init__(self, pool_vectors_PD: Embeddings, placement: Placement = ON_CPU) -> None:
         self._pool_vectors_PD = pool_vectors_PD
-        self._search = NearestSearch(pool_vectors_PD)
+        self._search = placement.open(pool_vectors_PD)
 
     def search(self, x_ND: Embeddings, k: int) -> Codes:
         """Return the k nearest pool rows of each vector, nearest first."""
@@ -160,7 +160,7 @@ class NeighborQuantizer:
 
     @classmethod
     def from_arrays(
-        cls, arrays: Arrays, num_neighbors: int, *, index: bytes | None, device: Device
+        cls, arrays: Arrays, num_neighbors: int, *, index: bytes | None, placement: Placement
     ) -> "NeighborQuantizer":
         """Return a stored quantizer.
 
@@ -168,7 +168,7 @@ class NeighborQuantizer:
             arrays: What :meth:`arrays` gave, but for ``index``.
             num_neighbors: Pool rows in a code.
             index: The bytes of ``index``; None for an exact search.
-            device: Where an ``ivf_flat`` index is searched.
+            placement: Where the pool is searched; an ``hnsw`` index always is on the CPU.
 
         Returns:
             The quantizer; ``search_recall`` is not known to it.
@@ -179,10 +179,12 @@ class NeighborQuantizer:
         quantizer = cls(VqConfig(num_neighbors=num_neighbors))
         quantizer.pool_item_ids_P = arrays["pool_item_ids"].astype(np.int64, copy=False)
         if index is None:
-            quantizer._search = ExactPool(arrays["pool_vectors"].astype(np.float32, copy=False))
+            quantizer._search = ExactPool(
+                arrays["pool_vectors"].astype(np.float32, copy=False), placement
+            )
         else:
             numbers_P = arrays["pool_vector_numbers"].astype(np.int64, copy=False)
-            quantizer._search = PoolIndex.from_bytes(index, numbers_P, device)
+            quantizer._search = PoolIndex.from_bytes(index, numbers_P, placement)
         return quantizer
 
     @property

@@ -15,6 +15,7 @@ import torch
 
 from qarm_feast.errors import CodebookError, ConfigError, DataError, MissingDependencyError
 from qarm_feast.quantizers import pool_index, vq
+from qarm_feast.quantizers.devices import Placement
 from qarm_feast.quantizers.pool_index import PoolIndex, build_graph, build_lists
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 
@@ -400,7 +401,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="device is cuda, but faiss sees no GPU"):
         PoolIndex.from_bytes(
-            arrays["index"].tobytes(), arrays["pool_vector_numbers"], device="cuda"
+            arrays["index"].tobytes(), arrays["pool_vector_numbers"], placement=Placement("cuda")
         )
 
 
@@ -412,6 +413,6 @@ def test_a_gpu_finds_the_codes_of_the_cpu() -> None:
     trained = NeighborQuantizer(config, pool_PD)
     arrays = dict(trained.arrays())
     index = arrays.pop("index").tobytes()
-    on_gpu = NeighborQuantizer.from_arrays(arrays, 25, index=index, device="cuda")
+    on_gpu = NeighborQuantizer.from_arrays(arrays, 25, index=index, placement=Placement("cuda"))
 
     np.testing.assert_array_equal(on_gpu.encode(pool_PD), trained.encode(pool_PD))
