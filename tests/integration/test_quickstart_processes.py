@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # A child with a child of its own, which ignores SIGTERM, as a rank of torchrun may.
 STUBBORN = "trap '' TERM; sleep 600 & echo $! > {0}; exec sleep 600"
 JOB = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+# Whoever runs the tests under nohup passes an ignored SIGHUP on.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from examples.quickstart import run
 from examples.quickstart.processes import Processes
 
