@@ -68,20 +68,18 @@ def publish_version(config_path: str, version: str, *, force: bool = False) -> V
     """
     config = load_section(config_path, "codebook", CodebookConfig)
     registry = CodebookRegistry(config.uri)
-    registry.check_not_purged(version)
     source_uri = trained_uri(config.uri, version)
     capped = None
-    if config.max_items_per_code is not None and source_uri != config.uri:
+    if config.max_items_per_code is not None and version not in registry.states():
         codebook = Codebook.load(source_uri, version)
+        if source_uri == config.uri:
+            # What lies beside the drafts is stored for good; it can be published, not changed.
+            raise CodebookError(
+                f"codebook version {version!r} is no draft but saved in {config.uri} itself, so "
+                "codebook.max_items_per_code cannot be applied to it; run `qarm codebook train "
+                f"--codebook-version {registry.next_name(version)}`"
+            )
         capped = _capped(config_path, codebook, config.uri, config.max_items_per_code)
-    elif config.max_items_per_code is not None and version not in registry.states():
-        # What lies beside the drafts is stored for good; it can be published, not changed.
-        stored = read_manifest(source_uri, version)
-        raise CodebookError(
-            f"codebook version {stored.version!r} is no draft but saved in {config.uri} itself, so "
-            "codebook.max_items_per_code cannot be applied to it; run `qarm codebook train "
-            f"--codebook-version {registry.next_name(version)}`"
-        )
     served = None if capped is None else capped.artifact
     state = publish_codebook(config.uri, version, config.gates, force=force, served=served)
     if capped is not None:

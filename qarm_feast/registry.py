@@ -446,9 +446,11 @@ def publish_codebook(
     """
     registry = CodebookRegistry(uri)
     registry.check_not_purged(version)
-    source_uri = trained_uri(uri, version)
-    if source_uri == uri and version in registry.states():
+    has_draft = version in stored_versions(drafts_uri(uri))
+    if version in registry.states() and (not has_draft or _is_left_over(uri, version)):
+        _remove_draft(uri, version)
         return registry.states()[version]
+    source_uri = drafts_uri(uri) if has_draft else uri
     trained = read_manifest(source_uri, version) if served is None else served.manifest
     quality = quality_of(uri, trained)
     refusals = gate_refusals(quality, gates)
@@ -468,8 +470,7 @@ def publish_codebook(
         update = {"quality": quality, "forced_gates": refusals}
         write_artifact(uri, trained.model_copy(update=update), payloads)
     state = registry.publish(version)
-    if source_uri != uri:
-        _remove_files(Path(source_uri) / version, keep=())
+    _remove_draft(uri, version)
     return state
 
 
@@ -548,8 +549,23 @@ def drafts_uri(uri: str) -> str:
 
 
 def trained_uri(uri: str, version: str) -> str:
-    """Return where ``version`` lies: among the drafts, or under ``uri`` itself."""
-    is_draft = version in stored_versions(drafts_uri(uri))
+    """Return where ``version`` is read: under ``uri`` once it is published, else as a draft.
+
+    Args:
+        uri: Folder of codebook versions.
+        version: Version name.
+
+    Returns:
+        The folder of drafts, or ``uri`` where there is no draft, or none that still counts.
+
+    Raises:
+        CodebookError: If the version was purged.
+    """
+    registry = CodebookRegistry(uri)
+    registry.check_not_purged(version)
+    # A process killed at the end of publishing leaves the draft behind.
+    is_published = version in registry.states()
+    is_draft = not is_published and version in stored_versions(drafts_uri(uri))
     return drafts_uri(uri) if is_draft else uri
 
 
@@ -604,6 +620,21 @@ def check_version_name(version: str) -> str:
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(exclude=_PUBLISH_FIELDS)
+
+
+def _is_left_over(uri: str, version: str) -> bool:
+    """Return whether the draft is of the very training whose codebook is published.
+
+    Caps may have given the two other files, and a training has its own time.
+    """
+    draft, published = (read_manifest(place, version) for place in (drafts_uri(uri), uri))
+    return draft.created == published.created
+
+
+def _remove_draft(uri: str, version: str) -> None:
+    folder = Path(drafts_uri(uri)) / version
+    if folder.is_dir():
+        _remove_files(folder, keep=())
 
 
 def _remove_files(folder: Path, keep: Iterable[str]) -> None:

@@ -279,11 +279,27 @@ def test_training_a_published_version_anew_cannot_change_it(uri: str) -> None:
 
     write_report(uri, _draft(uri), GOOD)
     assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
-    write_report(uri, _draft(uri, content=b"other"), GOOD)
+    manifest, payloads = _artifact(content=b"other")
+    anew = manifest.model_copy(update={"created": datetime(2024, 1, 3, tzinfo=UTC)})
+    write_artifact(drafts_uri(uri), anew, payloads, replace=True)
+    write_report(uri, anew, GOOD)
     with pytest.raises(CodebookError, match="already stored"):
         publish_codebook(uri, "v1", GateConfig())
 
     assert read_manifest(uri, "v1") == published
+    assert trained_uri(uri, "v1") == uri
+
+
+def test_a_draft_left_over_by_a_killed_publication_no_longer_counts(uri: str) -> None:
+    capped, payloads = _artifact(content=b"arrays with caps")
+    write_report(uri, _draft(uri), GOOD)
+    write_artifact(uri, capped.model_copy(update={"quality": GOOD}), payloads)
+    CodebookRegistry(uri).publish("v1")
+
+    assert trained_uri(uri, "v1") == uri
+    assert publish_codebook(uri, "v1", GateConfig()) is VersionState.DEFAULT
+    assert read_manifest(uri, "v1").files == capped.files
+    assert stored_versions(drafts_uri(uri)) == []
 
 
 @pytest.mark.fault
@@ -324,6 +340,7 @@ def test_publish_killed_between_any_two_steps_leaves_old_or_new_and_ends_well(
             assert read_manifest(drafts_uri(uri), "v1") == draft
         again = publish_codebook(uri, "v1", GateConfig(), served=served if is_capped else None)
         assert again is VersionState.DEFAULT
+        assert not list(Path(drafts_uri(uri)).glob("v1"))
         assert read_manifest(uri, "v1").quality == GOOD
         assert read_manifest(uri, "v1").caps == ({"max_items_per_code": 1} if is_capped else {})
         if outcomes[-1] == 0:
