@@ -80,12 +80,14 @@ def publish(config_path: str, log_level: str | None, version: str, force: bool) 
     """
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.codebook_release import publish_version
-    from qarm_feast.registry import read_manifest
+    from qarm_feast.registry import CodebookRegistry, read_manifest
 
     start_logging(config_path, log_level)
-    state = publish_version(config_path, version, force=force)
     uri = load_section(config_path, "codebook", CodebookConfig).uri
-    click.echo(f"published {version} as {state.value} in {uri}")
+    is_new = version not in CodebookRegistry(uri).states()
+    state = publish_version(config_path, version, force=force)
+    done = f"published {version} as" if is_new else f"{version} was published before and stays"
+    click.echo(f"{done} {state.value} in {uri}")
     caps = read_manifest(uri, version).caps
     if caps:
         click.echo(_caps_line(caps))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.caps import NO_PUBLISHED_CODE, capped_codes
-from qarm_feast.codebook import Codebook, ItemCodes, ItemVectors, check_distinct
+from qarm_feast.codebook import Codebook, ItemCodes, ItemVectors
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.codebook_evaluation import item_facts, store_evaluation
 from qarm_feast.codebook_jobs import read_parent_codes
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 _COMPARED_FIELDS = (
     "parent", "encoder_version", "encoder_hash", "behaviour_cutoff", "embedding_dim",
-    "level_sizes", "level_kinds", "num_neighbors", "pool_size", "seed", "num_training_items",
-    "num_overrides", "forced_gates", "created",
+    "level_sizes", "level_kinds", "num_neighbors", "pool_size", "search", "search_settings",
+    "search_recall", "seed", "num_training_items", "num_overrides", "forced_gates", "created",
 )  # fmt: skip
 
 
@@ -103,7 +103,6 @@ def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: 
     vectors = VectorFiles.open(
         Path(alignment.vectors_uri) / codebook.manifest.encoder_version
     ).read()
-    check_distinct(np.sort(vectors.item_ids_N))
     codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
     published_N = np.full(len(vectors.item_ids_N), NO_PUBLISHED_CODE, dtype=np.int64)
     if codebook.manifest.parent is not None:

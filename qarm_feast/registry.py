@@ -111,6 +111,15 @@ class Manifest(BaseModel):
         return self.level_kinds or (kmeans,) * self.num_levels
 
 
+class _RegistryContent(BaseModel):
+    """What ``registry.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1] = 1
+    versions: dict[str, VersionState] = {}
+
+
 class GateReading(NamedTuple):
     """What a gate measures, and its limit (None: switched off)."""
 
@@ -135,11 +144,23 @@ class CodebookRegistry:
         self._path = registry_folder(uri) / _REGISTRY_NAME
 
     def states(self) -> dict[str, VersionState]:
-        """Return the state of each published version, in the order of publishing."""
+        """Return the state of each published version, in the order of publishing.
+
+        Returns:
+            States by version; none if there is no registry yet.
+
+        Raises:
+            CodebookError: If the file is damaged, or of another format.
+        """
         if not self._path.is_file():
             return {}
-        versions = json.loads(self._path.read_text(encoding="utf-8"))["versions"]
-        return {version: VersionState(state) for version, state in versions.items()}
+        try:
+            return _RegistryContent.model_validate_json(self._path.read_bytes()).versions
+        except ValidationError as error:
+            raise CodebookError(
+                f"{self._path} is no registry that this version of qarm-feast reads: {error}; put "
+                "back a copy of it: the versions themselves lie beside it, untouched"
+            ) from error
 
     def versions(self, *states: VersionState) -> list[str]:
         """Return the versions in one of ``states`` (none given: all but purged), oldest first."""
@@ -332,8 +353,8 @@ class CodebookRegistry:
             states = dict(before)
             yield states
             if states != before:
-                content = {"format_version": 1, "versions": states}
-                replace_file(self._path, (json.dumps(content, indent=2) + "\n").encode())
+                content = _RegistryContent(versions=states).model_dump_json(indent=2)
+                replace_file(self._path, (content + "\n").encode())
 
     @staticmethod
     def _in_state(states: Mapping[str, VersionState], state: VersionState) -> list[str]:

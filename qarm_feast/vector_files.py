@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qarm_feast.codebook import ItemIds, ItemVectors
+from qarm_feast.codebook import ItemIds, ItemVectors, check_distinct
 from qarm_feast.errors import DataError
 from qarm_feast.quantizers.base import Embeddings
 from qarm_feast.schema import ITEM_ID
@@ -49,7 +49,7 @@ class VectorFiles:
 
         Args:
             folder: Folder of parquet files with ``item_id`` (int64), ``embedding`` (fixed-size
-                list of float32) and ``content_hash``.
+                list of float32) and ``content_hash`` (string).
 
         Returns:
             All rows, files in name order.
@@ -102,8 +102,9 @@ class VectorFiles:
             Rows in the order of the batches.
 
         Raises:
-            DataError: If a value is null.
+            DataError: If a value is null, or an item comes twice.
         """
+        check_distinct(np.sort(self.item_ids()))
         hashes = [
             text
             for path in self._paths
@@ -140,6 +141,10 @@ def _width(path: Path) -> int:
         raise DataError(f"{path}: embedding is {kind}, it must be fixed_size_list<float>[D]")
     if schema.field(ITEM_ID).type != pa.int64():
         raise DataError(f"{path}: item_id is {schema.field(ITEM_ID).type}, it must be int64")
+    if not pa.types.is_string(schema.field(_CONTENT_HASH).type):
+        raise DataError(
+            f"{path}: content_hash is {schema.field(_CONTENT_HASH).type}, it must be string"
+        )
     return int(kind.list_size)
 
 

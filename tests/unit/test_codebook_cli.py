@@ -67,6 +67,8 @@ def test_a_second_version_can_be_retired_and_the_default_cannot(config_path: Pat
 
     states = CodebookRegistry(str(config_path.parent / "data" / "codebooks")).states()
     assert states == {"v1": VersionState.DEFAULT, "v2": VersionState.RETIRED}
+    again = _run(config_path, "publish", "--codebook-version", "v2")
+    assert again.startswith("v2 was published before and stays retired in ")
 
 
 def test_a_refresh_keeps_the_codes_of_its_parent(config_path: Path) -> None:
@@ -169,4 +171,9 @@ def test_vectors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     )
     pq.write_table(table, tmp_path / "part.parquet")
     with pytest.raises(DataError, match="1 values of item_id are null"):
+        VectorFiles.open(tmp_path).read()
+
+    table = pa.table({"item_id": [1], "embedding": fixed, "content_hash": [7]})
+    pq.write_table(table, tmp_path / "part.parquet")
+    with pytest.raises(DataError, match="content_hash is int64, it must be string"):
         VectorFiles.open(tmp_path).read()

@@ -273,6 +273,20 @@ def test_the_table_of_differences_names_what_a_reader_looks_for(config_path: Pat
     assert "items: of 240 with equal content (of 240) 0.0% changed" in table
 
 
+def test_the_differences_name_another_search_of_the_pool(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _publish(config_path, "v1")
+    monkeypatch.setenv("QARM_QUANTIZER__VQ__SEARCH", "hnsw")
+    _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
+
+    manifest = _diff(config_path, "v2", "v1")["manifest"]
+
+    assert manifest["search"] == ["hnsw", "exact"]
+    assert manifest["search_settings"][0]["hnsw_m"] == 32
+    assert manifest["search_settings"][1] == {}
+
+
 def test_without_vectors_of_an_encoder_items_are_not_compared(config_path: Path) -> None:
     _publish(config_path, "v1")
     shutil.rmtree(config_path.parent / "data" / "vectors" / "e1")
@@ -315,8 +329,9 @@ def test_purge_asks_and_leaves_a_name_that_list_shows_and_train_refuses(config_p
     assert purged.startswith("purged v1: ")
     assert _run(config_path, "list").splitlines()[-1].split() == ["v1", "purged"]
     assert not (Path(_uri(config_path)) / "v1").exists()
-    with pytest.raises(CodebookError, match="purged"):
-        _run(config_path, "train", "--codebook-version", "v1")
+    for command in (["train"], ["show"], ["evaluate"], ["publish"], ["diff", "--against", "v2"]):
+        with pytest.raises(CodebookError, match=r"'v1' was purged .* --codebook-version v3`"):
+            _run(config_path, *command, "--codebook-version", "v1")
     with pytest.raises(CodebookNotFoundError, match="'v1'"):
         _run(config_path, "train", "--codebook-version", "v3", "--parent", "v1")
     assert _run(config_path, "purge", "--codebook-version", "v1", "--yes") == (
@@ -348,7 +363,7 @@ def _replace_vectors(config_path: Path, x_ND: np.ndarray, ids: list[int] | None 
         {
             "item_id": pa.array(ids or list(range(len(x_ND))), pa.int64()),
             "embedding": pa.FixedSizeListArray.from_arrays(values, x_ND.shape[1]),
-            "content_hash": [f"{n:032x}" for n in range(len(x_ND))],
+            "content_hash": pa.array([f"{n:032x}" for n in range(len(x_ND))], pa.string()),
         }
     )
     pq.write_table(table, folder / "part-00000.parquet")
@@ -390,8 +405,9 @@ def test_an_item_that_comes_twice_is_refused(
     _replace_vectors(config_path, x_ND, [*range(NUM_ITEMS - 1), 3])
     _cap(monkeypatch, 2)
 
-    with pytest.raises(DataError, match="1 item ids come more than once; the first is 3"):
-        _run(config_path, "publish", "--codebook-version", "v1")
+    for verb in ("evaluate", "publish"):
+        with pytest.raises(DataError, match="1 item ids come more than once; the first is 3"):
+            _run(config_path, verb, "--codebook-version", "v1")
     with pytest.raises(DataError, match="1 item ids come more than once; the first is 3"):
         _run(config_path, "train", "--codebook-version", "v2")
 

@@ -199,6 +199,16 @@ def test_training_a_draft_again_mends_its_damaged_file(uri: str) -> None:
     assert damaged.read_bytes() == b"arrays"
 
 
+@pytest.mark.parametrize("content", ["{", '{"format_version": 2}', '{"versions": {"v1": "gone"}}'])
+def test_a_registry_that_cannot_be_read_is_named(uri: str, content: str) -> None:
+    _store(uri)
+    (Path(uri) / "registry.json").write_text(content)
+
+    for act in (CodebookRegistry(uri).states, lambda: CodebookRegistry(uri).publish("v1")):
+        with pytest.raises(CodebookError, match=r"registry\.json is no registry"):
+            act()
+
+
 def test_an_object_store_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
