@@ -220,11 +220,14 @@ def diff(
 
 def _caps_line(caps: Mapping[str, Any]) -> str:
     before, after = caps["without_caps"], caps["with_caps"]
+    churn = caps.get("churn")
+    change = f"; as served {churn['full']:.1%} of full codes changed since then" if churn else ""
     return (
         f"at most {caps['max_items_per_code']} items per code: {caps['num_moved']} moved, "
         f"{caps['num_without_room']} found no free code, {caps['num_held']} hold a code of the "
-        f"parent; collision rate {before['collision_rate']:.4f} -> {after['collision_rate']:.4f}, "
-        f"largest bucket {before['max_bucket']} -> {after['max_bucket']}"
+        f"parent{change}; collision rate {before['collision_rate']:.4f} -> "
+        f"{after['collision_rate']:.4f}, largest bucket {before['max_bucket']} -> "
+        f"{after['max_bucket']}"
     )
 
 

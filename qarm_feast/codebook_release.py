@@ -105,6 +105,7 @@ def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: 
     ).read()
     codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
     published_N = np.full(len(vectors.item_ids_N), NO_PUBLISHED_CODE, dtype=np.int64)
+    parent = None
     if codebook.manifest.parent is not None:
         parent = read_parent_codes(alignment, uri, codebook.manifest.parent)
         published_N = published_last_codes(codebook.manifest, vectors, codes.rq_NL, parent)
@@ -128,6 +129,7 @@ def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: 
         "num_held": int((published_N == capped.rq_NL[:, -1]).sum()),
         "without_caps": full_code_figures(codes.rq_NL),
         "with_caps": full_code_figures(capped.rq_NL),
+        "churn": parent and _served_churn(codebook.manifest, vectors, capped.rq_NL, parent),
     }
     item_codes = ItemCodes(vectors.item_ids_N, codes.vq_NV, capped.rq_NL)
     facts = item_facts(config_path, vectors.item_ids_N)
@@ -143,6 +145,16 @@ def _with_codes(
     hashes = [vectors.content_hashes_N[row] for row in rows.tolist()]
     overrides = codebook.overrides.with_rows(vectors.item_ids_N[rows], hashes, wanted_NL[rows])
     return codebook.with_overrides(overrides)
+
+
+def _served_churn(
+    manifest: Manifest, vectors: ItemVectors, rq_NL: Codes, parent: ParentCodes
+) -> dict[str, Any]:
+    """Return the churn of the codes as served: the refresh measured those before the cap."""
+    old_NL = parent.codes_of(vectors.item_ids_N, vectors.content_hashes_N)
+    is_known_N = (old_NL != NO_CODE).any(axis=1)
+    label_map = [np.array(names_K, dtype=np.int64) for names_K in manifest.label_map or ()]
+    return codes_churn(old_NL[is_known_N], rq_NL[is_known_N], label_map)
 
 
 def published_last_codes(

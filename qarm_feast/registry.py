@@ -66,7 +66,8 @@ class Manifest(BaseModel):
     none); ``reset_pool_rows`` are pool rows that do not go on from the parent's: they hold another
     item, or the parent had no such row. ``continuity`` says what a refresh kept and what it cost,
     next to the naive refit. ``caps`` says what a cap per full code did when the version was
-    published, and how full codes were shared without it. ``files`` is SHA-256 by file name.
+    published, how full codes were shared without it, and the churn against the parent as served
+    (``continuity`` was measured before the cap). ``files`` is SHA-256 by file name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -294,6 +294,13 @@ def _continuity(manifest: Manifest) -> str:
     cells.append(["MSE on training items", *(f"{error:.3e}" for error in errors)])
     table = _table(["changed since the parent", "this version", "naive refit"], cells, narrow=True)
     change = figures["quantization_mse"] / figures["naive_quantization_mse"] - 1
+    served = manifest.caps.get("churn")
+    after_cap = (
+        '<p class="note">Measured before the cap; after it, as served, '
+        f"{_percent(served['full'])} of full codes changed.</p>"
+        if served
+        else ""
+    )
     goes_on = ", ".join(
         f"level {number}: {sum(code >= 0 for code in codes):,} of {len(codes):,}"
         for number, codes in enumerate(manifest.label_map or (), start=1)
@@ -302,7 +309,7 @@ def _continuity(manifest: Manifest) -> str:
         f"<h2>Kept from {escape(manifest.parent)}</h2><p>"
         f"{figures['num_items']['compared']:,} items compared. Error on the training items "
         f"{change:+.1%} against the naive refit; hysteresis {figures['hysteresis']:g}, "
-        f"{figures['num_iterations']} iterations per level.</p>{table}"
+        f"{figures['num_iterations']} iterations per level.</p>{table}{after_cap}"
         f'<p class="note">Codes whose learnt row goes on: {goes_on}. Pool rows that start anew: '
         f"{len(manifest.reset_pool_rows):,} of {manifest.pool_size:,}.</p>"
     )

@@ -190,11 +190,19 @@ def test_a_refresh_in_the_same_space_gives_capped_items_their_capped_codes_again
     _cap(monkeypatch, 1)
     _publish(config_path, "v1")
 
-    _publish(config_path, "v2", "--parent", "v1")
+    published = _publish(config_path, "v2", "--parent", "v1")
 
     is_other_N = (_served(config_path, "v1") != _served(config_path, "v2")).any(axis=1)
-    assert read_manifest(_uri(config_path), "v1").caps["num_moved"] > 0.1 * NUM_ITEMS
+    first, second = (read_manifest(_uri(config_path), version) for version in ("v1", "v2"))
+    assert first.caps["num_moved"] > 0.1 * NUM_ITEMS
+    assert first.caps["churn"] is None
     assert is_other_N.mean() <= 0.01
+    # The refresh alone gives items back what the cap had moved: its own churn is larger.
+    assert second.continuity["churn"]["full"] > 0.01
+    assert second.caps["churn"]["full"] == is_other_N.mean()
+    page = report_path(_uri(config_path), "v2").with_name("quality.html").read_text()
+    assert f"as served, {is_other_N.mean():.1%}".replace("%", " %") in page
+    assert f"as served {is_other_N.mean():.1%} of full codes changed" in published
 
 
 def test_a_version_that_is_no_draft_cannot_be_capped(
