@@ -199,8 +199,9 @@ class CodebookRegistry:
             CodebookError: If a version of that name was purged.
         """
         self.check_not_purged(version)
-        read_manifest(self.uri, version)
         with self._change() as states:
+            # Under the lock, or a purge at the same time could take the files away.
+            read_manifest(self.uri, version)
             first = VersionState.STAGED if states else VersionState.DEFAULT
             return states.setdefault(version, first)
 
@@ -309,9 +310,13 @@ class CodebookRegistry:
             if version in states:
                 self._refuse_in_use(version, states[version])
                 states[version] = VersionState.PURGED
-        found = self._folders_of(version)
-        for folder in found:
-            _remove_files(folder, keep=())
+        with self._change() as states:
+            # Looked at again: somebody may have published a draft in the meantime.
+            if version in states:
+                self._refuse_in_use(version, states[version])
+            found = self._folders_of(version)
+            for folder in found:
+                _remove_files(folder, keep=())
         return found
 
     def check_purgeable(self, version: str) -> None:

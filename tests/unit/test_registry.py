@@ -457,6 +457,25 @@ def test_only_a_retired_version_is_purged_and_the_refusal_says_what_comes_first(
     assert stored_versions(uri) == ["v1", "v2"]
 
 
+def test_a_version_published_while_it_is_purged_keeps_its_files(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = _store(uri)
+    change, calls = CodebookRegistry._change, []
+
+    def change_with_a_publication_before_the_second(registry: CodebookRegistry) -> object:
+        calls.append(registry)
+        if len(calls) == 2:
+            CodebookRegistry(uri).publish("v1")
+        return change(registry)
+
+    monkeypatch.setattr(CodebookRegistry, "_change", change_with_a_publication_before_the_second)
+    with pytest.raises(CodebookError, match="only a retired one can be purged"):
+        CodebookRegistry(uri).purge("v1")
+
+    assert read_manifest(uri, "v1") == manifest
+
+
 def test_purging_a_draft_removes_its_report_too_and_frees_its_name(uri: str) -> None:
     write_report(uri, _draft(uri), GOOD)
 
