@@ -361,6 +361,34 @@ def test_publish_killed_between_any_two_steps_leaves_old_or_new_and_ends_well(
     assert len(outcomes) > 5
 
 
+@pytest.mark.fault
+def test_training_killed_between_any_two_steps_leaves_the_old_or_the_new_draft(
+    tmp_path: Path,
+) -> None:
+    anew, payloads = _artifact(content=b"other")
+    statement = (
+        "registry.write_artifact(registry.drafts_uri(sys.argv[1]), "
+        f"registry.Manifest.model_validate_json(sys.argv[3]), {payloads!r}, replace=True)"
+    )
+    outcomes, found = [], []
+    for num_changes in range(30):
+        uri = str(tmp_path / str(num_changes))
+        before = _draft(uri)
+
+        outcomes.append(_run_dying(statement, uri, num_changes, anew.model_dump_json()))
+
+        found.append(read_manifest(drafts_uri(uri), "v1"))
+        for name in found[-1].files:
+            artifact.read_verified(Path(drafts_uri(uri)) / "v1", name, found[-1].files)
+        if outcomes[-1] == 0:
+            break
+
+    assert outcomes[-1] == 0
+    assert set(outcomes[:-1]) == {-signal.SIGKILL}
+    assert (found[0], found[-1]) == (before, anew)
+    assert all(manifest in (before, anew) for manifest in found)
+
+
 def _run_dying(statement: str, uri: str, num_changes: int, extra: str = "") -> int:
     """Run a statement in a process that dies before its n-th change of the disk."""
     script = (
