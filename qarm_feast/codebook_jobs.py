@@ -15,7 +15,7 @@ from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.continuity import ParentCodes, refresh_codebook
-from qarm_feast.errors import CodebookNotFoundError, DataError
+from qarm_feast.errors import DataError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
 from qarm_feast.registry import CodebookRegistry, Manifest, drafts_uri
 from qarm_feast.vector_files import VectorFiles
@@ -49,7 +49,7 @@ def train_codebook(
         DataError: If the data, the encoder or its vectors are missing or broken.
         CodebookNotFoundError: If the parent is not published.
         CodebookError: If the version is published already, the vectors are too few for the sizes
-            asked for, or the parent is the version itself.
+            asked for, or the parent was purged or is the version itself.
     """
     alignment = load_section(config_path, "alignment", AlignmentConfig)
     quantizer = load_section(config_path, "quantizer", QuantizerConfig)
@@ -92,12 +92,12 @@ def read_parent_codes(alignment: AlignmentConfig, uri: str, parent: str) -> Pare
         Its codes and its pool.
 
     Raises:
-        CodebookNotFoundError: If the version is not published, or was purged.
+        CodebookNotFoundError: If the version is not published.
+        CodebookError: If it was purged.
         DataError: If the vectors of its encoder are missing or broken.
     """
     # A draft may still be replaced, so it cannot be what a label map points at.
-    if parent not in CodebookRegistry(uri).versions():
-        raise CodebookNotFoundError(version=parent, uri=uri, known=CodebookRegistry(uri).versions())
+    CodebookRegistry(uri).check_published(parent)
     codebook = Codebook.load(uri, parent)
     folder = Path(alignment.vectors_uri) / codebook.manifest.encoder_version
     return ParentCodes.served_by(codebook, VectorFiles.open(folder).read())

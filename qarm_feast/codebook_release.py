@@ -62,8 +62,9 @@ def publish_version(config_path: str, version: str, *, force: bool = False) -> V
 
     Raises:
         GateRefusedError: If a gate is not kept; names which, how much.
-        CodebookNotFoundError: If no such version was trained, or its parent is gone.
-        CodebookError: If the version was purged or is stored with other content.
+        CodebookNotFoundError: If no such version was trained.
+        CodebookError: If the version was purged or is stored with other content, or a cap is set
+            and its parent was purged.
         DataError: If a cap is set and the vectors are missing or broken.
     """
     config = load_section(config_path, "codebook", CodebookConfig)

@@ -46,13 +46,16 @@ class CodebookError(QarmError):
 
 
 class CodebookNotFoundError(CodebookError):
-    """The registry holds no such version."""
+    """The registry holds no such version, or only as a draft (``is_trained``)."""
 
-    def __init__(self, *, version: str, uri: str, known: Sequence[str]) -> None:
+    def __init__(
+        self, *, version: str, uri: str, known: Sequence[str], is_trained: bool = False
+    ) -> None:
         listed = ", ".join(known) if known else "none"
+        kind, verb = ("published ", "publish") if is_trained else ("", "train")
         super().__init__(
-            f"{uri} holds no codebook version {version!r} (it holds: {listed}); "
-            f"run `qarm codebook train --codebook-version {version}` first"
+            f"{uri} holds no {kind}codebook version {version!r} (it holds: {listed}); "
+            f"run `qarm codebook {verb} --codebook-version {version}` first"
         )
 
 

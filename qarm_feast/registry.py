@@ -220,10 +220,8 @@ class CodebookRegistry:
                 the default) or purged.
         """
         assert state is not VersionState.PURGED, "purge removes the files too"
-        self.check_not_purged(version)
         with self._change() as states:
-            if version not in states:
-                raise CodebookNotFoundError(version=version, uri=self.uri, known=list(states))
+            self.check_published(version)
             if states[version] is VersionState.DEFAULT and state is not VersionState.DEFAULT:
                 raise CodebookError(
                     f"codebook version {version!r} is the default of {self.uri}; make another "
@@ -255,6 +253,23 @@ class CodebookRegistry:
                 f"codebook version {version!r} was purged from {self.uri}, and its name is never "
                 "used again; run `qarm codebook train --codebook-version "
                 f"{self.next_name(version)}`"
+            )
+
+    def check_published(self, version: str) -> None:
+        """Refuse a version that has no state yet, and a purged one.
+
+        Args:
+            version: Version name.
+
+        Raises:
+            CodebookNotFoundError: If it is not published; says whether it is trained.
+            CodebookError: If it was purged.
+        """
+        self.check_not_purged(version)
+        if version not in self.states():
+            is_trained = version in stored_versions(trained_uri(self.uri, version))
+            raise CodebookNotFoundError(
+                version=version, uri=self.uri, known=self.versions(), is_trained=is_trained
             )
 
     def check_unpublished(self, version: str) -> None:
@@ -333,7 +348,7 @@ class CodebookRegistry:
         if version in states:
             self._refuse_in_use(version, states[version])
         elif not self._folders_of(version):
-            raise CodebookNotFoundError(version=version, uri=self.uri, known=list(states))
+            raise CodebookNotFoundError(version=version, uri=self.uri, known=self.versions())
 
     def _folders_of(self, version: str) -> tuple[Path, ...]:
         folder, name = registry_folder(self.uri), check_version_name(version)

@@ -92,8 +92,13 @@ def test_a_refresh_keeps_the_codes_of_its_parent(config_path: Path) -> None:
 def test_a_parent_that_is_not_published_is_refused(config_path: Path) -> None:
     _run(config_path, "train", "--codebook-version", "v1")
 
-    with pytest.raises(CodebookNotFoundError, match="v1"):
+    publish_first = r"holds no published codebook version 'v1' .* codebook publish .*v1` first"
+    with pytest.raises(CodebookNotFoundError, match=publish_first):
         _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
+    with pytest.raises(CodebookNotFoundError, match=publish_first):
+        _run(config_path, "retire", "--codebook-version", "v1")
+    with pytest.raises(CodebookNotFoundError, match=r"'v7' .* codebook train .*v7` first"):
+        _run(config_path, "train", "--codebook-version", "v2", "--parent", "v7")
 
 
 def test_a_gate_of_the_configuration_refuses(config_path: Path) -> None:

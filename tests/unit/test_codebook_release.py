@@ -340,7 +340,7 @@ def test_purge_asks_and_leaves_a_name_that_list_shows_and_train_refuses(config_p
     for command in (["train"], ["show"], ["evaluate"], ["publish"], ["diff", "--against", "v2"]):
         with pytest.raises(CodebookError, match=r"'v1' was purged .* --codebook-version v3`"):
             _run(config_path, *command, "--codebook-version", "v1")
-    with pytest.raises(CodebookNotFoundError, match="'v1'"):
+    with pytest.raises(CodebookError, match="'v1' was purged"):
         _run(config_path, "train", "--codebook-version", "v3", "--parent", "v1")
     assert _run(config_path, "purge", "--codebook-version", "v1", "--yes") == (
         "purged v1: nothing was left\n"
