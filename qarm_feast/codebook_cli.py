@@ -192,11 +192,10 @@ def purge(config_path: str, log_level: str | None, version: str, yes: bool) -> N
     uri = load_section(config_path, "codebook", CodebookConfig).uri
     registry = CodebookRegistry(uri)
     registry.check_purgeable(version)
-    if not yes:
-        click.confirm(
-            f"Remove codebook version {version} from {uri} for good? This cannot be undone",
-            abort=True,
-        )
+    question = f"Remove codebook version {version} from {uri} for good? This cannot be undone"
+    if not (yes or click.confirm(question)):
+        click.echo(f"kept {version}")
+        return
     removed = registry.purge(version)
     click.echo(f"purged {version}: " + (", ".join(map(str, removed)) or "nothing was left"))
 

@@ -18,7 +18,6 @@ from qarm_feast.behaviour import follow_up_pairs
 from qarm_feast.codebook import Codebook, ItemCodes
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
-from qarm_feast.errors import CodebookMismatchError
 from qarm_feast.input_data import DataConfig, load_input_data
 from qarm_feast.quality import ItemFacts, codebook_quality
 from qarm_feast.quality_page.page import PageInput, quality_page
@@ -39,7 +38,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_codebook(config_path: str, version: str) -> Evaluation:
-    """Measure a trained version on all exported vectors; store figures and page beside it.
+    """Measure a trained version on all vectors of its encoder; store figures and page beside it.
 
     Behavioural neighbours are read from the test rows of section ``data``, titles from its items.
 
@@ -52,14 +51,14 @@ def evaluate_codebook(config_path: str, version: str) -> Evaluation:
 
     Raises:
         CodebookNotFoundError: If no such version was trained.
-        CodebookMismatchError: If it belongs to another encoder than section ``alignment``.
         DataError: If the data or the vectors are missing or broken.
     """
     alignment = load_section(config_path, "alignment", AlignmentConfig)
     config = load_section(config_path, "codebook", CodebookConfig)
     codebook = Codebook.load(trained_uri(config.uri, version), version)
-    _check_encoder(codebook, alignment.encoder_version)
-    vectors = VectorFiles.open(Path(alignment.vectors_uri) / alignment.encoder_version).read()
+    vectors = VectorFiles.open(
+        Path(alignment.vectors_uri) / codebook.manifest.encoder_version
+    ).read()
     codes = codebook.encode(vectors.item_ids_N, vectors.content_hashes_N, vectors.x_ND)
     facts = item_facts(config_path, vectors.item_ids_N)
     quality = codebook_quality(codebook, codes, vectors.x_ND, facts)
@@ -134,13 +133,3 @@ def titles_of(items: pa.Table, item_ids_N: npt.NDArray[np.int64]) -> list[str]:
     rows = pc.index_in(pa.array(item_ids_N), items[ITEM_ID].combine_chunks())
     titles = pc.take(items[_TITLE], rows).to_pylist()
     return [title or name for title, name in zip(titles, names, strict=True)]
-
-
-def _check_encoder(codebook: Codebook, encoder_version: str) -> None:
-    if codebook.manifest.encoder_version != encoder_version:
-        raise CodebookMismatchError(
-            expected=encoder_version,
-            found=codebook.manifest.encoder_version,
-            where=f"codebook {codebook.version!r} (encoder)",
-            command=f"qarm codebook train --codebook-version {codebook.version}",
-        )

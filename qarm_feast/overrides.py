@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qarm_feast.errors import CodebookError
+from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.quantizers.base import Arrays, Codes
 
 NO_ROW = -1
@@ -130,8 +130,23 @@ class Overrides:
 
 
 def hash_array(content_hashes_N: Sequence[str] | _Hashes) -> _Hashes:
-    """Return content hashes (ASCII) as one array of bytes, which sorts and compares as they do."""
-    return np.array(content_hashes_N, dtype=np.bytes_)
+    """Return content hashes as one array of bytes, which sorts and compares as they do.
+
+    Args:
+        content_hashes_N: Hashes, ASCII.
+
+    Returns:
+        An array of fixed-width bytes.
+
+    Raises:
+        DataError: If a hash is not ASCII.
+    """
+    try:
+        return np.array(content_hashes_N, dtype=np.bytes_)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"content_hash must be ASCII, found {error.object!r}; run `qarm align export` again"
+        ) from error
 
 
 def content_order(item_ids_M: _ItemIds, hashes_M: _Hashes) -> npt.NDArray[np.int64]:

@@ -301,6 +301,14 @@ def _continuity(manifest: Manifest) -> str:
         if served
         else ""
     )
+    is_matched = "matched" in figures["level_starts"]
+    how = (
+        "Of levels that could not go on from their old members, labels were only matched with the "
+        "parent's."
+        if is_matched
+        else f"Hysteresis {figures['hysteresis']:g}, {figures['num_iterations']} k-means "
+        "iterations per level."
+    )
     goes_on = ", ".join(
         f"level {number}: {sum(code >= 0 for code in codes):,} of {len(codes):,}"
         for number, codes in enumerate(manifest.label_map or (), start=1)
@@ -308,8 +316,7 @@ def _continuity(manifest: Manifest) -> str:
     return (
         f"<h2>Kept from {escape(manifest.parent)}</h2><p>"
         f"{figures['num_items']['compared']:,} items compared. Error on the training items "
-        f"{change:+.1%} against the naive refit; hysteresis {figures['hysteresis']:g}, "
-        f"{figures['num_iterations']} iterations per level.</p>{table}{after_cap}"
+        f"{change:+.1%} against the naive refit. {how}</p>{table}{after_cap}"
         f'<p class="note">Codes whose learnt row goes on: {goes_on}. Pool rows that start anew: '
         f"{len(manifest.reset_pool_rows):,} of {manifest.pool_size:,}.</p>"
     )

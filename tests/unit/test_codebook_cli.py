@@ -182,3 +182,13 @@ def test_vectors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "part.parquet")
     with pytest.raises(DataError, match="content_hash is int64, it must be string"):
         VectorFiles.open(tmp_path).read()
+
+
+def test_a_version_is_evaluated_on_the_vectors_of_its_own_encoder(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(config_path, "train", "--codebook-version", "v1")
+    before = _run(config_path, "evaluate", "--codebook-version", "v1")
+    monkeypatch.setenv("QARM_ALIGNMENT__ENCODER_VERSION", "e2")
+
+    assert _run(config_path, "evaluate", "--codebook-version", "v1") == before

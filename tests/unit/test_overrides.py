@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qarm_feast.errors import CodebookError
-from qarm_feast.overrides import NO_ROW, Overrides
+from qarm_feast.errors import CodebookError, DataError
+from qarm_feast.overrides import NO_ROW, Overrides, hash_array
 
 
 def _table(rows: list[tuple[int, str, list[int]]]) -> Overrides:
@@ -62,3 +62,8 @@ def test_columns_of_unequal_length_are_refused() -> None:
 
     with pytest.raises(CodebookError, match="2 items came with 2 content hashes and 1 codes"):
         Overrides.from_rows(np.array([1, 2]), ["a", "b"], codes_ML)
+
+
+def test_a_content_hash_that_is_not_ascii_is_named() -> None:
+    with pytest.raises(DataError, match="must be ASCII, found 'h\u00e9'"):
+        hash_array(["ha", "h\u00e9"])
