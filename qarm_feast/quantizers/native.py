@@ -21,7 +21,9 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +34,7 @@ from qarm_feast.quantizers.base import Codes, Embeddings
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
-CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
+CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "avx512_vnni")
 """What the kernels need, by the names in ``/proc/cpuinfo``."""
 CPU_INFO = Path("/proc/cpuinfo")
 _FLAGS = (
@@ -49,6 +51,8 @@ _FLAGS = (
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_TIMEOUT_SECONDS = 120
 _TILE = 64
+MAX_TOP_DIM = 4096
+"""Widest vectors of :class:`NativeTop`: up to here its bound covers what is flushed to zero."""
 _LOCK = threading.Lock()
 
 
@@ -121,6 +125,124 @@ class NativeSearch:
             ctypes.c_int64(torch.get_num_threads()),
         )
         return codes_N
+
+    def choose(self, x_ND: torch.Tensor, k: int) -> torch.Tensor:
+        """Return the k nearest centroids of each row, in no particular order.
+
+        Args:
+            x_ND: Vectors, float32, contiguous, finite.
+            k: How many to return per row.
+
+        Returns:
+            Indices of shape ``[N, k]``, int64.
+        """
+        codes_Nk = torch.empty((len(x_ND), k), dtype=torch.int64)
+        self._library.choose(
+            ctypes.byref(self._set),
+            ctypes.c_void_p(x_ND.data_ptr()),
+            ctypes.c_int64(len(x_ND)),
+            ctypes.c_int64(k),
+            ctypes.c_void_p(codes_Nk.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return codes_Nk
+
+
+class _ListSet(ctypes.Structure):
+    """``struct Lists`` of the source."""
+
+    _fields_ = (
+        ("num_lists", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("size_I", ctypes.c_void_p),
+        ("first_tile_I", ctypes.c_void_p),
+        ("vectors_I", ctypes.c_void_p),
+        ("numbers_I", ctypes.c_void_p),
+        ("centre_D", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("list_T", ctypes.c_void_p),
+        ("norm_T", ctypes.c_void_p),
+        ("error_T", ctypes.c_void_p),
+        ("slack_T", ctypes.c_void_p),
+    )
+
+
+class NativeTop:
+    """The k nearest vectors of all lists, or of some, by the canonical rule.
+
+    Holds the vectors as given, where they lie, and rounded to 8 bits (a quarter of their size, in
+    tiles of 64 per list). Safe to share between threads.
+
+    Args:
+        library: The kernels.
+        vectors: The vectors of each list, float32 ``[size, D]``, contiguous. Must not move.
+        numbers: Their numbers, int64 ``[size]``; None: their places in the one list there is.
+        centre_D: What is subtracted before rounding, float32: any point in their midst.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        vectors: Sequence[Embeddings],
+        numbers: Sequence[npt.NDArray[np.int64]] | None,
+        centre_D: Embeddings,
+    ) -> None:
+        embedding_dim = len(centre_D)
+        size_I = np.array([len(rows) for rows in vectors], dtype=np.int64)
+        first_tile_I = np.concatenate([[0], np.cumsum(-(-size_I // _TILE))]).astype(np.int64)
+        num_tiles = int(first_tile_I[-1])
+        arrays: tuple[npt.NDArray[Any], ...] = (
+            size_I,
+            first_tile_I,
+            np.array([rows.ctypes.data for rows in vectors], dtype=np.uintp),
+            np.array([own.ctypes.data for own in numbers or ()] or [0], dtype=np.uintp),
+            centre_D,
+            np.empty((num_tiles, -(-embedding_dim // 4), _TILE), dtype=np.uint32),
+            np.empty(num_tiles * _TILE, dtype=np.int32),
+            np.empty(num_tiles * _TILE, dtype=np.float32),
+            np.empty(num_tiles * _TILE, dtype=np.float32),
+            np.empty(num_tiles, dtype=np.int32),
+            *(np.empty(num_tiles, dtype=np.float32) for _ in range(3)),
+        )
+        # The structure holds bare addresses: these references keep the memory alive.
+        self._arrays = (arrays, vectors, numbers)
+        addresses = [array.ctypes.data for array in arrays]
+        self._set = _ListSet(len(vectors), embedding_dim, *addresses)
+        self._library = library
+        library.prepare_lists(ctypes.byref(self._set))
+
+    def search(
+        self, x_ND: Embeddings, k: int, lists_NI: Codes | None = None
+    ) -> tuple[Codes, Embeddings]:
+        """Return the k nearest vectors of each row, nearest first, lower number before higher.
+
+        Args:
+            x_ND: Vectors, float32, contiguous, finite.
+            k: How many to return per row.
+            lists_NI: The lists that each row is searched in, each once; None for all.
+
+        Returns:
+            Their numbers, int64 ``[N, k]``, and canonical distances, float32 ``[N, k]``; where the
+            lists hold too few, -1 and infinity.
+        """
+        lists_NI = None if lists_NI is None else np.ascontiguousarray(lists_NI)
+        numbers_Nk = np.empty((len(x_ND), k), dtype=np.int64)
+        distances_Nk = np.empty((len(x_ND), k), dtype=np.float32)
+        self._library.search_top(
+            ctypes.byref(self._set),
+            ctypes.c_void_p(x_ND.ctypes.data),
+            ctypes.c_int64(len(x_ND)),
+            ctypes.c_int64(k),
+            ctypes.c_void_p(None if lists_NI is None else lists_NI.ctypes.data),
+            ctypes.c_int64(0 if lists_NI is None else lists_NI.shape[1]),
+            ctypes.c_void_p(numbers_Nk.ctypes.data),
+            ctypes.c_void_p(distances_Nk.ctypes.data),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return numbers_Nk, distances_Nk
 
 
 def cell_sums(

@@ -12,6 +12,14 @@
 // the bound itself, and the final rounding of the distance. kTiny covers what is flushed to zero.
 // Bounds are taken per tile of 64 centroids, so a huge centroid loosens the filter for its tile.
 //
+// search_top: the k nearest of each row, of all vectors or of those in some lists, by the same rule.
+// A product of vectors rounded to 8-bit integers, each with a scale of its own, leaves the
+// candidates. Integer products are exact, so the bound above holds with x^ and c^ so rounded. Per
+// row a floor rises: no vector whose score plus its bound lies below it can be among the k nearest.
+//
+// choose: the k nearest of each row, in no order, for a k that is a large share of all.
+// Scores well above or below the k-th are settled by the bound alone; the rule decides the rest.
+//
 // cell_sums: float64 sums of the rows of each cell, in the order that kmeans.py defines.
 //
 // Rows (or columns) are split over threads; each is computed alone, so their number changes nothing.
@@ -20,11 +28,16 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -194,6 +207,36 @@ using ScoreTile = void (*)(const uint32_t*, const uint32_t*, const float*, int64
 constexpr ScoreTile kScoreTile[kMicroRows + 1] = {
     nullptr, score_tile<1>, score_tile<2>, score_tile<3>, score_tile<4>, score_tile<5>, score_tile<6>};
 
+// A vector whose canonical distance is known, and the order of the rule.
+struct Decided {
+  float distance;
+  int64_t number;
+  bool operator<(const Decided& other) const {
+    return distance != other.distance ? distance < other.distance : number < other.number;
+  }
+};
+
+// The k-th greatest value: a histogram leaves the few that share its bin. picked is work space.
+float kth_greatest(const float* values, int64_t count, int64_t k, std::vector<float>& picked) {
+  constexpr int64_t kBins = 1024;
+  const auto [low, high] = std::minmax_element(values, values + count);
+  const float least = *low, factor = (kBins - 1) / (*high - *low);
+  picked.clear();
+  if (!(factor <= std::numeric_limits<float>::max())) {
+    picked.assign(values, values + count);
+  } else {
+    const auto bin_of = [=](float value) { return static_cast<int32_t>((value - least) * factor); };
+    std::array<int32_t, kBins> sizes{};
+    for (int64_t i = 0; i < count; ++i) ++sizes[std::min<int32_t>(bin_of(values[i]), kBins - 1)];
+    int32_t bin = kBins - 1;
+    for (; k > sizes[bin]; --bin) k -= sizes[bin];
+    for (int64_t i = 0; i < count; ++i)
+      if (std::min<int32_t>(bin_of(values[i]), kBins - 1) == bin) picked.push_back(values[i]);
+  }
+  std::nth_element(picked.begin(), picked.begin() + (k - 1), picked.end(), std::greater<float>());
+  return picked[k - 1];
+}
+
 // What one thread needs to search its rows.
 class Searcher {
  public:
@@ -226,7 +269,46 @@ class Searcher {
     }
   }
 
+  void choose(const float* x_ND, int64_t num_rows, int64_t k, int64_t* codes_Nk) {
+    for (int64_t start = 0; start < num_rows; start += block_rows_) {
+      const int64_t rows = std::min(block_rows_, num_rows - start);
+      score_block(x_ND + start * set_.dim, rows);
+      for (int64_t row = 0; row < rows; ++row)
+        choose_row(x_ND + (start + row) * set_.dim, row, k, codes_Nk + (start + row) * k);
+    }
+  }
+
  private:
+  // What lies surely above the k-th is taken, what lies surely below is not; the rule decides the rest.
+  void choose_row(const float* x_D, int64_t row, int64_t k, int64_t* codes_k) {
+    const int64_t count = set_.num_centroids;
+    const float* scores = &scores_[row * width_];
+    set_bounds(norms_[row]);
+    lowers_.resize(width_);
+    uppers_.resize(width_);
+    for (int64_t c = 0; c < width_; ++c) {
+      lowers_[c] = scores[c] - bounds_T_[c / kTile];
+      uppers_[c] = scores[c] + bounds_T_[c / kTile];
+    }
+    const float floor = kth_greatest(lowers_.data(), count, k, picked_);
+    const float ceiling = k < count ? kth_greatest(uppers_.data(), count, k + 1, picked_)
+                                    : -std::numeric_limits<float>::infinity();
+    int64_t taken = 0;
+    open_.clear();
+    for (int64_t first = 0; first < width_; first += kLanes) {
+      // Lanes past the last centroid are minus infinity, below every floor.
+      unsigned left = _mm512_cmp_ps_mask(_mm512_loadu_ps(&uppers_[first]), _mm512_set1_ps(floor), _CMP_GE_OQ);
+      const unsigned sure = _mm512_cmp_ps_mask(_mm512_loadu_ps(&lowers_[first]), _mm512_set1_ps(ceiling), _CMP_GT_OQ);
+      for (; left; left &= left - 1) {
+        const int64_t code = first + __builtin_ctz(left);
+        if (sure >> (code - first) & 1) codes_k[taken++] = code;
+        else open_.push_back({distance(x_D, code), code});
+      }
+    }
+    std::nth_element(open_.begin(), open_.begin() + (k - taken), open_.end());
+    for (int64_t i = 0; taken < k; ++i) codes_k[taken++] = open_[i].number;
+  }
+
   static int64_t block_rows(int64_t width) {
     const int64_t fitting = kScoreBytes / (width * static_cast<int64_t>(sizeof(float)));
     return std::clamp(fitting / kMicroRows * kMicroRows, kMicroRows, kMostBlockRows);
@@ -304,7 +386,8 @@ class Searcher {
   int64_t pairs_, num_tiles_, width_, block_rows_;
   std::vector<uint32_t> rounded_;
   std::vector<Norms> norms_;
-  std::vector<float> scores_, peaks_, bounds_T_;
+  std::vector<float> scores_, peaks_, bounds_T_, lowers_, uppers_, picked_;
+  std::vector<Decided> open_;
   std::vector<double> terms_D_;
 };
 
@@ -319,6 +402,16 @@ void search(const Centroids* set, float* x_ND, int64_t num_rows, int64_t* codes_
   run_parts(parts, [=](int64_t part) {
     const int64_t first = num_rows * part / parts, last = num_rows * (part + 1) / parts;
     Searcher(*set, last - first).search(x_ND + first * set->dim, last - first, codes_N + first, subtract != 0);
+  });
+}
+
+// The k nearest of each row, in no order.
+void choose(const Centroids* set, const float* x_ND, int64_t num_rows, int64_t k, int64_t* codes_Nk,
+            int64_t num_threads) {
+  const int64_t parts = parts_for(num_rows * set->num_centroids * set->dim, num_threads, num_rows);
+  run_parts(parts, [=](int64_t part) {
+    const int64_t first = num_rows * part / parts, last = num_rows * (part + 1) / parts;
+    Searcher(*set, last - first).choose(x_ND + first * set->dim, last - first, k, codes_Nk + first * k);
   });
 }
 
@@ -340,6 +433,400 @@ void cell_sums(const float* x_ND, int64_t num_rows, int64_t dim, const int64_t* 
       for (int64_t cell = 0; cell < num_cells; ++cell)
         for (int64_t d = 0; d < width; ++d) sums_KD[cell * dim + first + d] += block_sums[cell * width + d];
     }
+  });
+}
+
+}  // extern "C"
+
+extern "C" {
+
+// Vectors in lists, rounded to 8 bits. All arrays belong to the caller; list i has its size_I[i]
+// vectors in the tiles first_tile_I[i] ... first_tile_I[i + 1] - 1; Q = ceil(D / 4).
+struct Lists {
+  int64_t num_lists;
+  int64_t dim;
+  const int64_t* size_I;
+  const int64_t* first_tile_I;        // I + 1 numbers
+  const float* const* vectors_I;      // the vectors of a list, [size, D]
+  const int64_t* const* numbers_I;    // their numbers; null where a vector's place is its number
+  const float* centre_D;
+  uint32_t* packed;                   // [T, Q, 64]: four 8-bit integers of one vector in each word
+  int32_t* offset;                    // [T * 64]: -128 times the sum of a vector's integers
+  float* scale;                       // [T * 64]
+  float* bias;                        // [T * 64]: -|c'|^2 / 2, minus infinity past the last vector
+  int32_t* list_T;                    // the list of a tile
+  float* norm_T;                      // largest |c'| of a tile
+  float* error_T;                     // largest |c' - c^|
+  float* slack_T;                     // largest gamma |c'|^2
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t kTopBlockRows = 2048;
+constexpr int64_t kQuad = 4;
+constexpr float kLeastPeak = 1e-25f;  // what is smaller everywhere is rounded to zero, its error known
+
+int64_t num_quads(int64_t dim) { return (dim + kQuad - 1) / kQuad; }
+
+struct Scaled {
+  Norms norms;
+  double square;  // |x'|^2
+  float scale;
+  int32_t sum;    // of the integers
+};
+
+// Centre one vector and round it to 8-bit integers times a scale; steps has a length that 4 divides.
+Scaled scale_vector(const float* x_D, const float* centre_D, int64_t dim, int8_t* steps) {
+  Scaled scaled{};
+  float peak = 0;
+  for (int64_t d = 0; d < dim; ++d) peak = std::max(peak, std::fabs(x_D[d] - centre_D[d]));
+  scaled.scale = peak < kLeastPeak ? 0.0f : peak / 127;
+  const float factor = peak < kLeastPeak ? 0.0f : 127 / peak;
+  double rounded = 0, error = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float step = std::nearbyint((x_D[d] - centre_D[d]) * factor);
+    steps[d] = static_cast<int8_t>(std::clamp(step, -127.0f, 127.0f));
+    const double x = static_cast<double>(x_D[d]) - static_cast<double>(centre_D[d]);
+    const double hat = static_cast<double>(scaled.scale) * steps[d];
+    rounded += hat * hat;
+    error += (x - hat) * (x - hat);
+    scaled.square += x * x;
+    scaled.sum += steps[d];
+  }
+  std::fill(steps + dim, steps + kQuad * num_quads(dim), 0);
+  scaled.norms.rounded = std::sqrt(rounded) * kUp;
+  scaled.norms.error = std::sqrt(error) * kUp;
+  scaled.norms.vector = std::sqrt(scaled.square) * kUp;
+  return scaled;
+}
+
+// Unsigned bytes of x times signed bytes of c, added in fours. Written as an instruction: some
+// compilers copy the sum through memory around the intrinsic, which halves the speed.
+inline void add_products(__m512i& sum, __m512i x, __m512i c) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(c));
+}
+
+struct Candidate {
+  float lower, upper;  // of the score
+  int32_t slot;
+};
+
+// What every tile needs of a row, side by side: the rows share the cache with a tile.
+struct RowBounds {
+  float scale, error, rounded, own, floor;
+};
+
+struct TopRow {
+  double square;  // |x'|^2
+  std::vector<Candidate> candidates;
+  std::vector<Decided> best;  // decided by the rule so far, at most k, ascending
+};
+
+// One tile of a list, as the scoring wants it.
+struct TileView {
+  const uint32_t* packed;
+  const int32_t* offset;
+  const float* scale;
+  const float* bias;
+  int64_t first_slot;
+  float norm, error, slack;
+};
+
+// The integer products of R rows and V vectors of 16 lanes. On its own, so that the sums stay in
+// registers.
+template <int64_t R, int64_t V>
+__attribute__((noinline)) void multiply(const uint32_t* const* bytes, const TileView& tile, int64_t quads, int32_t* products) {
+  __m512i sums[R][V];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v) sums[r][v] = _mm512_loadu_si512(tile.offset + v * kLanes);
+  for (int64_t q = 0; q < quads; ++q) {
+    __m512i c[V];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v) c[v] = _mm512_loadu_si512(tile.packed + q * kTile + v * kLanes);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(bytes[r][q]));
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < V; ++v) add_products(sums[r][v], x, c[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v) _mm512_store_si512(products + (r * V + v) * kLanes, sums[r][v]);
+}
+
+// Score R rows and V vectors of 16 lanes; what reaches a row's floor becomes its candidate.
+// Returns whether a row has a new one.
+template <int64_t R, int64_t V>
+bool scan_tile(const RowBounds* const* bounds, TopRow* const* rows, const uint32_t* const* bytes,
+               const TileView& tile, int64_t quads) {
+  alignas(64) int32_t products[R * V * kLanes];
+  multiply<R, V>(bytes, tile, quads, products);
+  bool is_any = false;
+  for (int64_t r = 0; r < R; ++r) {
+    const RowBounds& row = *bounds[r];
+    const float bound = row.error * tile.norm + row.rounded * tile.error + tile.slack + row.own;
+    // Lanes past the last vector are minus infinity, which no limit lets in.
+    const float limit = std::max(row.floor - bound, -std::numeric_limits<float>::max());
+    alignas(64) float scores[V * kLanes];
+    uint64_t hits = 0;
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v) {
+      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row.scale), _mm512_loadu_ps(tile.scale + v * kLanes));
+      const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(products + (r * V + v) * kLanes));
+      const __m512 score = _mm512_fmadd_ps(product, scale, _mm512_loadu_ps(tile.bias + v * kLanes));
+      const uint64_t hit = _mm512_cmp_ps_mask(score, _mm512_set1_ps(limit), _CMP_GE_OQ);
+      _mm512_store_ps(scores + v * kLanes, score);
+      hits |= hit << (v * kLanes);
+    }
+    is_any |= hits != 0;
+    for (; hits; hits &= hits - 1) {
+      const int64_t column = __builtin_ctzll(hits);
+      rows[r]->candidates.push_back(
+          {scores[column] - bound, scores[column] + bound, static_cast<int32_t>(tile.first_slot + column)});
+    }
+  }
+  return is_any;
+}
+
+using ScanTile = bool (*)(const RowBounds* const*, TopRow* const*, const uint32_t* const*, const TileView&, int64_t);
+
+template <int64_t R>
+constexpr std::array<ScanTile, kVectors> scans_of() {
+  return {scan_tile<R, 1>, scan_tile<R, 2>, scan_tile<R, 3>, scan_tile<R, 4>};
+}
+
+constexpr std::array<std::array<ScanTile, kVectors>, kMicroRows> kScanTile = {
+    scans_of<1>(), scans_of<2>(), scans_of<3>(), scans_of<4>(), scans_of<5>(), scans_of<6>()};
+
+// What one thread needs to find the k nearest of its rows.
+class TopSearcher {
+ public:
+  TopSearcher(const Lists& set, int64_t k, int64_t num_rows)
+      : set_(set),
+        k_(k),
+        quads_(num_quads(set.dim)),
+        most_(std::max<size_t>(16 * k, 4 * kTile)),
+        bytes_(std::min(num_rows, kTopBlockRows) * quads_),
+        bounds_(std::min(num_rows, kTopBlockRows)),
+        rows_(std::min(num_rows, kTopBlockRows)),
+        probing_(set.num_lists),
+        terms_D_(set.dim) {}
+
+  // probes_NI: the lists of each row; null for all lists.
+  void search(const float* x_ND, int64_t num_rows, const int64_t* probes_NI, int64_t num_probes,
+              int64_t* numbers_Nk, float* distances_Nk) {
+    for (int64_t start = 0; start < num_rows; start += kTopBlockRows) {
+      const int64_t rows = std::min(kTopBlockRows, num_rows - start);
+      x_BD_ = x_ND + start * set_.dim;
+      for (int64_t row = 0; row < rows; ++row) begin(row);
+      scan(rows, probes_NI ? probes_NI + start * num_probes : nullptr, num_probes);
+      for (int64_t row = 0; row < rows; ++row) {
+        raise_floor(row);
+        decide(row);
+        write(rows_[row], numbers_Nk + (start + row) * k_, distances_Nk + (start + row) * k_);
+      }
+    }
+  }
+
+ private:
+  void begin(int64_t row) {
+    int8_t* steps = reinterpret_cast<int8_t*>(&bytes_[row * quads_]);
+    const Scaled scaled = scale_vector(x_BD_ + row * set_.dim, set_.centre_D, set_.dim, steps);
+    // The instruction takes x unsigned; the lists' offsets take the 128 away again.
+    for (int64_t d = 0; d < quads_ * kQuad; ++d) steps[d] = static_cast<int8_t>(steps[d] ^ 0x80);
+    TopRow& top = rows_[row];
+    bounds_[row] = {scaled.scale, static_cast<float>(scaled.norms.error * kUp),
+                    static_cast<float>(scaled.norms.rounded * kUp),
+                    static_cast<float>(gamma_of(set_.dim) * scaled.square * kUp) + kTiny,
+                    -std::numeric_limits<float>::infinity()};
+    top.square = scaled.square;
+    top.candidates.clear();
+    top.best.clear();
+  }
+
+  // List by list, so that the rows that probe one share its tiles while they are in the cache.
+  void scan(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
+    if (probes_BI) sort_probes(num_rows, probes_BI, num_probes);
+    for (int64_t list = 0; list < set_.num_lists; ++list) {
+      if (!probes_BI) {
+        everyone_.resize(num_rows);
+        std::iota(everyone_.begin(), everyone_.end(), 0);
+      }
+      scan_list(list, probes_BI ? probing_[list] : everyone_);
+    }
+  }
+
+  void sort_probes(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
+    for (std::vector<int32_t>& rows : probing_) rows.clear();
+    for (int64_t row = 0; row < num_rows; ++row)
+      for (int64_t i = 0; i < num_probes; ++i)
+        probing_[probes_BI[row * num_probes + i]].push_back(static_cast<int32_t>(row));
+  }
+
+  void scan_list(int64_t list, const std::vector<int32_t>& probing) {
+    for (int64_t tile = set_.first_tile_I[list]; tile < set_.first_tile_I[list + 1]; ++tile) {
+      const int64_t first = tile * kTile, left = set_.size_I[list] - (tile - set_.first_tile_I[list]) * kTile;
+      const TileView view{set_.packed + first * quads_, set_.offset + first, set_.scale + first,
+                          set_.bias + first, first, set_.norm_T[tile], set_.error_T[tile], set_.slack_T[tile]};
+      const int64_t vectors = std::min(kVectors, (left + kLanes - 1) / kLanes);
+      const int64_t num_probing = static_cast<int64_t>(probing.size());
+      for (int64_t start = 0; start < num_probing; start += kMicroRows) {
+        const int64_t count = std::min(kMicroRows, num_probing - start);
+        const RowBounds* bounds[kMicroRows];
+        TopRow* rows[kMicroRows];
+        const uint32_t* bytes[kMicroRows];
+        for (int64_t r = 0; r < count; ++r) {
+          bounds[r] = &bounds_[probing[start + r]];
+          rows[r] = &rows_[probing[start + r]];
+          bytes[r] = &bytes_[probing[start + r] * quads_];
+        }
+        if (!kScanTile[count - 1][vectors - 1](bounds, rows, bytes, view, quads_)) continue;
+        for (int64_t r = 0; r < count; ++r)
+          if (rows[r]->candidates.size() >= most_) thin_out(probing[start + r]);
+      }
+    }
+  }
+
+  void thin_out(int64_t row) {
+    raise_floor(row);
+    // The bound alone cannot thin out many that are about equally near: then the rule has to.
+    if (rows_[row].candidates.size() > most_ / 2) decide(row);
+  }
+
+  // The k-th greatest lower end of a score is a floor; drop what cannot reach it.
+  void raise_floor(int64_t row) {
+    const std::vector<Candidate>& candidates = rows_[row].candidates;
+    if (static_cast<int64_t>(candidates.size()) < k_) return;
+    lowers_.clear();
+    for (const Candidate& candidate : candidates) lowers_.push_back(candidate.lower);
+    std::nth_element(lowers_.begin(), lowers_.begin() + (k_ - 1), lowers_.end(), std::greater<float>());
+    bounds_[row].floor = std::max(bounds_[row].floor, lowers_[k_ - 1]);
+    drop(row);
+  }
+
+  void drop(int64_t row) {
+    std::vector<Candidate>& candidates = rows_[row].candidates;
+    const float floor = bounds_[row].floor;
+    const auto is_out = [floor](const Candidate& candidate) { return candidate.upper < floor; };
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), is_out), candidates.end());
+  }
+
+  // Let the rule order the candidates and what it has kept before, and keep k. The likeliest come
+  // first: their true distances exclude about half of the others.
+  void decide(int64_t row) {
+    std::vector<Candidate>& candidates = rows_[row].candidates;
+    if (static_cast<int64_t>(candidates.size()) > k_) {
+      const auto is_likelier = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
+      std::nth_element(candidates.begin(), candidates.end() - k_, candidates.end(), is_likelier);
+      decide_last(row, k_);
+      drop(row);
+    }
+    decide_last(row, static_cast<int64_t>(candidates.size()));
+  }
+
+  void decide_last(int64_t row, int64_t count) {
+    TopRow& top = rows_[row];
+    const size_t first = top.candidates.size() - count;
+    for (size_t i = first; i < top.candidates.size(); ++i) {
+      const float* c_D = vector_of(top.candidates[i]);
+      for (int64_t d = 0; d < set_.dim; d += kLanes) _mm_prefetch(c_D + d, _MM_HINT_T0);
+    }
+    for (size_t i = first; i < top.candidates.size(); ++i) {
+      const Candidate& candidate = top.candidates[i];
+      const float distance = canonical_distance(x_BD_ + row * set_.dim, vector_of(candidate), set_.dim, terms_D_.data());
+      top.best.push_back({distance, number_of(candidate)});
+    }
+    top.candidates.resize(first);
+    std::sort(top.best.begin(), top.best.end());
+    if (static_cast<int64_t>(top.best.size()) < k_) return;
+    top.best.resize(k_);
+    // Of a farther vector the score is below (|x'|^2 - d^2) / 2; gamma covers the roundings.
+    const double last = top.best.back().distance;
+    const double floor = (top.square - last) / 2 - gamma_of(set_.dim) * (top.square + last) - kTiny;
+    bounds_[row].floor = std::max(bounds_[row].floor, static_cast<float>(floor - std::fabs(floor) * 1e-6));
+  }
+
+  const float* vector_of(const Candidate& candidate) const {
+    const int64_t list = set_.list_T[candidate.slot / kTile];
+    return set_.vectors_I[list] + (candidate.slot - set_.first_tile_I[list] * kTile) * set_.dim;
+  }
+
+  int64_t number_of(const Candidate& candidate) const {
+    const int64_t list = set_.list_T[candidate.slot / kTile];
+    const int64_t place = candidate.slot - set_.first_tile_I[list] * kTile;
+    return set_.numbers_I[list] ? set_.numbers_I[list][place] : place;
+  }
+
+  void write(const TopRow& top, int64_t* numbers_k, float* distances_k) const {
+    const int64_t count = static_cast<int64_t>(top.best.size());
+    for (int64_t i = 0; i < k_; ++i) {
+      numbers_k[i] = i < count ? top.best[i].number : -1;
+      distances_k[i] = i < count ? top.best[i].distance : std::numeric_limits<float>::infinity();
+    }
+  }
+
+  const Lists& set_;
+  int64_t k_, quads_;
+  size_t most_;
+  std::vector<uint32_t> bytes_;
+  std::vector<RowBounds> bounds_;
+  std::vector<TopRow> rows_;
+  std::vector<std::vector<int32_t>> probing_;
+  std::vector<int32_t> everyone_;
+  std::vector<float> lowers_;
+  std::vector<double> terms_D_;
+  const float* x_BD_ = nullptr;
+};
+
+}  // namespace
+
+extern "C" {
+
+void prepare_lists(const Lists* set) {
+  const int64_t quads = num_quads(set->dim), num_tiles = set->first_tile_I[set->num_lists];
+  const double gamma = gamma_of(set->dim);
+  std::vector<int8_t> steps(quads * kQuad);
+  std::fill(set->packed, set->packed + num_tiles * quads * kTile, 0);
+  std::fill(set->offset, set->offset + num_tiles * kTile, 0);
+  std::fill(set->scale, set->scale + num_tiles * kTile, 0.0f);
+  std::fill(set->bias, set->bias + num_tiles * kTile, -std::numeric_limits<float>::infinity());
+  for (float* bounds_T : {set->norm_T, set->error_T, set->slack_T}) std::fill(bounds_T, bounds_T + num_tiles, 0.0f);
+  for (int64_t list = 0; list < set->num_lists; ++list) {
+    for (int64_t place = 0; place < set->size_I[list]; ++place) {
+      const int64_t slot = set->first_tile_I[list] * kTile + place, tile = slot / kTile, column = slot % kTile;
+      const float* c_D = set->vectors_I[list] + place * set->dim;
+      const Scaled scaled = scale_vector(c_D, set->centre_D, set->dim, steps.data());
+      set->list_T[tile] = static_cast<int32_t>(list);
+      set->offset[slot] = -128 * scaled.sum;
+      set->scale[slot] = scaled.scale;
+      set->bias[slot] = static_cast<float>(-scaled.square / 2);
+      for (int64_t q = 0; q < quads; ++q)
+        std::memcpy(&set->packed[(tile * quads + q) * kTile + column], &steps[q * kQuad], kQuad);
+      const auto raise = [](float* to, double value) { *to = std::max(*to, static_cast<float>(value * kUp)); };
+      raise(set->norm_T + tile, scaled.norms.vector);
+      raise(set->error_T + tile, scaled.norms.error);
+      raise(set->slack_T + tile, gamma * scaled.square);
+    }
+  }
+}
+
+void search_top(const Lists* set, const float* x_ND, int64_t num_rows, int64_t k, const int64_t* probes_NI,
+                int64_t num_probes, int64_t* numbers_Nk, float* distances_Nk, int64_t num_threads) {
+  const int64_t share = probes_NI ? num_probes : set->num_lists;
+  const int64_t slots = set->first_tile_I[set->num_lists] * kTile;
+  const int64_t work = num_rows * slots / std::max<int64_t>(1, set->num_lists) * share * set->dim;
+  const int64_t parts = parts_for(work, num_threads, num_rows);
+  run_parts(parts, [=](int64_t part) {
+    const int64_t first = num_rows * part / parts, last = num_rows * (part + 1) / parts;
+    TopSearcher(*set, k, last - first)
+        .search(x_ND + first * set->dim, last - first, probes_NI ? probes_NI + first * num_probes : nullptr,
+                num_probes, numbers_Nk + first * k, distances_Nk + first * k);
   });
 }
 

@@ -1,7 +1,9 @@
 """Approximate search of a VQ pool: faiss's IVF-Flat and HNSW-Flat under the canonical rule.
 
 faiss proposes candidates, the canonical distance of ``search`` orders them (of equal distances the
-lower pool row first), so faiss's own rounding never shows in a code. What is guaranteed:
+lower pool row first), so faiss's own rounding never shows in a code. Where the machine can have the
+compiled kernels of ``native`` they scan the lists instead of faiss, and give the same codes. What
+is guaranteed:
 
 - A vector's code depends on nothing but the vector and the index: not on the batch, its order, or
   the number of threads.
@@ -18,7 +20,8 @@ lower pool row first), so faiss's own rounding never shows in a code. What is gu
 - The same pool, settings and seed build the same bytes. faiss links a graph in whatever order its
   threads come, so ``hnsw`` is built by one thread.
 
-The vectors are held once, in the index.
+The vectors are held once, in the index; the kernels hold a copy rounded to 8 bits beside it (of a
+million vectors of 128 columns 160 MB in 4096 lists).
 
 Shape letters in this file: N items, B items of a block, O open items of a block, P pool rows,
 U distinct vectors, D embedding width, I lists, C candidates per item, T (item, candidate) pairs,
@@ -35,6 +38,7 @@ from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings, fold_sum
 from qarm_feast.quantizers.devices import ON_CPU, Placement, gpu_owner, load_faiss
 from qarm_feast.quantizers.kmeans import lloyd, sample_rows
+from qarm_feast.quantizers.native import MAX_TOP_DIM, NativeTop, kernels
 from qarm_feast.quantizers.search import NearestSearch, squared_distances
 
 Rows = npt.NDArray[np.int64]
@@ -45,7 +49,7 @@ _LIST_ITERATIONS = 10
 _TRAINING_POINTS_PER_LIST = 64
 _NUM_SPARE = 4
 """Candidates beyond those wanted: they show in most cases that no other can be nearer."""
-_PAIRS_PER_BLOCK = 1 << 15
+_PAIRS_PER_BLOCK = 1 << 16
 _ROWS_PER_BLOCK = 1 << 16
 _FLOAT32_ROUNDOFF = 2.0**-24
 _SMALLEST_DISTANCE = 1e-30
@@ -58,8 +62,11 @@ _NO_KEY = np.iinfo(np.int64).max
 class _Index(Protocol):
     """Proposes candidates among the distinct vectors, by their number."""
 
-    def candidates(self, x_BD: Embeddings, k: int) -> Codes:
-        """Return at least k candidates per row where there are so many; -1 fills up."""
+    def candidates(self, x_BD: Embeddings, k: int) -> tuple[Codes, Embeddings | None]:
+        """Return at least k candidates per row where there are so many; -1 fills up.
+
+        Canonical distances come with them where they are known.
+        """
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         """Return the vectors of some numbers."""
@@ -81,12 +88,14 @@ class PoolIndex:
     ) -> None:
         self._faiss_index = faiss_index
         self._number_of_row_P = number_of_row_P
-        is_graph = isinstance(faiss_index, load_faiss().IndexHNSW)
+        is_graph = isinstance(faiss_index, loadload_faiss().IndexHNSW)
         self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if is_graph else "ivf_flat"
         self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, placement)
         self._rows_P = np.argsort(number_of_row_P, kind="stable")
         self._counts_U = np.bincount(number_of_row_P)
         self._starts_U = np.cumsum(self._counts_U) - self._counts_U
+        # Where each row is its own vector's number, candidates that are in order are the code.
+        self._is_one_each = np.array_equal(number_of_row_P, np.arange(len(number_of_row_P)))
 
     @classmethod
     def from_bytes(cls, payload: bytes, number_of_row_P: Rows, placement: Placement) -> "PoolIndex":
@@ -104,7 +113,7 @@ class PoolIndex:
             ConfigError: If the device is cuda and faiss sees no GPU.
             MissingDependencyError: If faiss is not installed.
         """
-        faiss = load_faiss()
+        faiss = loadload_faiss()
         return cls(
             faiss.deserialize_index(np.frombuffer(payload, np.uint8)), number_of_row_P, placement
         )
@@ -141,7 +150,7 @@ class PoolIndex:
 
     def link(self, x_RD: Embeddings) -> None:
         """Append the vectors that come next by number to the graph of an ``hnsw`` index."""
-        faiss = load_faiss()
+        faiss = loadload_faiss()
         num_threads = faiss.omp_get_max_threads()
         # More than one would link in the order in which they happen to come.
         faiss.omp_set_num_threads(1)
@@ -154,7 +163,7 @@ class PoolIndex:
         """Return faiss's own bytes as ``index``, and ``pool_vector_numbers``, row by row."""
         return {
             "pool_vector_numbers": self._number_of_row_P,
-            "index": load_faiss().serialize_index(self._faiss_index),
+            "index": loadload_faiss().serialize_index(self._faiss_index),
         }
 
     def vectors(self, rows_R: Rows) -> Embeddings:
@@ -187,10 +196,15 @@ class PoolIndex:
         return rows_Nk
 
     def _search_block(self, x_BD: Embeddings, k: int) -> Codes:
-        candidates_BC = self._index.candidates(x_BD, min(k, self.num_distinct))
+        candidates_BC, distances_BC = self._index.candidates(x_BD, min(k, self.num_distinct))
+        if distances_BC is not None and self._is_one_each:
+            return candidates_BC
         query_T, column_T = np.nonzero(candidates_BC >= 0)
         number_T = candidates_BC[query_T, column_T]
-        distance_T = self._distances(x_BD, query_T, number_T)
+        if distances_BC is None:
+            distance_T = self._distances(x_BD, query_T, number_T)
+        else:
+            distance_T = distances_BC[query_T, column_T]
         # Equal vectors share a distance, so only the k lowest of their rows can be in a code.
         count_T = np.minimum(self._counts_U[number_T], k)
         first_T = np.cumsum(count_T) - count_T
@@ -219,13 +233,45 @@ class _Lists:
         index.parallel_mode = _PARALLEL_OVER_QUERIES
         self._coarse = NearestSearch(index.quantizer.reconstruct_n(0, index.nlist))
         self._gpu_copy = _GpuCopy(index) if placement.has_gpu() else None
+        self._native = self._native_lists() if self._gpu_copy is None else None
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         vectors_RD: Embeddings = self._index.reconstruct_batch(numbers_R)
         return vectors_RD
 
-    def candidates(self, x_BD: Embeddings, k: int) -> Codes:
-        return self._candidates(x_BD, k, k + _NUM_SPARE, min(self._index.nprobe, self._index.nlist))
+    def candidates(self, x_BD: Embeddings, k: int) -> tuple[Codes, Embeddings | None]:
+        num_probes = min(self._index.nprobe, self._index.nlist)
+        if self._native is not None:
+            return self._nearest(self._native, x_BD, k, num_probes)
+        return self._candidates(x_BD, k, k + _NUM_SPARE, num_probes), None
+
+    def _native_lists(self) -> NativeTop | None:
+        library = kernels()
+        if library is None or self._index.d > MAX_TOP_DIM:
+            return None
+        lists, rev_swig_ptr = self._index.invlists, load_faiss().rev_swig_ptr
+        sizes = [lists.list_size(number) for number in range(lists.nlist)]
+        # Views of faiss's own memory, which the index keeps where it is: nothing is added any more.
+        vectors = [
+            rev_swig_ptr(lists.get_codes(number), size * lists.code_size).view(np.float32)
+            for number, size in enumerate(sizes)
+        ]
+        numbers = [rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes)]
+        rows = [vectors_R.reshape(-1, self._index.d) for vectors_R in vectors]
+        return NativeTop(library, rows, numbers, self._coarse.centre_D)
+
+    def _nearest(
+        self, native: NativeTop, x_BD: Embeddings, k: int, num_probes: int
+    ) -> tuple[Codes, Embeddings]:
+        """Return the k nearest of the probed lists, in order; short lists are joined by more."""
+        lists_BI = self._coarse.choose(x_BD, num_probes)
+        numbers_Bk, distances_Bk = native.search(x_BD, k, lists_BI)
+        is_short_B = numbers_Bk[:, -1] < 0
+        if is_short_B.any():
+            probes = min(2 * num_probes, self._index.nlist)
+            found = self._nearest(native, x_BD[is_short_B], k, probes)
+            numbers_Bk[is_short_B], distances_Bk[is_short_B] = found
+        return numbers_Bk, distances_Bk
 
     def _candidates(self, x_BD: Embeddings, k: int, num_wanted: int, num_probes: int) -> Codes:
         lists_BI = self._coarse.search(x_BD, num_probes)
@@ -260,21 +306,21 @@ class _Graph:
 
     def __init__(self, index: Any) -> None:
         self._index = index
-        self._flat = load_faiss().downcast_index(index.storage)
+        self._flat = loadload_faiss().downcast_index(index.storage)
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         vectors_RD: Embeddings = self._flat.reconstruct_batch(numbers_R)
         return vectors_RD
 
-    def candidates(self, x_BD: Embeddings, k: int) -> Codes:
+    def candidates(self, x_BD: Embeddings, k: int) -> tuple[Codes, None]:
         num_wanted = min(max(self._index.hnsw.efSearch, k + _NUM_SPARE), self._index.ntotal)
         numbers_BC: Codes = self._index.search(
-            x_BD, num_wanted, params=load_faiss().SearchParametersHNSW(efSearch=num_wanted)
+            x_BD, num_wanted, params=loadload_faiss().SearchParametersHNSW(efSearch=num_wanted)
         )[1]
         for short in np.flatnonzero((numbers_BC >= 0).sum(axis=1) < k):
             # One at a time: from 20 queries on faiss takes another formula.
             numbers_BC[short] = self._flat.search(x_BD[short : short + 1], num_wanted)[1]
-        return numbers_BC
+        return numbers_BC, None
 
 
 class _GpuCopy:
@@ -307,7 +353,7 @@ def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -
         CodebookError: If there are fewer distinct vectors than lists.
         MissingDependencyError: If faiss is not installed.
     """
-    faiss = load_faiss()
+    faiss = loadload_faiss()
     number_of_row_P, rows_U = _distinct(x_PD)
     size = _auto_num_lists(len(rows_U)) if num_lists == "auto" else num_lists
     if size > len(rows_U):
@@ -352,7 +398,7 @@ def build_graph(
     # A vector's number is its place in the index, where late ones come last.
     order_U = np.argsort(is_late_U, kind="stable")
     place_U = np.argsort(order_U)
-    graph = load_faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
+    graph = loadload_faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
     graph.hnsw.efConstruction = ef_construction
     index = PoolIndex(graph, place_U[number_of_row_P])
     linked = rows_U[~is_late_U]
@@ -393,7 +439,7 @@ def _widened(numbers_BC: Codes, width: int) -> Codes:
 def _scan(
     index: Any, x_BD: Embeddings, lists_BI: Codes, num_wanted: int
 ) -> tuple[Embeddings, Codes]:
-    faiss = load_faiss()
+    faiss = loadload_faiss()
     distances_BC = np.empty((len(x_BD), num_wanted), dtype=np.float32)
     numbers_BC = np.empty((len(x_BD), num_wanted), dtype=np.int64)
     # Read by indexes over residuals only; these hold the vectors themselves.
@@ -449,7 +495,7 @@ def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddin
 
     In this order a list's memory is asked for once, not grown; inside a list numbers ascend.
     """
-    faiss = load_faiss()
+    faiss = loadload_faiss()
     coarse = NearestSearch(coarse_ID)
     blocks = [
         coarse.search(x_PD[rows_U[start : start + _ROWS_PER_BLOCK]])[:, 0]

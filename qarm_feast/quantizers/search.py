@@ -5,10 +5,11 @@ taken in float64, added in the fixed order of :func:`fold_sum`, and rounded to f
 comes first; of equal distances the lower index comes first. Only elementwise operations decide,
 so codes are bit-equal at any batch size, thread count and row order.
 
-The speed. One of two filters leaves a short list for the rule. The one nearest centroid (k = 1) is
-found by the compiled kernels of ``native``, where the machine has them: a bfloat16 product with a
-measured error bound, explained in ``native_kernels.cpp``. All else goes through a float32 matrix
-product in torch, as follows. Vectors and centroids are centred first, which changes no distance but
+The speed. One of two filters leaves a short list for the rule. On a CPU whose machine can have them
+the compiled kernels of ``native`` filter: products of bfloat16 numbers for the one nearest centroid
+and for unordered sets, of 8-bit integers for the k nearest, each with a measured error bound,
+explained in ``native_kernels.cpp``. All else goes through a float32 matrix product in torch, as
+follows. Vectors and centroids are centred first, which changes no distance but
 keeps an offset that all share out of the error; the centre is the median of each coordinate, which
 one huge centroid cannot pull away. With x the centred vector and c a centred centroid, the score
 |c|^2 - 2 x.c differs from the squared distance by |x|^2, the same for all centroids. In whatever
@@ -33,7 +34,7 @@ import torch
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Codes, Embeddings, check_embeddings, fold_sum
-from qarm_feast.quantizers.native import NativeSearch, kernels
+from qarm_feast.quantizers.native import MAX_TOP_DIM, NativeSearch, NativeTop, kernels
 
 _CENTRE_SAMPLE_SIZE = 4096
 _SCORES_PER_BLOCK = 1 << 23
@@ -106,10 +107,29 @@ class NearestSearch:
             raise CodebookError(f"k={k} neighbours wanted of {num_centroids} centroids")
         if k == 1 and self._native is not None:
             codes_Nk = self._native.search(_tensor(x_ND))[:, None]
+        elif k > 1 and self._native_top is not None:
+            return self._native_top.search(np.ascontiguousarray(x_ND), k)[0]
         else:
             codes_Nk = self._search(_tensor(x_ND), k)
         result: Codes = codes_Nk.numpy()
         return result
+
+    def choose(self, x_ND: Embeddings, k: int) -> Codes:
+        """Return the k nearest centroids of each row in no particular order.
+
+        Cheaper than :meth:`search` for a k in the hundreds: most centroids need no exact distance.
+
+        Args:
+            x_ND: Checked vectors, float32.
+            k: How many to return per row, at most K.
+
+        Returns:
+            Indices of shape ``[N, k]``, int64.
+        """
+        if self._native is None:
+            return self.search(x_ND, k)
+        codes_Nk: Codes = self._native.choose(_tensor(x_ND), k).numpy()
+        return codes_Nk
 
     def subtract_nearest(self, residual_ND: Embeddings) -> Codes:
         """Replace each row by what its nearest centroid leaves over, and return those centroids.
@@ -157,6 +177,19 @@ class NearestSearch:
         if self._library is None:
             return None
         return NativeSearch(self._library, self._centroids_KD, self._centre_D)
+
+    @functools.cached_property
+    def _native_top(self) -> NativeTop | None:
+        library = kernels() if self._device.type == "cpu" else None
+        if library is None or self._centroids_KD.shape[1] > MAX_TOP_DIM:
+            return None
+        return NativeTop(library, [self._centroids_KD.numpy()], None, self._centre_D.numpy())
+
+    @property
+    def centre_D(self) -> Embeddings:  # noqa: N802 - a shape suffix, as elsewhere
+        """A point in the midst of the centroids, float32."""
+        centre_D: Embeddings = self._centre_D.cpu().numpy()
+        return centre_D
 
     @functools.cached_property
     def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:

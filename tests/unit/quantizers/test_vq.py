@@ -259,7 +259,7 @@ def test_a_walk_that_finds_too_few_is_replaced_by_a_scan() -> None:
     )
     graph = pool_index._Graph(lost)
 
-    candidates_NC = graph.candidates(pool_PD[:5], 3)
+    candidates_NC, _ = graph.candidates(pool_PD[:5], 3)
 
     nearest_N = graph.vectors(candidates_NC[:, 0])
     np.testing.assert_array_equal(nearest_N, pool_PD[:5])
