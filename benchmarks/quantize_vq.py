@@ -1,6 +1,6 @@
 """How fast and how true the approximate searches of a VQ pool are, next to the exact one.
 
-    uv run --frozen --extra cpu python benchmarks/quantize_vq.py [--quick]
+    uv run --frozen --extra cpu python benchmarks/quantize_vq.py [--quick] [--vectors KIND]
 
 Top-25 in a pool of 128 columns, on one thread: ``ivf_flat`` over 1,000,000 rows, both kinds over
 100,000 (names that end in ``_100k``), since only one thread links a graph. Four kinds of vectors:
@@ -8,9 +8,12 @@ those of ``generators``, and :func:`curved`, which has the spectrum of ``low_ran
 neighbourhoods of few dimensions, as text vectors have. ``--quick``: ``low_rank`` and ``curved``
 only, 20,000 rows.
 
-Exact is the faster of our own exact search and faiss's flat index, on the same batch of 2048 new
-vectors (the most that the streaming worker reads at once), and again one vector at a time. Times
-are the process's own seconds, so another process on the machine does not count.
+``vq_speedup_vs_exact`` is against what exact search costs elsewhere: the faster of faiss's flat
+index and the bare float32 product of vectors and pool in torch, which picks no neighbours yet.
+``vq_speedup_vs_own_exact`` is against our own exact search, the one that ``search: auto`` weighs
+the lists against. Each is on the same batch of 2048 new vectors (the most that the streaming worker
+reads at once), and again one vector at a time. Times are the process's own seconds, so another
+process on the machine does not count, though it takes memory bandwidth.
 
 Progress goes to stderr, the last line of stdout is one JSON object.
 
@@ -42,6 +45,9 @@ EMBEDDING_DIM = 128
 NUM_NEIGHBORS = 25
 BATCH_SIZE = 2048
 NUM_SINGLES = 64
+PRODUCT_ROWS = 4096
+YARDSTICKS = ("faiss_flat", "product")
+"""What exact search costs elsewhere, see the module."""
 QUICK_VECTORS = ("low_rank", "curved")
 POOLS: tuple[tuple[int, tuple[Kind, ...], str], ...] = (
     (1_000_000, ("ivf_flat",), ""),
@@ -64,8 +70,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="Pools of 20,000 rows.")
+    parser.add_argument("--vectors", choices=sorted(VECTORS), help="Only these vectors.")
     arguments = parser.parse_args()
-    figures = vq_figures(arguments.quick)
+    figures = vq_figures(arguments.quick, arguments.vectors)
     print(
         json.dumps(
             {
@@ -79,13 +86,20 @@ def main() -> None:
     )
 
 
-def vq_figures(quick: bool) -> dict[str, float]:
-    """Return recall, speed-up, build seconds and memory by name; runs on one thread.
+def vq_figures(quick: bool, only: str | None = None) -> dict[str, float]:
+    """Return recall, times, speed-ups, build seconds and memory by name; runs on one thread.
 
     ``vq_recall_at_25`` and ``vq_speedup_vs_exact`` are of ``low_rank`` vectors under the search
     that ``search: auto`` takes (at 1,000,000 rows). ``..._<kind>_<vectors>`` are of one search;
     ``vq_single_speedup_vs_exact_...`` one vector at a time. Memory is the growth of the resident
     peak over what was resident before the build, the pool itself not counted.
+
+    Args:
+        quick: Whether to take the small pools.
+        only: Kind of vectors; None for all of them.
+
+    Returns:
+        The figures.
     """
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
     torch.set_num_threads(1)
@@ -93,7 +107,7 @@ def vq_figures(quick: bool) -> dict[str, float]:
     figures: dict[str, float] = {}
     try:
         for pool_size, kinds, ending in QUICK_POOLS if quick else POOLS:
-            for vectors in QUICK_VECTORS if quick else VECTORS:
+            for vectors in [only] if only else QUICK_VECTORS if quick else VECTORS:
                 x_ND = VECTORS[vectors](pool_size + BATCH_SIZE, EMBEDDING_DIM, 0)
                 names: dict[Kind, str] = {kind: f"_{kind}_{vectors}{ending}" for kind in kinds}
                 if vectors == "low_rank" and ending == "":
@@ -139,52 +153,74 @@ def _figures(
     names: dict[Kind, str],
 ) -> dict[str, float]:
     """Return the figures of some searches of one pool; ``names`` are their suffixes."""
-    exact_Qk, exact_seconds, exact_single_seconds = _exact(pool_PD, x_QD)
-    figures: dict[str, float] = {}
+    exact_Qk, seconds, single_seconds = _exact(pool_PD, x_QD)
+    kind = next(iter(names.values()))
+    ending = kind[len("_ivf_flat") :]
+    figures = {
+        f"vq_exact_ms_{name}{ending}": 1e3 * spent / len(x_QD) for name, spent in seconds.items()
+    }
     for search, suffix in names.items():
         build = _Build()
         quantizer = NeighborQuantizer(VqConfig(search=search, seed=1), pool_PD)
         build.end()
-        found_Qk, seconds = _timed(quantizer.encode, x_QD)
-        single_seconds = _single_seconds(quantizer.encode, x_QD)
+        found_Qk, spent = _timed(quantizer.encode, x_QD)
+        single = _single_seconds(quantizer.encode, x_QD)
         hits_Qkk = found_Qk[:, :, None] == exact_Qk[:, None, :]
         figures |= {
             f"vq_recall_at_25{suffix}": float(hits_Qkk.any(axis=2).mean()),
-            f"vq_speedup_vs_exact{suffix}": exact_seconds / seconds,
-            f"vq_single_speedup_vs_exact{suffix}": exact_single_seconds / single_seconds,
+            f"vq_ms{suffix}": 1e3 * spent / len(x_QD),
+            f"vq_speedup_vs_exact{suffix}": min(seconds[name] for name in YARDSTICKS) / spent,
+            f"vq_speedup_vs_own_exact{suffix}": seconds["ours"] / spent,
+            f"vq_single_speedup_vs_exact{suffix}": (
+                min(single_seconds[name] for name in YARDSTICKS) / single
+            ),
             f"vq_build_seconds{suffix}": build.seconds,
             f"vq_build_peak_gib{suffix}": build.peak_gib,
         }
         _say(
             f"{suffix or ' auto on low_rank'}: {quantizer.search_kind} "
             f"{quantizer.search_settings} recall at training {quantizer.search_recall:.4f}, "
-            f"{1e3 * seconds / len(x_QD):.3f} ms per vector, singly "
-            f"{1e3 * single_seconds / NUM_SINGLES:.3f}"
+            f"{1e3 * spent / len(x_QD):.3f} ms per vector, singly "
+            f"{1e3 * single / NUM_SINGLES:.3f}"
         )
     _say(json.dumps({name: round(value, 3) for name, value in figures.items()}))
     return figures
 
 
-def _exact(pool_PD: Embeddings, x_QD: Embeddings) -> tuple[Codes, float, float]:
-    """Return the exact neighbours, and the faster seconds of a batch and of single vectors."""
+def _exact(
+    pool_PD: Embeddings, x_QD: Embeddings
+) -> tuple[Codes, dict[str, float], dict[str, float]]:
+    """Return the exact neighbours, and by name the seconds of a batch and of single vectors."""
     flat = faiss.IndexFlatL2(EMBEDDING_DIM)
     flat.add(pool_PD)
     ours = NearestSearch(pool_PD)
+    # Prepared at first use, which is no part of a search.
+    ours.search(x_QD[:1], NUM_NEIGHBORS)
     searches: dict[str, Callable[[Embeddings], Codes]] = {
-        "faiss flat": lambda x_BD: flat.search(x_BD, NUM_NEIGHBORS)[1],
+        "faiss_flat": lambda x_BD: flat.search(x_BD, NUM_NEIGHBORS)[1],
+        "product": lambda x_BD: _product(x_BD, pool_PD),
         "ours": lambda x_BD: ours.search(x_BD, NUM_NEIGHBORS),
     }
-    batch, single = [], []
+    batch, single = {}, {}
     for name, search in searches.items():
-        exact_Qk, seconds = _timed(search, x_QD)
-        batch.append(seconds)
-        single.append(_single_seconds(search, x_QD))
+        exact_Qk, batch[name] = _timed(search, x_QD)
+        single[name] = _single_seconds(search, x_QD)
         _say(
-            f"exact over {len(pool_PD)}, {name}: {1e3 * seconds / len(x_QD):.3f} ms per vector, "
-            f"singly {1e3 * single[-1] / NUM_SINGLES:.3f}"
+            f"exact over {len(pool_PD)}, {name}: {1e3 * batch[name] / len(x_QD):.3f} ms per "
+            f"vector, singly {1e3 * single[name] / NUM_SINGLES:.3f}"
         )
     # Ours came last: its answer is the canonical one.
-    return exact_Qk, min(batch), min(single)
+    return exact_Qk, batch, single
+
+
+def _product(x_BD: Embeddings, pool_PD: Embeddings) -> Codes:
+    """Multiply vectors and pool, a block of the pool at a time, and find nothing."""
+    scores_BR = torch.empty((len(x_BD), PRODUCT_ROWS))
+    x = torch.from_numpy(x_BD)
+    for start in range(0, len(pool_PD), PRODUCT_ROWS):
+        block_RD = torch.from_numpy(pool_PD[start : start + PRODUCT_ROWS])
+        torch.mm(x, block_RD.T, out=scores_BR[:, : len(block_RD)])
+    return np.empty((len(x_BD), 0), dtype=np.int64)
 
 
 def _timed(search: Callable[[Embeddings], Codes], x_BD: Embeddings) -> tuple[Codes, float]:

@@ -560,6 +560,21 @@ __attribute__((noinline)) void multiply(const uint32_t* const* bytes, const Tile
     for (int64_t v = 0; v < V; ++v) _mm512_store_si512(products + (r * V + v) * kLanes, sums[r][v]);
 }
 
+inline __m512 scores_of(const int32_t* products, float row_scale, const TileView& tile, int64_t v) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scale), _mm512_loadu_ps(tile.scale + v * kLanes));
+  const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(products));
+  return _mm512_fmadd_ps(product, scale, _mm512_loadu_ps(tile.bias + v * kLanes));
+}
+
+__attribute__((noinline)) void keep(TopRow& row, unsigned hits, __m512 scores, float bound, int32_t first_slot) {
+  alignas(64) float score[kLanes];
+  _mm512_store_ps(score, scores);
+  for (; hits; hits &= hits - 1) {
+    const int lane = __builtin_ctz(hits);
+    row.candidates.push_back({score[lane] - bound, score[lane] + bound, first_slot + lane});
+  }
+}
+
 // Score R rows and V vectors of 16 lanes; what reaches a row's floor becomes its candidate.
 // Returns whether a row has a new one.
 template <int64_t R, int64_t V>
@@ -573,23 +588,19 @@ bool scan_tile(const RowBounds* const* bounds, TopRow* const* rows, const uint32
     const float bound = row.error * tile.norm + row.rounded * tile.error + tile.slack + row.own;
     // Lanes past the last vector are minus infinity, which no limit lets in.
     const float limit = std::max(row.floor - bound, -std::numeric_limits<float>::max());
-    alignas(64) float scores[V * kLanes];
-    uint64_t hits = 0;
+    __mmask16 hits[V];
+    unsigned any = 0;
 #pragma GCC unroll 4
     for (int64_t v = 0; v < V; ++v) {
-      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row.scale), _mm512_loadu_ps(tile.scale + v * kLanes));
-      const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(products + (r * V + v) * kLanes));
-      const __m512 score = _mm512_fmadd_ps(product, scale, _mm512_loadu_ps(tile.bias + v * kLanes));
-      const uint64_t hit = _mm512_cmp_ps_mask(score, _mm512_set1_ps(limit), _CMP_GE_OQ);
-      _mm512_store_ps(scores + v * kLanes, score);
-      hits |= hit << (v * kLanes);
+      const __m512 score = scores_of(products + (r * V + v) * kLanes, row.scale, tile, v);
+      hits[v] = _mm512_cmp_ps_mask(score, _mm512_set1_ps(limit), _CMP_GE_OQ);
+      any |= hits[v];
     }
-    is_any |= hits != 0;
-    for (; hits; hits &= hits - 1) {
-      const int64_t column = __builtin_ctzll(hits);
-      rows[r]->candidates.push_back(
-          {scores[column] - bound, scores[column] + bound, static_cast<int32_t>(tile.first_slot + column)});
-    }
+    if (__builtin_expect(!any, 1)) continue;
+    is_any = true;
+    for (int64_t v = 0; v < V; ++v)
+      if (hits[v]) keep(*rows[r], hits[v], scores_of(products + (r * V + v) * kLanes, row.scale, tile, v), bound,
+                        static_cast<int32_t>(tile.first_slot + v * kLanes));
   }
   return is_any;
 }
@@ -615,7 +626,6 @@ class TopSearcher {
         bytes_(std::min(num_rows, kTopBlockRows) * quads_),
         bounds_(std::min(num_rows, kTopBlockRows)),
         rows_(std::min(num_rows, kTopBlockRows)),
-        probing_(set.num_lists),
         terms_D_(set.dim) {}
 
   // probes_NI: the lists of each row; null for all lists.
@@ -652,32 +662,43 @@ class TopSearcher {
 
   // List by list, so that the rows that probe one share its tiles while they are in the cache.
   void scan(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
-    if (probes_BI) sort_probes(num_rows, probes_BI, num_probes);
-    for (int64_t list = 0; list < set_.num_lists; ++list) {
-      if (!probes_BI) {
-        everyone_.resize(num_rows);
-        std::iota(everyone_.begin(), everyone_.end(), 0);
-      }
-      scan_list(list, probes_BI ? probing_[list] : everyone_);
+    if (probes_BI) {
+      sort_probes(num_rows, probes_BI, num_probes);
+      for (int64_t list = 0; list < set_.num_lists; ++list)
+        scan_list(list, &probing_[ends_[list]], ends_[list + 1] - ends_[list]);
+      return;
     }
+    probing_.resize(num_rows);
+    std::iota(probing_.begin(), probing_.end(), 0);
+    for (int64_t list = 0; list < set_.num_lists; ++list) scan_list(list, probing_.data(), num_rows);
   }
 
+  // The rows that probe a list stand together, ascending; those of list i end where the next begin.
   void sort_probes(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
-    for (std::vector<int32_t>& rows : probing_) rows.clear();
+    const int64_t count = num_rows * num_probes;
+    probing_.resize(count);
+    ends_.assign(set_.num_lists + 2, 0);
+    for (int64_t i = 0; i < count; ++i) ++ends_[probes_BI[i] + 2];
+    std::partial_sum(ends_.begin(), ends_.end(), ends_.begin());
     for (int64_t row = 0; row < num_rows; ++row)
-      for (int64_t i = 0; i < num_probes; ++i)
-        probing_[probes_BI[row * num_probes + i]].push_back(static_cast<int32_t>(row));
+      for (int64_t i = row * num_probes; i < (row + 1) * num_probes; ++i)
+        probing_[ends_[probes_BI[i] + 1]++] = static_cast<int32_t>(row);
   }
 
-  void scan_list(int64_t list, const std::vector<int32_t>& probing) {
+  void scan_list(int64_t list, const int32_t* probing, int64_t num_probing) {
     for (int64_t tile = set_.first_tile_I[list]; tile < set_.first_tile_I[list + 1]; ++tile) {
       const int64_t first = tile * kTile, left = set_.size_I[list] - (tile - set_.first_tile_I[list]) * kTile;
       const TileView view{set_.packed + first * quads_, set_.offset + first, set_.scale + first,
                           set_.bias + first, first, set_.norm_T[tile], set_.error_T[tile], set_.slack_T[tile]};
+      // The next tile comes from memory while this one is in use.
+      for (int64_t word = 0; word < quads_ * kTile; word += kLanes)
+        _mm_prefetch(view.packed + quads_ * kTile + word, _MM_HINT_T1);
       const int64_t vectors = std::min(kVectors, (left + kLanes - 1) / kLanes);
-      const int64_t num_probing = static_cast<int64_t>(probing.size());
       for (int64_t start = 0; start < num_probing; start += kMicroRows) {
         const int64_t count = std::min(kMicroRows, num_probing - start);
+        for (int64_t next = start + count; next < std::min(num_probing, start + count + kMicroRows); ++next)
+          for (int64_t q = 0; q < quads_; q += kLanes)
+            _mm_prefetch(&bytes_[probing[next] * quads_ + q], _MM_HINT_T0);
         const RowBounds* bounds[kMicroRows];
         TopRow* rows[kMicroRows];
         const uint32_t* bytes[kMicroRows];
@@ -777,8 +798,8 @@ class TopSearcher {
   std::vector<uint32_t> bytes_;
   std::vector<RowBounds> bounds_;
   std::vector<TopRow> rows_;
-  std::vector<std::vector<int32_t>> probing_;
-  std::vector<int32_t> everyone_;
+  std::vector<int32_t> probing_;
+  std::vector<int64_t> ends_;
   std::vector<float> lowers_;
   std::vector<double> terms_D_;
   const float* x_BD_ = nullptr;

@@ -40,7 +40,7 @@ benchmarks/quantize_vq.py prints what each search takes. On one thread, vectors 
 of 2048, ivf_flat took 1.4 times as long as the exact search over 100,000 rows, and a seventh of its
 time over 1,000,000.
 """
-MAX_AUTO_PROBED_SHARE = 1 / 4
+MAX_AUTO_PROBED_SHARE = 1 / 2
 """Share of the lists above which ``search: auto`` goes back to the exact search.
 
 A scan of lists takes about four times as long per row as the exact search of a pool that is just
