@@ -742,6 +742,8 @@ class TopSearcher {
 
   void thin_out(int64_t row) {
     raise_floor(row);
+    // A floor from true distances lets fewer in from now on.
+    decide_likeliest(row);
     // The bound alone cannot thin out many that are about equally near: then the rule has to.
     if (rows_[row].candidates.size() > most_ / 2) decide(row);
   }
@@ -764,17 +766,20 @@ class TopSearcher {
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), is_out), candidates.end());
   }
 
-  // Let the rule order the candidates and what it has kept before, and keep k. The likeliest come
-  // first: their true distances exclude about half of the others.
+  // Let the rule order the candidates and what it has kept before, and keep k.
   void decide(int64_t row) {
+    decide_likeliest(row);
+    decide_last(row, static_cast<int64_t>(rows_[row].candidates.size()));
+  }
+
+  // The k likeliest come first: their true distances exclude about half of the others.
+  void decide_likeliest(int64_t row) {
     std::vector<Candidate>& candidates = rows_[row].candidates;
-    if (static_cast<int64_t>(candidates.size()) > k_) {
-      const auto is_likelier = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
-      std::nth_element(candidates.begin(), candidates.end() - k_, candidates.end(), is_likelier);
-      decide_last(row, k_);
-      drop(row);
-    }
-    decide_last(row, static_cast<int64_t>(candidates.size()));
+    if (static_cast<int64_t>(candidates.size()) <= k_) return;
+    const auto is_likelier = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
+    std::nth_element(candidates.begin(), candidates.end() - k_, candidates.end(), is_likelier);
+    decide_last(row, k_);
+    drop(row);
   }
 
   void decide_last(int64_t row, int64_t count) {
