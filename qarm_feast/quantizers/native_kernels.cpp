@@ -699,7 +699,7 @@ class TopSearcher {
     for (int64_t list = 0; list < set_.num_lists; ++list) scan_list(list, probing_.data(), num_rows);
   }
 
-  // The rows that probe a list stand together, ascending; those of list i end where the next begin.
+  // The rows that probe list i stand together, ascending, from ends_[i] to ends_[i + 1].
   void sort_probes(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
     const int64_t count = num_rows * num_probes;
     probing_.resize(count);

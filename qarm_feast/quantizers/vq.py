@@ -36,15 +36,18 @@ MAX_AUTO_POOL_SIZE = 1_000_000
 MAX_EXACT_POOL_SIZE = 131_072
 """Largest pool that ``search: auto`` searches exactly.
 
-benchmarks/quantize_vq.py prints what each search takes. On one thread, vectors ``curved``, batches
-of 2048, ivf_flat took 1.4 times as long as the exact search over 100,000 rows, and a seventh of its
-time over 1,000,000.
+benchmarks/quantize_vq.py prints what each search takes, as ``vq_speedup_vs_own_exact``. With the
+compiled kernels, on one thread, vectors ``low_rank``, batches of 2048, ivf_flat was 1.4 times as
+fast as the exact search over 100,000 rows and 2.1 times over 1,000,000: below this size lists gain
+too little for what they miss and for the seconds that they take to build.
 """
 MAX_AUTO_PROBED_SHARE = 1 / 2
 """Share of the lists above which ``search: auto`` goes back to the exact search.
 
-A scan of lists takes about four times as long per row as the exact search of a pool that is just
-too large for it.
+With the compiled kernels a quarter of the lists of 1,000,000 rows took .47 of the time of the exact
+search (``low_rank``, benchmarks/quantize_vq.py), so half of them would take all of it. The share
+does not depend on the machine, though faiss's scan, without the kernels, takes longer per row: one
+configuration builds one kind of search.
 """
 MAX_EF_SEARCH = 4096
 _NUM_RECALL_QUERIES = 1024
@@ -65,7 +68,7 @@ class VqConfig(Section):
         default="auto",
         description="How the pool is searched. exact: all of it. ivf_flat: the lists nearest to "
         "the vector, on a GPU if there is one. hnsw: a graph, for fleets without GPUs. auto: "
-        "exact up to 131,072 rows, above that ivf_flat where a quarter of its lists is enough "
+        "exact up to 131,072 rows, above that ivf_flat where half of its lists are enough "
         "for min_recall, else exact.",
     )
     min_recall: float = Field(
