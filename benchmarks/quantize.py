@@ -31,6 +31,7 @@ import torch
 from benchmarks.generators import GENERATORS
 from benchmarks.quantize_memory import memory_figures
 from benchmarks.quantize_vq import TARGETS as VQ_TARGETS
+from benchmarks.quantize_vq import VECTORS as VQ_VECTORS
 from benchmarks.quantize_vq import vq_figures
 from qarm_feast.quantizers import ResidualQuantizer
 from qarm_feast.quantizers.base import Embeddings, fold_sum
@@ -63,6 +64,7 @@ class Scale:
     kmeans_size: int = 1024
     kmeans_iterations: int = 25
     is_quick: bool = False
+    vq_vectors: str | None = None
 
 
 QUICK = Scale(
@@ -89,6 +91,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
     scale = QUICK if arguments.quick else Scale()
+    scale = dataclasses.replace(scale, vq_vectors=arguments.vq_vectors)
     outcome = Outcome()
     for name in arguments.only or SECTIONS:
         _say(f"section {name}")
@@ -204,8 +207,7 @@ def gpu_section(scale: Scale, device: str = "cuda") -> Outcome:
 
 def vq_section(scale: Scale) -> Outcome:
     """Recall and speed of the approximate VQ search, see ``quantize_vq``."""
-    targets = {name: (target["op"], target["value"]) for name, target in VQ_TARGETS.items()}
-    return Outcome(vq_figures(scale.is_quick), targets)
+    return Outcome(vq_figures(scale.is_quick, scale.vq_vectors), dict(VQ_TARGETS))
 
 
 def memory_section(scale: Scale) -> Outcome:
@@ -229,6 +231,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="Fewer items, repeats, iterations.")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="Run this section.")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vq-vectors", choices=sorted(VQ_VECTORS), help="Only these, section vq.")
     return parser.parse_args()
 
 

@@ -1,6 +1,4 @@
-"""How fast and how true the approximate searches of a VQ pool are, next to the exact one.
-
-    uv run --frozen --extra cpu python benchmarks/quantize_vq.py [--quick] [--vectors KIND]
+"""The VQ section of ``quantize.py``: how fast and how true the approximate searches of a pool are.
 
 Top-25 in a pool of 128 columns, on one thread: ``ivf_flat`` over 1,000,000 rows, both kinds over
 100,000 (names that end in ``_100k``), since only one thread links a graph. Four kinds of vectors:
@@ -15,15 +13,11 @@ the lists against. Each is on the same batch of 2048 new vectors (the most that 
 reads at once), and again one vector at a time. Times are the process's own seconds, so another
 process on the machine does not count, though it takes memory bandwidth.
 
-Progress goes to stderr, the last line of stdout is one JSON object.
-
 Shape letters in this file: N rows, P pool rows, D embedding width, Q queries, k neighbours,
 M latent dimensions.
 """
 
-import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -55,35 +49,12 @@ POOLS: tuple[tuple[int, tuple[Kind, ...], str], ...] = (
 )
 QUICK_POOLS: tuple[tuple[int, tuple[Kind, ...], str], ...] = ((20_000, ("ivf_flat", "hnsw"), ""),)
 """Rows, the searches of such a pool, and the ending of its figures' names."""
-TARGETS = {
-    "vq_recall_at_25": {"op": "ge", "value": 0.99},
-    "vq_speedup_vs_exact": {"op": "ge", "value": 20.0},
-}
+TARGETS = {"vq_recall_at_25": ("ge", 0.99), "vq_speedup_vs_exact": ("ge", 20.0)}
 NUM_LATENT = 14
 FREQUENCY = 0.3
 """The two constants of :func:`curved`. At 3,645 rows they put the 25th neighbour at .75 of the
 median distance and make the median local dimension (maximum likelihood over 25 neighbours) 15;
 MiniLM's vectors of amazon_industrial have .76 and 11 there, ``low_rank`` has .83 and 40."""
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="Pools of 20,000 rows.")
-    parser.add_argument("--vectors", choices=sorted(VECTORS), help="Only these vectors.")
-    arguments = parser.parse_args()
-    figures = vq_figures(arguments.quick, arguments.vectors)
-    print(
-        json.dumps(
-            {
-                "benchmark": "quantize_vq",
-                "device": f"{platform.machine()}, 1 thread",
-                "figures": {name: round(value, 4) for name, value in figures.items()},
-                "targets": TARGETS,
-                "settings": {"quick": arguments.quick, "batch_size": BATCH_SIZE},
-            }
-        )
-    )
 
 
 def vq_figures(quick: bool, only: str | None = None) -> dict[str, float]:
@@ -255,7 +226,3 @@ def _status_gib(key: str) -> float:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -88,7 +88,7 @@ class PoolIndex:
     ) -> None:
         self._faiss_index = faiss_index
         self._number_of_row_P = number_of_row_P
-        is_graph = isinstance(faiss_index, loadload_faiss().IndexHNSW)
+        is_graph = isinstance(faiss_index, load_faiss().IndexHNSW)
         self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if is_graph else "ivf_flat"
         self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, placement)
         self._rows_P = np.argsort(number_of_row_P, kind="stable")
@@ -113,7 +113,7 @@ class PoolIndex:
             ConfigError: If the device is cuda and faiss sees no GPU.
             MissingDependencyError: If faiss is not installed.
         """
-        faiss = loadload_faiss()
+        faiss = load_faiss()
         return cls(
             faiss.deserialize_index(np.frombuffer(payload, np.uint8)), number_of_row_P, placement
         )
@@ -150,7 +150,7 @@ class PoolIndex:
 
     def link(self, x_RD: Embeddings) -> None:
         """Append the vectors that come next by number to the graph of an ``hnsw`` index."""
-        faiss = loadload_faiss()
+        faiss = load_faiss()
         num_threads = faiss.omp_get_max_threads()
         # More than one would link in the order in which they happen to come.
         faiss.omp_set_num_threads(1)
@@ -163,7 +163,7 @@ class PoolIndex:
         """Return faiss's own bytes as ``index``, and ``pool_vector_numbers``, row by row."""
         return {
             "pool_vector_numbers": self._number_of_row_P,
-            "index": loadload_faiss().serialize_index(self._faiss_index),
+            "index": load_faiss().serialize_index(self._faiss_index),
         }
 
     def vectors(self, rows_R: Rows) -> Embeddings:
@@ -306,7 +306,7 @@ class _Graph:
 
     def __init__(self, index: Any) -> None:
         self._index = index
-        self._flat = loadload_faiss().downcast_index(index.storage)
+        self._flat = load_faiss().downcast_index(index.storage)
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         vectors_RD: Embeddings = self._flat.reconstruct_batch(numbers_R)
@@ -315,7 +315,7 @@ class _Graph:
     def candidates(self, x_BD: Embeddings, k: int) -> tuple[Codes, None]:
         num_wanted = min(max(self._index.hnsw.efSearch, k + _NUM_SPARE), self._index.ntotal)
         numbers_BC: Codes = self._index.search(
-            x_BD, num_wanted, params=loadload_faiss().SearchParametersHNSW(efSearch=num_wanted)
+            x_BD, num_wanted, params=load_faiss().SearchParametersHNSW(efSearch=num_wanted)
         )[1]
         for short in np.flatnonzero((numbers_BC >= 0).sum(axis=1) < k):
             # One at a time: from 20 queries on faiss takes another formula.
@@ -353,7 +353,7 @@ def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -
         CodebookError: If there are fewer distinct vectors than lists.
         MissingDependencyError: If faiss is not installed.
     """
-    faiss = loadload_faiss()
+    faiss = load_faiss()
     number_of_row_P, rows_U = _distinct(x_PD)
     size = _auto_num_lists(len(rows_U)) if num_lists == "auto" else num_lists
     if size > len(rows_U):
@@ -398,7 +398,7 @@ def build_graph(
     # A vector's number is its place in the index, where late ones come last.
     order_U = np.argsort(is_late_U, kind="stable")
     place_U = np.argsort(order_U)
-    graph = loadload_faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
+    graph = load_faiss().IndexHNSWFlat(x_PD.shape[1], hnsw_m)
     graph.hnsw.efConstruction = ef_construction
     index = PoolIndex(graph, place_U[number_of_row_P])
     linked = rows_U[~is_late_U]
@@ -439,7 +439,7 @@ def _widened(numbers_BC: Codes, width: int) -> Codes:
 def _scan(
     index: Any, x_BD: Embeddings, lists_BI: Codes, num_wanted: int
 ) -> tuple[Embeddings, Codes]:
-    faiss = loadload_faiss()
+    faiss = load_faiss()
     distances_BC = np.empty((len(x_BD), num_wanted), dtype=np.float32)
     numbers_BC = np.empty((len(x_BD), num_wanted), dtype=np.int64)
     # Read by indexes over residuals only; these hold the vectors themselves.
@@ -495,7 +495,7 @@ def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddin
 
     In this order a list's memory is asked for once, not grown; inside a list numbers ascend.
     """
-    faiss = loadload_faiss()
+    faiss = load_faiss()
     coarse = NearestSearch(coarse_ID)
     blocks = [
         coarse.search(x_PD[rows_U[start : start + _ROWS_PER_BLOCK]])[:, 0]
