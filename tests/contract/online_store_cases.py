@@ -155,13 +155,25 @@ def item_key(item_id: int, join_key: str = "item_id") -> EntityKey:
     return EntityKey(join_keys=[join_key], entity_values=[Value(int64_val=item_id)])
 
 
+_MOST_PORTS = 65_536
+_CLUSTER_BUS_OFFSET = 10_000
+"""A node of a Redis cluster also listens on its own port plus this."""
+
+
+def _free_port(below: int) -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port < below:
+            return port
+
+
 class running_redis:  # noqa: N801  (reads as the statement it is)
     """A redis-server of our own on a free loopback port, gone at the end of the block."""
 
     def __init__(self, directory: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = _free_port(below=_MOST_PORTS - _CLUSTER_BUS_OFFSET)
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         self.process = subprocess.Popen(
             [*command, "--dir", str(directory), *options], stdout=subprocess.DEVNULL

@@ -18,8 +18,9 @@ STUBBORN = "trap '' TERM; sleep 600 & echo $! > {0}; exec sleep 600"
 JOB = """
 import signal, sys, time
 from pathlib import Path
-# Whoever runs the tests under nohup passes an ignored SIGHUP on.
+# Tests that run under nohup, or behind a shell's &, pass ignored signals on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from examples.quickstart import run
 from examples.quickstart.processes import Processes
 

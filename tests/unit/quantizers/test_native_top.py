@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qarm_feast.quantizers import native, pool_index, search
+from qarm_feast.quantizers.devices import ON_CPU
 from qarm_feast.quantizers.native import NativeTop
 from qarm_feast.quantizers.pool_index import PoolIndex, build_lists
 from qarm_feast.quantizers.search import NearestSearch
@@ -189,9 +190,7 @@ def test_an_index_gives_the_same_codes_with_and_without_kernels(
 
     monkeypatch.setattr(search, "kernels", lambda: None)
     monkeypatch.setattr(pool_index, "kernels", lambda: None)
-    loaded = PoolIndex.from_bytes(
-        arrays["index"].tobytes(), arrays["pool_vector_numbers"], device="cpu"
-    )
+    loaded = PoolIndex.from_bytes(arrays["index"].tobytes(), arrays["pool_vector_numbers"], ON_CPU)
 
     np.testing.assert_array_equal(loaded.search(x_ND, 30), with_kernels_Nk)
     assert built._index._native is not None
