@@ -71,7 +71,9 @@ def main() -> None:
         shares = (SHARES[0], SHARES[-1]) if arguments.quick else SHARES
         config = config.model_copy(update={"features_uri": uri})
         steps = _steps(_data_dir(arguments.data, folder), config, shares)
-    sizes = tuple(int(size) for size in arguments.sizes.split("x"))
+    # ML-100K's 1,600 items are too few for larger levels.
+    sizes_text = arguments.sizes or ("256x256x256" if arguments.data else "32x32x32")
+    sizes = tuple(int(size) for size in sizes_text.split("x"))
     rq = RqConfig(codebook_size=sizes, last_level=arguments.last_level)
     settings = QuantizerConfig(rq=rq, vq=VqConfig())
     continuity = ContinuityConfig(hysteresis=arguments.hysteresis)
@@ -103,7 +105,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="Folder in the input contract; default: ML-100K.")
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep backbone features in.")
-    parser.add_argument("--sizes", default="256x256x256", help="Codebook size per level.")
+    parser.add_argument(
+        "--sizes", help="Codebook size per level; by default 256x256x256, without --data 32x32x32."
+    )
     parser.add_argument("--last-level", choices=("kmeans", "fsq"), default="kmeans")
     parser.add_argument("--hysteresis", type=float, default=ContinuityConfig().hysteresis)
     parser.add_argument("--epochs", type=int, default=AlignmentConfig().num_epochs)

@@ -48,7 +48,7 @@ def main() -> None:
 
 def benchmark_scripts() -> list[Path]:
     """Return the scripts of this folder that print a result, by name."""
-    paths = sorted(FOLDER.glob("*.py"))
+    paths = sorted(set(FOLDER.glob("*.py")) - {Path(__file__).resolve()})
     return [path for path in paths if '"benchmark":' in path.read_text("utf-8")]
 
 

@@ -92,3 +92,11 @@ def test_mini_batch_codes_are_nearest_by_direction_on_the_first_level(
     firsts = coded.rq_NL[:, 0].reshape(4, 50)
     assert (firsts == firsts[:, :1]).all()
     assert len(np.unique(firsts)) == 4
+
+
+def test_every_script_with_a_result_is_run_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [path.name for path in _module("run_all", monkeypatch).benchmark_scripts()]
+
+    assert names == ["codebook_options.py", "codebook_quality.py", "continuity.py", "quantize.py"]
