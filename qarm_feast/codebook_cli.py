@@ -88,9 +88,11 @@ def publish(config_path: str, log_level: str | None, version: str, force: bool) 
     state = publish_version(config_path, version, force=force)
     done = f"published {version} as" if is_new else f"{version} was published before and stays"
     click.echo(f"{done} {state.value} in {uri}")
-    caps = read_manifest(uri, version).caps
-    if caps:
-        click.echo(_caps_line(caps))
+    manifest = read_manifest(uri, version)
+    for refusal in manifest.forced_gates:
+        click.echo(f"forced against a gate: {refusal}")
+    if manifest.caps:
+        click.echo(_caps_line(manifest.caps))
 
 
 @codebook_group.command("list", epilog="Example: qarm codebook list")

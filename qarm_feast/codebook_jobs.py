@@ -17,7 +17,12 @@ from qarm_feast.config import load_section
 from qarm_feast.continuity import ParentCodes, refresh_codebook
 from qarm_feast.errors import DataError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
-from qarm_feast.registry import CodebookRegistry, Manifest, drafts_uri
+from qarm_feast.registry import (
+    CodebookRegistry,
+    Manifest,
+    check_version_name,
+    drafts_uri,
+)
 from qarm_feast.vector_files import VectorFiles
 
 logger = logging.getLogger(__name__)
@@ -54,7 +59,7 @@ def train_codebook(
     alignment = load_section(config_path, "alignment", AlignmentConfig)
     quantizer = load_section(config_path, "quantizer", QuantizerConfig)
     config = load_section(config_path, "codebook", CodebookConfig)
-    CodebookRegistry(config.uri).check_unpublished(version)
+    CodebookRegistry(config.uri).check_unpublished(check_version_name(version))
     parent_codes = None if parent is None else read_parent_codes(alignment, config.uri, parent)
     dataset = load_input_data(load_section(config_path, "data", DataConfig))
     encoder = _encoder_facts(alignment, dataset)

@@ -173,7 +173,8 @@ def _load_chart(content: PageInput) -> str:
         counts_K = np.sort(np.bincount(content.rq_NL[:, number], minlength=size))[::-1]
         picked = np.unique(np.linspace(0, size - 1, _MAX_CURVE_POINTS).round().astype(np.int64))
         loads = counts_K[picked] * size / len(content.rq_NL)
-        curves.append(Series(f"level {number + 1}", loads.tolist()))
+        # Short, so that six names fit side by side.
+        curves.append(Series(f"L{number + 1}", loads.tolist()))
     return load_chart(curves, x_label="codes, fullest first", y_label="load")
 
 
@@ -234,10 +235,10 @@ def _behaviour_figure(behaviour: Mapping[str, Any]) -> str:
     chances = [level["chance"] * 100 for level in levels]
     lifts = ["" if level["lift"] is None else f"{level['lift']:.0f}{TIMES}" for level in levels]
     chart = bar_chart(
-        ["-".join(f"c{m}" for m in range(1, n + 1)) for n in range(1, len(levels) + 1)],
+        [f"c1-c{n}" if n > 1 else "c1" for n in range(1, len(levels) + 1)],
         [
-            Series("neighbours", shares, [f"{v:.1f} %" for v in shares]),
-            Series("chance", chances, [f"{v:.2g} %" for v in chances]),
+            Series("neighbours", shares, [f"{v:.0f}" for v in shares]),
+            Series("chance", chances, [f"{v:.1g}" for v in chances]),
         ],
         x_label="prefix (times chance: " + ", ".join(lifts) + ")",
         y_label="% of pairs",
