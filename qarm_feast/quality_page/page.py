@@ -237,7 +237,7 @@ def _behaviour_figure(behaviour: Mapping[str, Any]) -> str:
     chart = bar_chart(
         [f"c1-c{n}" if n > 1 else "c1" for n in range(1, len(levels) + 1)],
         [
-            Series("neighbours", shares, [f"{v:.0f}" for v in shares]),
+            Series("neighbours", shares, [f"{v:.1f}" for v in shares]),
             Series("chance", chances, [f"{v:.1g}" for v in chances]),
         ],
         x_label="prefix (times chance: " + ", ".join(lifts) + ")",
