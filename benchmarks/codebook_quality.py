@@ -36,8 +36,8 @@ import pyarrow.parquet as pq
 import torch
 from peer_quantizers import NUM_LEVELS, OURS, PEERS, Coded
 
-from examples.quickstart.layout import BACKBONE, MOVIELENS_SOURCE
-from examples.quickstart.ml100k import write_ml100k
+from benchmarks.data import data_dir
+from examples.quickstart.layout import BACKBONE
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import content_features
 from qarm_feast.alignment.pairs import build_pairs
@@ -99,7 +99,7 @@ def main() -> None:
     if arguments.quick:
         sizes, seeds = sizes[:1], 1
     with tempfile.TemporaryDirectory() as folder:
-        directory = _data_dir(arguments.data, folder)
+        directory = data_dir(arguments.data, folder)
         checked = load_input_data(DataConfig(input_dir=str(directory)))
         raw_ND, aligned_ND = _vectors(checked, arguments, folder)
         raw = _items(checked, raw_ND)
@@ -126,14 +126,6 @@ def _arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="First size, one seed, raw vectors only."
     )
     return parser.parse_args()
-
-
-def _data_dir(given: str | None, folder: str) -> Path:
-    if given:
-        return Path(given)
-    _say("no --data: the quickstart's ML-100K")
-    write_ml100k(MOVIELENS_SOURCE, Path(folder) / "ml-100k")
-    return Path(folder) / "ml-100k"
 
 
 def _vectors(

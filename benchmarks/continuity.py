@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from examples.quickstart.layout import BACKBONE, MOVIELENS_SOURCE
-from examples.quickstart.ml100k import write_ml100k
+from benchmarks.data import data_dir
+from examples.quickstart.layout import BACKBONE
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import content_features
 from qarm_feast.alignment.pairs import build_pairs
@@ -70,7 +70,7 @@ def main() -> None:
         uri = arguments.features or folder
         shares = (SHARES[0], SHARES[-1]) if arguments.quick else SHARES
         config = config.model_copy(update={"features_uri": uri})
-        steps = _steps(_data_dir(arguments.data, folder), config, shares)
+        steps = _steps(data_dir(arguments.data, folder), config, shares)
     # ML-100K's 1,600 items are too few for larger levels.
     sizes_text = arguments.sizes or ("256x256x256" if arguments.data else "32x32x32")
     sizes = tuple(int(size) for size in sizes_text.split("x"))
@@ -113,14 +113,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=AlignmentConfig().num_epochs)
     parser.add_argument("--quick", action="store_true", help="Two encoders, one step.")
     return parser.parse_args()
-
-
-def _data_dir(given: str | None, folder: str) -> Path:
-    if given:
-        return Path(given)
-    _say("no --data: the quickstart's ML-100K")
-    write_ml100k(MOVIELENS_SOURCE, Path(folder) / "ml-100k")
-    return Path(folder) / "ml-100k"
 
 
 def _steps(directory: Path, config: AlignmentConfig, shares: tuple[float, ...]) -> list[Step]:
