@@ -189,8 +189,10 @@ class Codebook:
         ids_N = given_ids_N[order_N].astype(np.int64)
         check_distinct(ids_N)
         rq, vq = ResidualQuantizer(config.rq), NeighborQuantizer(config.vq)
-        rq.train(take_unit_rows(source, order_N[rq.training_rows(len(ids_N))]))
+        # Before the hours of k-means: what VQ refuses is known from the counts alone.
         pool_P = vq.pool_rows(len(ids_N))
+        _check_pool_serves(len(pool_P), len(ids_N), vq.num_neighbors)
+        rq.train(take_unit_rows(source, order_N[rq.training_rows(len(ids_N))]))
         vq.set_pool(take_unit_rows(source, order_N[pool_P]), ids_N[pool_P])
         manifest = Manifest(
             version=check_version_name(version),
@@ -350,6 +352,16 @@ def check_distinct(sorted_ids_N: ItemIds) -> None:
         raise DataError(
             f"{int(is_repeat_N.sum())} item ids come more than once; the first is {first}"
         )
+
+
+def _check_pool_serves(pool_size: int, num_items: int, num_neighbors: int) -> None:
+    if pool_size > num_neighbors:
+        return
+    raise CodebookError(
+        f"quantizer.vq.num_neighbors is {num_neighbors}, but the pool has {pool_size} of the "
+        f"{num_items} training items, and an item is no neighbour of its own; set it below "
+        f"{pool_size} (or a larger quantizer.vq.pool_size) and run `qarm codebook train` again"
+    )
 
 
 def _dump_arrays(arrays: Arrays) -> bytes:

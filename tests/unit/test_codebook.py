@@ -10,7 +10,7 @@ from qarm_feast.artifact import MANIFEST_NAME
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.errors import CodebookError, CorruptArtifactError, DataError
 from qarm_feast.overrides import Overrides
-from qarm_feast.quantizers import RqConfig, VqConfig
+from qarm_feast.quantizers import ResidualQuantizer, RqConfig, VqConfig
 from qarm_feast.registry import read_manifest
 
 DIM = 12
@@ -47,6 +47,26 @@ def test_the_manifest_describes_what_was_trained(codebook: Codebook) -> None:
     assert manifest.behaviour_cutoff == ENCODER.behaviour_cutoff
     assert (manifest.parent, manifest.label_map, manifest.num_overrides) == (None, None, 0)
     assert sorted(name.partition("-")[0] for name in manifest.files) == ["overrides", "rq", "vq"]
+
+
+def test_more_neighbours_than_the_pool_serves_are_refused_before_rq_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trained(quantizer: ResidualQuantizer, x_ND: np.ndarray) -> None:
+        pytest.fail("the residual quantizer was trained first")
+
+    monkeypatch.setattr(ResidualQuantizer, "train", trained)
+    for pool_size, most in (("auto", NUM_ITEMS), (20, 20)):
+        vq = VqConfig(num_neighbors=most, pool_size=pool_size)
+        refused = rf"num_neighbors is {most}, but the pool has {most} of the 300 .* below {most}"
+        with pytest.raises(CodebookError, match=refused):
+            Codebook.train(
+                "v1",
+                *_items(),
+                config=QuantizerConfig(vq=vq),
+                encoder=ENCODER,
+                created=CREATED,
+            )
 
 
 def test_a_loaded_codebook_gives_the_same_codes(codebook: Codebook, tmp_path: Path) -> None:
@@ -210,7 +230,9 @@ def test_equal_vectors_and_a_pool_that_is_too_small_are_refused() -> None:
 
     with pytest.raises(CodebookError, match="level 1 has 1 distinct residuals"):
         _train(item_ids_N, np.tile(x_ND[:1], (NUM_ITEMS, 1)))
-    with pytest.raises(CodebookError, match="level 1 has 5 distinct residuals"):
+    with pytest.raises(CodebookError, match="level 1 has 6 distinct residuals"):
+        _train(item_ids_N[:6], x_ND[:6])
+    with pytest.raises(CodebookError, match="the pool has 5 of the 5 training items"):
         _train(item_ids_N[:5], x_ND[:5])
     with pytest.raises(CodebookError, match="no legal name"):
         _train(item_ids_N, x_ND, version="V1")
