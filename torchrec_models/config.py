@@ -128,7 +128,6 @@ class CodeSizes:
     """What the ranker needs to know of a codebook: its manifest's sizes."""
 
     level_sizes: tuple[int, ...]
-    num_neighbors: int
     pool_size: int
     vector_dim: int
 

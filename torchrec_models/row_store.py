@@ -200,7 +200,6 @@ def code_sizes(manifest: RowsManifest) -> CodeSizes:
     """Return the sizes of the codebook that the rows were built with."""
     return CodeSizes(
         level_sizes=manifest.level_sizes,
-        num_neighbors=manifest.num_neighbors,
         pool_size=manifest.pool_size,
         vector_dim=manifest.vector_dim,
     )

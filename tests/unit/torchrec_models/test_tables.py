@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import numpy as np
 import pyarrow as pa
 
@@ -10,7 +12,7 @@ from torchrec_models.tables import (
 )
 from torchrec_models.vocabulary import build_vocabularies
 
-SIZES = CodeSizes(level_sizes=(8, 4), num_neighbors=3, pool_size=50, vector_dim=6)
+SIZES = CodeSizes(level_sizes=(8, 4), pool_size=50, vector_dim=6)
 
 
 def test_code_tables_take_their_sizes_from_the_codebook() -> None:
@@ -22,6 +24,11 @@ def test_code_tables_take_their_sizes_from_the_codebook() -> None:
         ("vq_code", 50),
     ]
     assert {table.embedding_dim for table in tables} == {16}
+
+
+def test_code_sizes_hold_what_tables_and_vectors_are_sized_by_and_no_more() -> None:
+    # A VQ list is pooled, so its length sizes nothing.
+    assert [field.name for field in fields(CodeSizes)] == ["level_sizes", "pool_size", "vector_dim"]
 
 
 def test_target_and_history_read_the_same_table() -> None:
