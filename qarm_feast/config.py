@@ -1,12 +1,15 @@
 """Configuration: frozen sections of ``qarm.yaml``, each owned by the module that reads it.
 
 A section is read once, in an entry point, by :func:`load_section`; classes get plain arguments.
-``QARM_<SECTION>__<KEY>`` in the environment wins over the file. A relative path is resolved
-against the folder of ``qarm.yaml``, never against the working directory (Feast changes it).
+``QARM_<SECTION>__<KEY>`` in the environment wins over the file; a misspelt section is refused there
+too, and an error names the variable, not the file, where a variable gave the value. A relative path
+is resolved against the folder of ``qarm.yaml``, never the working directory (Feast changes it).
 May import: pydantic, pydantic-settings, pyyaml.
 """
 
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -35,6 +38,9 @@ SECTIONS = (
 )
 """Every section that a ``qarm.yaml`` may hold; each has one owner, which checks its keys."""
 
+_ENV_PREFIX = "QARM_"
+_ENV_DELIMITER = "__"
+
 
 def _resolve(value: str, info: ValidationInfo) -> str:
     """Make a relative path absolute; leave ``scheme://`` URIs as they are."""
@@ -60,7 +66,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 class _Environment(BaseSettings):
     """``QARM_<SECTION>__<KEY>`` variables; one field per section is added by ``create_model``."""
 
-    model_config = SettingsConfigDict(env_prefix="QARM_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(
+        env_prefix=_ENV_PREFIX, env_nested_delimiter=_ENV_DELIMITER
+    )
 
 
 def read_yaml(config_path: str | Path) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def read_yaml(config_path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is a {type(content).__name__}, it must be a mapping of sections")
     problems = [
-        f"  - {name}: no such section; there are {', '.join(SECTIONS)}"
+        f"  - {name}: no such section; {_offer(str(name), SECTIONS)}"
         if name not in SECTIONS
         else f"  - {name}: is {keys!r}, it must be a mapping of keys ({{}} for the defaults)"
         for name, keys in content.items()
@@ -115,21 +123,102 @@ def load_section(
         The section; paths in it are absolute.
 
     Raises:
-        ConfigError: With every wrong key of the section at once.
+        ConfigError: With every wrong key of the section at once, under the place that it came
+            from; also if a variable names a section that does not exist.
     """
     values = dict(read_yaml(config_path).get(name, {}))
-    values = _merge(values, _environment_values(name))
-    values = _merge(values, overrides or {})
+    _check_environment_sections()
+    environment = _environment_values(name)
+    values = _merge(_merge(values, environment), overrides or {})
     context = {"base_dir": Path(config_path).resolve().parent}
     try:
         return section_type.model_validate(values, context=context)
     except ValidationError as error:
-        lines = [
-            f"  - {name}.{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            f" (got {problem.get('input')!r})"
-            for problem in error.errors(include_url=False)
-        ]
-        raise ConfigError(f"{config_path} is wrong:\n" + "\n".join(lines)) from error
+        lines: dict[str, list[str]] = {}
+        for problem in error.errors(include_url=False):
+            keys = [str(part) for part in problem["loc"]]
+            place, key = str(config_path), ".".join([name, *keys])
+            if _holds(overrides or {}, keys):
+                place = "the command line"
+            elif _holds(environment, keys):
+                place, key = "the environment", ", ".join(_variables_of(name, keys))
+            elif not keys and environment:
+                # Keys that contradict each other: each may stand in either place.
+                place = f"{config_path} with {', '.join(_variables_of(name, keys))}"
+            lines.setdefault(place, []).append(f"  - {key}: {_fault(section_type, problem)}")
+        blocks = [f"{place} is wrong:\n" + "\n".join(found) for place, found in lines.items()]
+        raise ConfigError("\n".join(blocks)) from error
+
+
+def _fault(section_type: type[Section], problem: Mapping[str, Any]) -> str:
+    """Return what is wrong with one value; for an unknown key which keys there are."""
+    *parents, key = problem["loc"] or ("",)
+    known = _known_keys(section_type, parents)
+    if problem["type"] == "extra_forbidden" and known:
+        return f"no such key; {_offer(str(key), known)}"
+    # Of a whole section only the message: its value is every key that it has.
+    got = f" (got {problem.get('input')!r})" if problem["loc"] else ""
+    return f"{problem['msg']}{got}"
+
+
+def _known_keys(section_type: type[BaseModel], parents: Iterable[int | str]) -> list[str]:
+    for parent in parents:
+        field = section_type.model_fields.get(str(parent))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        section_type = inner
+    return list(section_type.model_fields)
+
+
+def _offer(name: str, known: Sequence[str]) -> str:
+    """Return the names that there are, the one that is probably meant in front."""
+    close = get_close_matches(name, known, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}there are {', '.join(known)}"
+
+
+def _holds(values: Any, keys: Sequence[str]) -> bool:
+    """Return whether nested ``values`` hold ``keys``; below a value all belongs to that value."""
+    for key in keys:
+        if not isinstance(values, Mapping):
+            return True
+        if key not in values:
+            return False
+        values = values[key]
+    return bool(keys)
+
+
+def _variables_of(name: str, keys: Sequence[str]) -> list[str]:
+    """Return the variables that gave the value at ``keys`` of a section, or a part of it."""
+    wanted = [name, *keys]
+    return [
+        variable
+        for variable, path in _variable_paths()
+        if all(one == other for one, other in zip(path, wanted, strict=False))
+    ]
+
+
+def _check_environment_sections() -> None:
+    """Refuse variables of sections that do not exist.
+
+    Only names with a delimiter: for a service that is called ``qarm-stream`` Kubernetes sets
+    ``QARM_STREAM_PORT`` and the like.
+    """
+    problems = [
+        f"  - {variable}: no such section as {path[0]!r}; {_offer(path[0], SECTIONS)}"
+        for variable, path in _variable_paths()
+        if len(path) > 1 and path[0] not in SECTIONS
+    ]
+    if problems:
+        raise ConfigError("the environment is wrong:\n" + "\n".join(problems))
+
+
+def _variable_paths() -> Iterator[tuple[str, list[str]]]:
+    """Yield each variable with our prefix, sorted, and the section and keys that it names."""
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(_ENV_PREFIX):
+            yield variable, variable[len(_ENV_PREFIX) :].lower().split(_ENV_DELIMITER)
 
 
 def _environment_values(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 from pydantic import Field
 from test_qarm_yaml import OWNERS
 
+from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import SECTIONS, ConfigPath, Section, load_section, parse_overrides
 from qarm_feast.errors import ConfigError
 
@@ -68,6 +69,56 @@ def test_an_unknown_or_empty_section_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_every_section_that_the_repository_ships_is_known() -> None:
     assert set(OWNERS) <= set(SECTIONS)
+
+
+def test_a_misspelt_section_of_the_environment_is_refused_with_the_name_that_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Kubernetes sets for a service called qarm-stream is not for us.
+    monkeypatch.setenv("QARM_STREAM_PORT_9108_TCP", "tcp://10.0.0.1:9108")
+    load_section(write(tmp_path, "{}"), "data", DataSection)
+    monkeypatch.setenv("QARM_DAAT__HISTORY_LENGTH", "2")
+
+    with pytest.raises(ConfigError, match=r"QARM_DAAT__HISTORY_LENGTH.*did you mean data\? there"):
+        load_section(write(tmp_path, "{}"), "data", DataSection)
+
+
+def test_a_wrong_value_is_blamed_on_the_place_that_it_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "data: {history_length: many, names: a}")
+    monkeypatch.setenv("QARM_DATA__NAMES", "7")
+
+    with pytest.raises(ConfigError) as caught:
+        load_section(path, "data", DataSection, {"input_dir": 3})
+
+    assert [line.partition(" (got")[0] for line in str(caught.value).splitlines()] == [
+        "the command line is wrong:",
+        "  - data.input_dir: Input should be a valid string",
+        f"{path} is wrong:",
+        "  - data.history_length: Input should be a valid integer, unable to parse string as an "
+        "integer",
+        "the environment is wrong:",
+        "  - QARM_DATA__NAMES: Input should be a valid tuple",
+    ]
+
+
+@pytest.mark.parametrize("place", ["file", "environment"])
+def test_an_unknown_key_is_refused_with_the_known_ones_and_the_one_that_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = write(tmp_path, "{}")
+    if place == "file":
+        path.write_text("codebook: {gates: {min_hr100: 0.5}}")
+    else:
+        monkeypatch.setenv("QARM_CODEBOOK__GATES__MIN_HR100", "0.5")
+
+    with pytest.raises(ConfigError) as caught:
+        load_section(path, "codebook", CodebookConfig)
+
+    key = "codebook.gates.min_hr100" if place == "file" else "QARM_CODEBOOK__GATES__MIN_HR100"
+    assert f"{key}: no such key; did you mean min_hr10? there are max_coll" in str(caught.value)
+    assert ("qarm.yaml" in str(caught.value)) == (place == "file")
 
 
 def test_a_variable_that_is_not_yaml_is_named_without_its_value(
