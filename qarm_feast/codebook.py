@@ -4,6 +4,7 @@ Shape letters in this file: N items, D embedding width, L RQ levels, V VQ neighb
 May import: NumPy, safetensors, the quantizers.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qarm_feast.artifact import read_verified, sha256
 from qarm_feast.config import Section
@@ -20,7 +21,7 @@ from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
 from qarm_feast.quantizers.devices import ON_CPU, Device, GpuBackend, Placement
-from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
+from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds, level_sizes
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
     Manifest,
@@ -56,6 +57,15 @@ class QuantizerConfig(Section):
         default="faiss",
         description="What drives the GPU: faiss (an ivf_flat pool needs it), or torch.",
     )
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "QuantizerConfig":
+        # So many points that only what the configuration itself contradicts is refused here.
+        try:
+            level_sizes(self.rq, sys.maxsize)
+        except CodebookError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @property
     def placement(self) -> Placement:
@@ -183,7 +193,9 @@ class Codebook:
             DataError: If there are no items, an id comes twice, or a vector is NaN, infinite or
                 of length zero.
             CodebookError: If there are too few (distinct) vectors for the sizes asked for.
+            ConfigError: If the version's name is not legal.
         """
+        check_version_name(version)
         given_ids_N = source.item_ids()
         order_N = np.argsort(given_ids_N, kind="stable")
         ids_N = given_ids_N[order_N].astype(np.int64)
@@ -195,7 +207,7 @@ class Codebook:
         rq.train(take_unit_rows(source, order_N[rq.training_rows(len(ids_N))]))
         vq.set_pool(take_unit_rows(source, order_N[pool_P]), ids_N[pool_P])
         manifest = Manifest(
-            version=check_version_name(version),
+            version=version,
             encoder_version=encoder.version,
             encoder_hash=encoder.hash,
             behaviour_cutoff=encoder.behaviour_cutoff,

@@ -17,9 +17,19 @@ from qarm_feast.config import load_section
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
+def _legal_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
+    from qarm_feast.registry import check_version_name
+
+    return None if name is None else check_version_name(name)
+
+
 def _version_option(command: CommandT) -> CommandT:
     return click.option(
-        "--codebook-version", "version", required=True, help="Name of the version, like v1."
+        "--codebook-version",
+        "version",
+        required=True,
+        callback=_legal_name,
+        help="Name of the version, like v1.",
     )(command)
 
 
@@ -35,7 +45,11 @@ def codebook_group() -> None:
 @config_option
 @log_level_option
 @_version_option
-@click.option("--parent", help="Published version whose codes are kept as far as they can be.")
+@click.option(
+    "--parent",
+    callback=_legal_name,
+    help="Published version whose codes are kept as far as they can be.",
+)
 def train(config_path: str, log_level: str | None, version: str, parent: str | None) -> None:
     """Train a version on the exported vectors of items with a train row."""
     from qarm_feast.codebook_jobs import train_codebook
@@ -206,7 +220,9 @@ def purge(config_path: str, log_level: str | None, version: str, yes: bool) -> N
 @config_option
 @log_level_option
 @_version_option
-@click.option("--against", required=True, help="The version to compare with, like v1.")
+@click.option(
+    "--against", required=True, callback=_legal_name, help="The version to compare with, like v1."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 def diff(
     config_path: str, log_level: str | None, version: str, against: str, as_json: bool

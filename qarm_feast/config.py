@@ -66,9 +66,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 class _Environment(BaseSettings):
     """``QARM_<SECTION>__<KEY>`` variables; one field per section is added by ``create_model``."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=_ENV_PREFIX, env_nested_delimiter=_ENV_DELIMITER
-    )
+    model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, env_nested_delimiter=_ENV_DELIMITER)
 
 
 def read_yaml(config_path: str | Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 QarmError (1)
 ├── ConfigError (2)              a key in qarm.yaml, an option, a missing optional package
 │   └── MissingDependencyError (2)
-├── CodebookError (3)            an artifact, a registry state, a quantizer's input shape
+├── CodebookError (3)            an artifact, a registry state, a quantizer's input
 │   ├── CodebookNotFoundError (3)
 │   ├── CodebookMismatchError (3)
 │   └── CorruptArtifactError (3)
@@ -14,7 +14,10 @@ QarmError (1)
 ├── GateRefusedError (5)         a quality gate said no
 └── ServiceUnavailableError (6)  a broker or a store that does not answer
 
-A message holds both values, the place, and the next command.
+2 or 3: what options, ``qarm.yaml`` and the environment alone decide is 2 (a version name that is
+illegal, sizes that contradict each other); what takes a look at the vectors, an artifact or the
+registry is 3 (a version that is not there, more centroids than distinct vectors). A message holds
+both values, the place, and the next command.
 """
 
 from collections.abc import Sequence

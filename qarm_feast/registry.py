@@ -394,7 +394,8 @@ def read_manifest(uri: str, version: str) -> Manifest:
 
     Raises:
         CodebookNotFoundError: If no such version is stored.
-        CodebookError: If the name is none, or the manifest is of another format.
+        CodebookError: If the manifest is of another format.
+        ConfigError: If the name is not legal.
     """
     path = registry_folder(uri) / check_version_name(version) / MANIFEST_NAME
     if not path.is_file():
@@ -651,11 +652,12 @@ def check_version_name(version: str) -> str:
         The same name.
 
     Raises:
-        CodebookError: If it is not: names stand in Feast views and folders.
+        ConfigError: If it is not: names stand in Feast views and folders.
     """
     if not _VERSION_PATTERN.fullmatch(version):
-        raise CodebookError(
-            f"codebook version {version!r} is no legal name; it must match [a-z][a-z0-9_]{{0,31}}"
+        raise ConfigError(
+            f"codebook version {version!r} is no legal name: a small letter, then at most 31 small "
+            "letters, digits and underscores ([a-z][a-z0-9_]{0,31}), like v1"
         )
     return version
 

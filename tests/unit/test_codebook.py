@@ -8,7 +8,7 @@ import pytest
 
 from qarm_feast.artifact import MANIFEST_NAME
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
-from qarm_feast.errors import CodebookError, CorruptArtifactError, DataError
+from qarm_feast.errors import CodebookError, ConfigError, CorruptArtifactError, DataError
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers import ResidualQuantizer, RqConfig, VqConfig
 from qarm_feast.registry import read_manifest
@@ -234,5 +234,5 @@ def test_equal_vectors_and_a_pool_that_is_too_small_are_refused() -> None:
         _train(item_ids_N[:6], x_ND[:6])
     with pytest.raises(CodebookError, match="the pool has 5 of the 5 training items"):
         _train(item_ids_N[:5], x_ND[:5])
-    with pytest.raises(CodebookError, match="no legal name"):
+    with pytest.raises(ConfigError, match="no legal name"):
         _train(item_ids_N, x_ND, version="V1")

@@ -21,6 +21,7 @@ from qarm_feast.continuity import ParentCodes
 from qarm_feast.errors import (
     CodebookError,
     CodebookNotFoundError,
+    ConfigError,
     DataError,
     GateRefusedError,
 )
@@ -484,11 +485,45 @@ def test_an_fsq_codebook_goes_through_train_cap_publish_and_refresh(
     assert second.continuity["churn"]["prefixes"][0] <= 0.01
 
 
-def test_a_lattice_of_a_size_that_is_no_power_of_two_is_refused_by_train(
-    config_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("QARM_QUANTIZER__RQ__CODEBOOK_SIZE", "[4, 4, 4]", "lists 3 levels, .*num_levels is 2$"),
+        ("QARM_QUANTIZER__RQ__CODEBOOK_SIZE", "6", "6 codes was asked for; its size must be a"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_a_fault_of_the_configuration(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv("QARM_QUANTIZER__RQ__LAST_LEVEL", "fsq")
-    monkeypatch.setenv("QARM_QUANTIZER__RQ__CODEBOOK_SIZE", "6")
+    monkeypatch.setenv(variable, value)
 
-    with pytest.raises(CodebookError, match="6 codes was asked for; its size must be a power"):
+    with pytest.raises(ConfigError, match=message) as caught:
         _run(config_path, "train", "--codebook-version", "v1")
+
+    place = f"{config_path} with {variable}, QARM_QUANTIZER__RQ__LAST_LEVEL is wrong:"
+    assert str(caught.value).startswith(place)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--codebook-version", "V 1"),
+        ("train", "--codebook-version", "v2", "--parent", "../v1"),
+        ("evaluate", "--codebook-version", "v-1"),
+        ("publish", "--codebook-version", "v-1"),
+        ("show", "--codebook-version", "v-1"),
+        ("retire", "--codebook-version", "v-1"),
+        ("default", "--codebook-version", "v-1"),
+        ("purge", "--codebook-version", "v-1", "--yes"),
+        ("diff", "--codebook-version", "v1", "--against", "v-1"),
+    ],
+)
+def test_a_name_that_is_not_legal_ends_every_verb_with_the_status_of_a_usage_error(
+    config_path: Path, arguments: tuple[str, ...]
+) -> None:
+    refused = _invoke(config_path, *arguments)
+
+    assert isinstance(refused.exception, ConfigError)
+    assert refused.exception.exit_code == 2
+    assert "is no legal name" in str(refused.exception)

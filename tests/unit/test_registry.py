@@ -140,7 +140,7 @@ def test_what_is_not_there_is_named_with_what_is(uri: str) -> None:
 
 @pytest.mark.parametrize("name", ["V1", "1v", "", "v-1", "v" * 33, "../v1", ".drafts"])
 def test_an_illegal_version_name_is_refused(uri: str, name: str) -> None:
-    with pytest.raises(CodebookError, match="no legal name"):
+    with pytest.raises(ConfigError, match="no legal name"):
         read_manifest(uri, name)
 
 
