@@ -12,6 +12,7 @@ from pathlib import Path
 from qarm_feast.errors import CorruptArtifactError
 
 MANIFEST_NAME = "manifest.json"
+_COPY_REMEDY = "put back a copy of it"
 
 
 def replace_file(path: Path, payload: bytes) -> None:
@@ -43,13 +44,16 @@ def create_file(path: Path, payload: bytes) -> bool:
     return True
 
 
-def read_verified(folder: Path, name: str, files: Mapping[str, str]) -> bytes:
+def read_verified(
+    folder: Path, name: str, files: Mapping[str, str], remedy: str = _COPY_REMEDY
+) -> bytes:
     """Return the bytes of one file of an artifact.
 
     Args:
         folder: The artifact's folder.
         name: File name, a key of ``files``.
         files: SHA-256 by file name, as the manifest has it.
+        remedy: What the error shall say is to be done.
 
     Returns:
         The file's bytes.
@@ -59,11 +63,11 @@ def read_verified(folder: Path, name: str, files: Mapping[str, str]) -> bytes:
     """
     path = folder / name
     if not path.is_file():
-        raise CorruptArtifactError(path=str(path), expected=files[name], found="no such file")
+        raise CorruptArtifactError(path=str(path), expected=files[name], found=None, remedy=remedy)
     payload = path.read_bytes()
     found = sha256(payload)
     if found != files[name]:
-        raise CorruptArtifactError(path=str(path), expected=files[name], found=found)
+        raise CorruptArtifactError(path=str(path), expected=files[name], found=found, remedy=remedy)
     return payload
 
 

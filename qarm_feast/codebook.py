@@ -26,6 +26,7 @@ from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
     Manifest,
     check_version_name,
+    damage_remedy,
     read_manifest,
     registry_folder,
     write_artifact,
@@ -245,8 +246,8 @@ class Codebook:
         """
         manifest = read_manifest(uri, version)
         folder = registry_folder(uri) / version
-        rq_arrays = _load_arrays(folder, "rq", manifest.files)
-        override_arrays = _load_arrays(folder, "overrides", manifest.files)
+        rq_arrays = _load_arrays(folder, "rq", manifest)
+        override_arrays = _load_arrays(folder, "overrides", manifest)
         levels = [rq_arrays[name] for name in sorted(rq_arrays)]
         return cls(
             manifest,
@@ -383,19 +384,19 @@ def _dump_arrays(arrays: Arrays) -> bytes:
 def _load_vq(folder: Path, manifest: Manifest, placement: Placement) -> NeighborQuantizer:
     is_exact = manifest.search == "exact"
     return NeighborQuantizer.from_arrays(
-        _load_arrays(folder, "vq", manifest.files),
+        _load_arrays(folder, "vq", manifest),
         manifest.num_neighbors,
-        index=None if is_exact else _load_part(folder, _INDEX_PART, manifest.files),
+        index=None if is_exact else _load_part(folder, _INDEX_PART, manifest),
         placement=placement,
     )
 
 
-def _load_arrays(folder: Path, part: str, files: dict[str, str]) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load(_load_part(folder, part, files))
+def _load_arrays(folder: Path, part: str, manifest: Manifest) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load(_load_part(folder, part, manifest))
 
 
-def _load_part(folder: Path, part: str, files: dict[str, str]) -> bytes:
-    name = next((name for name in files if name.startswith(f"{part}-")), None)
+def _load_part(folder: Path, part: str, manifest: Manifest) -> bytes:
+    name = next((name for name in manifest.files if name.startswith(f"{part}-")), None)
     if name is None:
         raise CodebookError(f"the manifest in {folder} names no file for the part {part!r}")
-    return read_verified(folder, name, files)
+    return read_verified(folder, name, manifest.files, damage_remedy(folder, manifest))

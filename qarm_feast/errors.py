@@ -73,13 +73,15 @@ class CodebookMismatchError(CodebookError):
 
 
 class CorruptArtifactError(CodebookError):
-    """A file of an artifact does not have the hash that its manifest names."""
+    """A file of an artifact is missing (``found`` None), or has another hash than its manifest."""
 
-    def __init__(self, *, path: str, expected: str, found: str) -> None:
-        super().__init__(
-            f"{path} has SHA-256 {found}, its manifest says {expected}; "
-            "restore the file from a copy or publish a new version"
+    def __init__(self, *, path: str, expected: str, found: str | None, remedy: str) -> None:
+        state = (
+            f"is missing, its manifest names it with SHA-256 {expected}"
+            if found is None
+            else f"has SHA-256 {found}, its manifest says {expected}"
         )
+        super().__init__(f"{path} {state}; {remedy}")
 
 
 class DataError(QarmError):

@@ -408,6 +408,26 @@ def read_manifest(uri: str, version: str) -> Manifest:
         ) from error
 
 
+def damage_remedy(folder: Path, manifest: Manifest) -> str:
+    """Return what is to be done about a missing or damaged file of a version.
+
+    Args:
+        folder: The version's own folder, beside published versions or among the drafts.
+        manifest: The version's manifest.
+
+    Returns:
+        The end of a sentence, with a command.
+    """
+    if folder.parent.name == _DRAFTS_NAME:
+        parent = f" --parent {manifest.parent}" if manifest.parent else ""
+        command = f"qarm codebook train --codebook-version {manifest.version}{parent}"
+        return f"run `{command}` again, which replaces the draft"
+    return (
+        "put back a copy of it: a published version is never made again; without a copy, run "
+        "`qarm codebook train --codebook-version OTHER` for another version"
+    )
+
+
 def write_artifact(
     uri: str, manifest: Manifest, payloads: Mapping[str, bytes], *, replace: bool = False
 ) -> None:
@@ -505,8 +525,9 @@ def publish_codebook(
         )
     if source_uri != uri:
         folder = Path(source_uri) / version
+        remedy = damage_remedy(folder, trained)
         payloads = (
-            {name: read_verified(folder, name, trained.files) for name in trained.files}
+            {name: read_verified(folder, name, trained.files, remedy) for name in trained.files}
             if served is None
             else served.payloads
         )

@@ -320,7 +320,10 @@ def load_encoder(uri: str, version: str) -> ItemEncoder:
     """
     manifest = read_encoder_manifest(uri, version)
     folder = Path(uri) / version
-    payloads = {name: read_verified(folder, name, manifest.files) for name in manifest.files}
+    remedy = "put back a copy of it, or run `qarm align train` again"
+    payloads = {
+        name: read_verified(folder, name, manifest.files, remedy) for name in manifest.files
+    }
     head = AlignmentHead(manifest.feature_dim, manifest.embedding_dim, manifest.hidden_dim)
     head.load_state_dict(safetensors.torch.load(payloads[HEAD_FILE]))
     backbone = None

@@ -22,6 +22,7 @@ from qarm_feast.errors import (
     CodebookError,
     CodebookNotFoundError,
     ConfigError,
+    CorruptArtifactError,
     DataError,
     GateRefusedError,
 )
@@ -376,6 +377,32 @@ def _replace_vectors(config_path: Path, x_ND: np.ndarray, ids: list[int] | None 
         }
     )
     pq.write_table(table, folder / "part-00000.parquet")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "publish"])
+def test_a_missing_file_of_a_draft_is_named_with_the_command_that_makes_it_again(
+    config_path: Path, verb: str
+) -> None:
+    _publish(config_path, "v1")
+    _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
+    _run(config_path, "evaluate", "--codebook-version", "v2")
+    (path,) = (Path(_uri(config_path)) / ".drafts" / "v2").glob("vq-*.safetensors")
+    path.unlink()
+
+    again = r"qarm codebook train --codebook-version v2 --parent v1"
+    with pytest.raises(CorruptArtifactError, match=rf"{path} is missing, .*; run `{again}`"):
+        _run(config_path, verb, "--codebook-version", "v2")
+
+
+def test_a_missing_file_of_a_published_version_is_named_with_what_is_left_to_do(
+    config_path: Path,
+) -> None:
+    _publish(config_path, "v1")
+    (path,) = (Path(_uri(config_path)) / "v1").glob("rq-*.safetensors")
+    path.unlink()
+
+    with pytest.raises(CorruptArtifactError, match=rf"{path} is missing, .*; put back a copy"):
+        _run(config_path, "evaluate", "--codebook-version", "v1")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
