@@ -52,13 +52,26 @@ class CodebookNotFoundError(CodebookError):
     """The registry holds no such version, or only as a draft (``is_trained``)."""
 
     def __init__(
-        self, *, version: str, uri: str, known: Sequence[str], is_trained: bool = False
+        self,
+        *,
+        version: str,
+        uri: str,
+        known: Sequence[str],
+        drafts: Sequence[str] = (),
+        is_trained: bool = False,
     ) -> None:
         listed = ", ".join(known) if known else "none"
-        kind, verb = ("published ", "publish") if is_trained else ("", "train")
+        if drafts:
+            listed += f"; drafts: {', '.join(drafts)}"
+        if is_trained:
+            remedy = f"run `qarm codebook publish --codebook-version {version}` first"
+        elif known or drafts:
+            remedy = "name one of these; `qarm codebook list` tells more of them"
+        else:
+            remedy = f"run `qarm codebook train --codebook-version {version}` first"
+        kind = "published " if is_trained else ""
         super().__init__(
-            f"{uri} holds no {kind}codebook version {version!r} (it holds: {listed}); "
-            f"run `qarm codebook {verb} --codebook-version {version}` first"
+            f"{uri} holds no {kind}codebook version {version!r} (it holds: {listed}); {remedy}"
         )
 
 

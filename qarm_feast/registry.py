@@ -269,7 +269,11 @@ class CodebookRegistry:
         if version not in self.states():
             is_trained = version in stored_versions(trained_uri(self.uri, version))
             raise CodebookNotFoundError(
-                version=version, uri=self.uri, known=self.versions(), is_trained=is_trained
+                version=version,
+                uri=self.uri,
+                known=self.versions(),
+                drafts=stored_versions(drafts_uri(self.uri)),
+                is_trained=is_trained,
             )
 
     def check_unpublished(self, version: str) -> None:
@@ -348,7 +352,12 @@ class CodebookRegistry:
         if version in states:
             self._refuse_in_use(version, states[version])
         elif not self._folders_of(version):
-            raise CodebookNotFoundError(version=version, uri=self.uri, known=self.versions())
+            raise CodebookNotFoundError(
+                version=version,
+                uri=self.uri,
+                known=self.versions(),
+                drafts=stored_versions(drafts_uri(self.uri)),
+            )
 
     def _folders_of(self, version: str) -> tuple[Path, ...]:
         folder, name = registry_folder(self.uri), check_version_name(version)
@@ -399,7 +408,9 @@ def read_manifest(uri: str, version: str) -> Manifest:
     """
     path = registry_folder(uri) / check_version_name(version) / MANIFEST_NAME
     if not path.is_file():
-        raise CodebookNotFoundError(version=version, uri=uri, known=stored_versions(uri))
+        drafts = stored_versions(drafts_uri(uri))
+        known = stored_versions(uri)
+        raise CodebookNotFoundError(version=version, uri=uri, known=known, drafts=drafts)
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:

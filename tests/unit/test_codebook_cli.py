@@ -97,8 +97,30 @@ def test_a_parent_that_is_not_published_is_refused(config_path: Path) -> None:
         _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
     with pytest.raises(CodebookNotFoundError, match=publish_first):
         _run(config_path, "retire", "--codebook-version", "v1")
-    with pytest.raises(CodebookNotFoundError, match=r"'v7' .* codebook train .*v7` first"):
-        _run(config_path, "train", "--codebook-version", "v2", "--parent", "v7")
+
+
+def test_an_unknown_version_is_answered_with_the_known_ones_and_the_drafts(
+    config_path: Path,
+) -> None:
+    with pytest.raises(CodebookNotFoundError, match=r"it holds: none\); run .* train .*v7` first"):
+        _run(config_path, "show", "--codebook-version", "v7")
+    for verb in ("train", "evaluate", "publish"):
+        _run(config_path, verb, "--codebook-version", "v1")
+    _run(config_path, "train", "--codebook-version", "v2")
+
+    for arguments in (
+        ("show", "--codebook-version", "v7"),
+        ("evaluate", "--codebook-version", "v7"),
+        ("purge", "--codebook-version", "v7", "--yes"),
+        ("retire", "--codebook-version", "v7"),
+        ("default", "--codebook-version", "v7"),
+        ("diff", "--codebook-version", "v7", "--against", "v1"),
+        ("diff", "--codebook-version", "v1", "--against", "v7"),
+        ("train", "--codebook-version", "v3", "--parent", "v7"),
+    ):
+        offered = r"'v7' \(it holds: v1; drafts: v2\); name one of these; `qarm codebook list`"
+        with pytest.raises(CodebookNotFoundError, match=offered):
+            _run(config_path, *arguments)
 
 
 def test_a_gate_of_the_configuration_refuses(config_path: Path) -> None:
