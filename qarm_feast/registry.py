@@ -8,13 +8,20 @@ Layout under a registry's ``uri``::
     .drafts/v1/...             a trained version that is not published yet
     .reports/v1/quality.json   the last evaluation of a version; quality.html beside it
 
+Where ``registry.json`` is missing, the registry is empty, unless a stored version shows that it was
+published: then the file was lost, and everything that asks for states is refused, as a publication
+would make a default anew. A version shows it by its manifest, into which publishing writes figures
+or the gates that were forced, while no draft of its name is left: the draft goes last, so a first
+publication that was killed still has it, and is gone on with. A codebook that was saved here
+without a draft carries no such sign.
+
 The feature repository reads manifests and states, so this module stays light.
 May import: pydantic, filelock. Neither torch nor NumPy.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -151,10 +158,16 @@ class CodebookRegistry:
             States by version; none if there is no registry yet.
 
         Raises:
-            CodebookError: If the file is damaged, or of another format.
+            CodebookError: If the file is damaged, of another format, or lost: missing beside
+                versions that were published.
         """
         if not self._path.is_file():
-            return {}
+            lost = _published_versions(self.uri)
+            # Looked at again: a first publication may have come to its end in between.
+            if lost and not self._path.is_file():
+                raise CodebookError(_lost_registry_message(self._path, lost))
+            if not lost:
+                return {}
         try:
             return _RegistryContent.model_validate_json(self._path.read_bytes()).versions
         except ValidationError as error:
@@ -389,6 +402,26 @@ class CodebookRegistry:
     @staticmethod
     def _in_state(states: Mapping[str, VersionState], state: VersionState) -> list[str]:
         return [version for version, found in states.items() if found is state]
+
+
+def _published_versions(uri: str) -> list[str]:
+    """Return the stored versions that were published to the end, whatever the registry says."""
+    drafts = stored_versions(drafts_uri(uri))
+    manifests = [read_manifest(uri, name) for name in stored_versions(uri) if name not in drafts]
+    return [found.version for found in manifests if found.quality or found.forced_gates]
+
+
+def _lost_registry_message(path: Path, lost: Sequence[str]) -> str:
+    first, *others = lost
+    states = {first: VersionState.DEFAULT, **dict.fromkeys(others, VersionState.STAGED)}
+    example = _RegistryContent(versions=states).model_dump_json()
+    return (
+        f"{path} is missing, but {path.parent} holds {len(lost)} published version(s): "
+        f"{', '.join(lost)}; their states, and the names of purged versions, stood in that file: "
+        f"put back a copy of it. Without a copy write it by hand, like {example}, with one default "
+        "and the state that each other version had (staged, live, retired, or purged), and look at "
+        "it with `qarm codebook list`"
+    )
 
 
 def read_manifest(uri: str, version: str) -> Manifest:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,65 @@ def test_a_registry_that_cannot_be_read_is_named(uri: str, content: str) -> None
     for act in (CodebookRegistry(uri).states, lambda: CodebookRegistry(uri).publish("v1")):
         with pytest.raises(CodebookError, match=r"registry\.json is no registry"):
             act()
+
+
+def test_a_lost_registry_is_refused_with_the_versions_that_it_told_of(uri: str) -> None:
+    for version in ("v1", "v2"):
+        write_report(uri, _draft(uri, version), GOOD)
+        publish_codebook(uri, version, GateConfig(max_collision_rate=0.2), force=True)
+    codebooks = CodebookRegistry(uri)
+    path = Path(uri) / "registry.json"
+    path.unlink()
+
+    write_report(uri, _draft(uri, "v3"), GOOD)
+    for act in (
+        codebooks.states,
+        codebooks.default_version,
+        lambda: codebooks.set_state("v2", VersionState.DEFAULT),
+        lambda: publish_codebook(uri, "v3", GateConfig()),
+        lambda: codebooks.check_unpublished("v1"),
+        lambda: codebooks.purge("v1"),
+    ):
+        with pytest.raises(CodebookError, match=r"registry\.json is missing, .*: v1, v2;") as lost:
+            act()
+
+    # The file that the message shows is one.
+    example = re.search(r"by hand, like (.*), with one", str(lost.value))
+    assert example is not None
+    path.write_text(example[1])
+    assert codebooks.states() == {"v1": VersionState.DEFAULT, "v2": VersionState.STAGED}
+
+
+def test_a_version_trained_anew_after_a_killed_first_publication_is_no_lost_registry(
+    uri: str,
+) -> None:
+    manifest, payloads = _artifact()
+    write_artifact(uri, manifest.model_copy(update={"quality": GOOD}), payloads)
+
+    _draft(uri, content=b"trained anew")
+    write_report(uri, _draft(uri, "v2"), GOOD)
+
+    assert CodebookRegistry(uri).states() == {}
+    assert publish_codebook(uri, "v2", GateConfig()) is VersionState.DEFAULT
+
+
+def test_a_first_publication_that_ends_while_the_registry_is_read_does_not_look_lost(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(uri, _draft(uri), GOOD)
+    is_file, asked = Path.is_file, []
+
+    def is_file_before_a_publication(path: Path) -> bool:
+        found = is_file(path)
+        if path.name == "registry.json" and not asked:
+            asked.append(path)
+            publish_codebook(uri, "v1", GateConfig())
+        return found
+
+    monkeypatch.setattr(Path, "is_file", is_file_before_a_publication)
+
+    assert CodebookRegistry(uri).states() == {"v1": VersionState.DEFAULT}
+    assert asked
 
 
 def test_an_object_store_is_refused_before_anything_is_written(
