@@ -5,16 +5,25 @@ imported when a command runs, so that ``--help`` stays fast. May import: click.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from qarm_feast.command import config_option, log_level_option, start_logging
 from qarm_feast.config import load_section
 
+if TYPE_CHECKING:
+    from qarm_feast.registry import GateReading, Manifest
+
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+_DIFF_WIDTH = 28
+_LIST_HEAD = (
+    "version", "state", "parent", "encoder", "levels", "pool", "search", "cap", "forced",
+    "created (UTC)",
+)  # fmt: skip
 
 
 def _legal_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
@@ -112,7 +121,7 @@ def publish(config_path: str, log_level: str | None, version: str, force: bool) 
 @codebook_group.command("list", epilog="Example: qarm codebook list")
 @config_option
 def list_versions(config_path: str) -> None:
-    """List all versions with their states."""
+    """List all versions with their states; `forced` counts the gates that --force overruled."""
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.registry import (
         CodebookRegistry,
@@ -132,15 +141,9 @@ def list_versions(config_path: str) -> None:
     ]
     drafts = drafts_uri(uri)
     rows += [("draft", read_manifest(drafts, version)) for version in stored_versions(drafts)]
-    click.echo(f"{'version':<16}{'state':<10}{'encoder':<16}{'levels':<20}{'pool':>8}  created")
-    for state, manifest in rows:
-        levels = "x".join(map(str, manifest.level_sizes))
-        click.echo(
-            f"{manifest.version:<16}{state:<10}{manifest.encoder_version:<16}{levels:<20}"
-            f"{manifest.pool_size:>8}  {manifest.created.isoformat(timespec='seconds')}"
-        )
-    for version in purged:
-        click.echo(f"{version:<16}{VersionState.PURGED.value}")
+    lines = [_LIST_HEAD, *(_list_line(state, manifest) for state, manifest in rows)]
+    lines += [(version, VersionState.PURGED.value) for version in purged]
+    click.echo(_aligned(lines))
 
 
 @codebook_group.command(epilog="Example: qarm codebook show --codebook-version v1")
@@ -242,6 +245,30 @@ def _caps_line(caps: Mapping[str, Any]) -> str:
     return (
         f"at most {caps['max_items_per_code']} items per code: {caps['num_moved']} moved, "
         f"{caps['num_without_room']} found no free code, {caps['num_held']} hold a code of the "
+def _list_line(state: str, manifest: "Manifest") -> tuple[str, ...]:
+    return (
+        manifest.version,
+        state,
+        manifest.parent or "-",
+        manifest.encoder_version,
+        "x".join(map(str, manifest.level_sizes)),
+        str(manifest.pool_size),
+        manifest.search,
+        str(manifest.caps.get("max_items_per_code", "-")),
+        str(len(manifest.forced_gates) or "-"),
+        f"{manifest.created.astimezone(UTC):%Y-%m-%d %H:%M}",
+    )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells in columns as wide as their widest cell."""
+    widths = [max(map(len, filter(None, column))) for column in zip_longest(*lines)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip()
+        for line in lines
+    )
+
+
         f"parent{change}; collision rate {before['collision_rate']:.4f} -> "
         f"{after['collision_rate']:.4f}, largest bucket {before['max_bucket']} -> "
         f"{after['max_bucket']}"
@@ -249,9 +276,16 @@ def _caps_line(caps: Mapping[str, Any]) -> str:
 
 
 def _diff_table(changes: Mapping[str, Any]) -> str:
-    lines = [f"{'':<28}{changes['version']:>28}{changes['against']:>28}"]
-    for name, values in (changes["manifest"] | changes["quality"]).items():
-        lines.append(f"{name:<28}" + "".join(f"{_short(value):>28}" for value in values))
+    versions = (changes["version"], changes["against"])
+    compared = changes["manifest"] | changes["quality"]
+    lines = [_diff_line("", versions)]
+    for name, values in compared.items():
+        texts = [_text(value) for value in values]
+        if max(map(len, texts)) < _DIFF_WIDTH:
+            lines.append(_diff_line(name, texts))
+        else:
+            lines.append(name)
+            lines += [f"  {version}: {text}" for version, text in zip(versions, texts, strict=True)]
     pool = changes["pool"]
     lines += [
         "",
@@ -272,6 +306,10 @@ def _labels_line(changes: Mapping[str, Any]) -> str:
     going_on = ", ".join(f"{kept}/{size}" for kept, size in changes["codes_that_go_on"])
     return f"labels: codes that go on from {changes['against']}, level by level: {going_on}"
 
+def _diff_line(name: str, texts: Sequence[str]) -> str:
+    return f"{name:<{_DIFF_WIDTH}}" + "".join(f"{text:>{_DIFF_WIDTH}}" for text in texts)
+
+
 
 def _catalogue_line(catalogue: Mapping[str, Any] | None) -> str:
     if catalogue is None:
@@ -286,9 +324,10 @@ def _catalogue_line(catalogue: Mapping[str, Any] | None) -> str:
     )
 
 
-def _short(value: object) -> str:
-    text = f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
-    return text if len(text) < 27 else text[:23] + "..."
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "-"
+    return f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _continuity_line(parent: str, figures: Mapping[str, Any]) -> str:

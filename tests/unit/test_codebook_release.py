@@ -305,6 +305,25 @@ def test_without_vectors_of_an_encoder_items_are_not_compared(config_path: Path)
 
 
 def test_an_edited_item_is_not_compared(config_path: Path) -> None:
+def test_the_table_of_differences_prints_long_values_in_full(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__NUM_LEVELS", "4")
+    _run(config_path, "train", "--codebook-version", "v1")
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__LAST_LEVEL", "fsq")
+    _run(config_path, "train", "--codebook-version", "v2")
+
+    table = _run(config_path, "diff", "--codebook-version", "v2", "--against", "v1")
+
+    lines = table.splitlines()
+    place = lines.index("level_kinds")
+    assert lines[place + 1 : place + 3] == [
+        "  v2: kmeans, kmeans, kmeans, fsq",
+        "  v1: kmeans, kmeans, kmeans, kmeans",
+    ]
+    assert "..." not in table
+
+
     _publish(config_path, "v1")
     _publish(config_path, "v2")
     vectors = config_path.parent / "data" / "vectors"
