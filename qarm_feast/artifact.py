@@ -22,6 +22,13 @@ def replace_file(path: Path, payload: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_file(path: Path) -> None:
+    """Remove the file at ``path`` if there is one, before anything that is written after it."""
+    if path.is_file():
+        path.unlink()
+        sync_folder(path.parent)
+
+
 def create_file(path: Path, payload: bytes) -> bool:
     """Put ``payload`` at ``path`` unless something is there.
 

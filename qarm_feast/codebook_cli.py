@@ -86,6 +86,9 @@ def evaluate(config_path: str, log_level: str | None, version: str) -> None:
     start_logging(config_path, log_level)
     evaluation = evaluate_codebook(config_path, version)
     click.echo(_quality_table(evaluation.quality))
+    click.echo(_gates_table(evaluation.gates))
+    for refusal in evaluation.manifest.forced_gates:
+        click.echo(f"published by force against a gate: {refusal}")
     click.echo(f"page to look at: {evaluation.page_path}")
     click.echo(f"written to {evaluation.report_path}")
 
@@ -155,7 +158,11 @@ def show(config_path: str, version: str) -> None:
     from qarm_feast.registry import read_manifest, trained_uri
 
     uri = load_section(config_path, "codebook", CodebookConfig).uri
-    click.echo(read_manifest(trained_uri(uri, version), version).model_dump_json(indent=2))
+    manifest = read_manifest(trained_uri(uri, version), version)
+    click.echo(manifest.model_dump_json(indent=2))
+    for refusal in manifest.forced_gates:
+        # Beside the JSON, where one who reads a screen of it does not miss it.
+        click.echo(f"{version} was published by force against a gate: {refusal}", err=True)
 
 
 @codebook_group.command(epilog="Example: qarm codebook retire --codebook-version v1")
@@ -238,13 +245,6 @@ def diff(
     click.echo(json.dumps(changes, indent=2) if as_json else _diff_table(changes))
 
 
-def _caps_line(caps: Mapping[str, Any]) -> str:
-    before, after = caps["without_caps"], caps["with_caps"]
-    churn = caps.get("churn")
-    change = f"; as served {churn['full']:.1%} of full codes changed since then" if churn else ""
-    return (
-        f"at most {caps['max_items_per_code']} items per code: {caps['num_moved']} moved, "
-        f"{caps['num_without_room']} found no free code, {caps['num_held']} hold a code of the "
 def _list_line(state: str, manifest: "Manifest") -> tuple[str, ...]:
     return (
         manifest.version,
@@ -378,3 +378,18 @@ def _behaviour_text(behaviour: Mapping[str, Any]) -> str:
         f"{level['share']:.4f} (chance {level['chance']:.4f})" for level in behaviour["levels"]
     )
     return f"{levels}; {behaviour['num_pairs']} pairs"
+def _gates_table(readings: Sequence["GateReading"]) -> str:
+    """Return a line per gate: what it measured, its limit, and by how much it is kept or missed."""
+    lines = []
+    for reading in readings:
+        verdict = "no limit (gate off)"
+        if reading.limit is not None:
+            kept = "missed" if reading.missed_by > 0 else "kept"
+            distance = abs(reading.value - reading.limit)
+            verdict = f"limit {reading.limit:.4f}, {kept} by {distance:.4f}"
+        lines.append(f"gate {reading.name:<28}measured {reading.value:.4f}, {verdict}")
+    num_missed = sum(reading.missed_by > 0 for reading in readings)
+    answer = f"refused ({num_missed} missed)" if num_missed else "accepted"
+    return "\n".join([*lines, f"by these figures a publication is {answer}"])
+
+

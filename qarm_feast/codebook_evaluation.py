@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.artifact import replace_file
+from qarm_feast.artifact import remove_file, replace_file
 from qarm_feast.behaviour import follow_up_pairs
 from qarm_feast.codebook import Codebook, ItemCodes
 from qarm_feast.codebook_config import CodebookConfig
@@ -21,7 +21,14 @@ from qarm_feast.config import load_section
 from qarm_feast.input_data import DataConfig, load_input_data
 from qarm_feast.quality import ItemFacts, codebook_quality
 from qarm_feast.quality_page.page import PageInput, quality_page
-from qarm_feast.registry import Manifest, gate_readings, trained_uri, write_report
+from qarm_feast.registry import (
+    GateReading,
+    Manifest,
+    gate_readings,
+    report_path,
+    trained_uri,
+    write_report,
+)
 from qarm_feast.schema import ITEM_ID
 from qarm_feast.vector_files import VectorFiles
 
@@ -30,9 +37,11 @@ _TITLE = "title"
 
 
 class Evaluation(NamedTuple):
-    """Figures of one evaluation, and where they were written: as JSON and as a page."""
+    """Figures and gates of a version, and where they were written: as JSON and as a page."""
 
+    manifest: Manifest
     quality: dict[str, Any]
+    gates: list[GateReading]
     report_path: Path
     page_path: Path
 
@@ -47,7 +56,7 @@ def evaluate_codebook(config_path: str, version: str) -> Evaluation:
         version: A draft or a published version.
 
     Returns:
-        The figures and the files that hold them.
+        Manifest, figures, what each gate says of them, and the files that hold them.
 
     Raises:
         CodebookNotFoundError: If no such version was trained.
@@ -91,6 +100,12 @@ def store_evaluation(
 ) -> Evaluation:
     """Write figures and page of one version beside the registry's versions.
 
+    1. The page of the evaluation before is removed.
+    2. The figures are put in place of those before.
+    3. The page is written.
+
+    Killed at any point, a page that is there is of the figures beside it.
+
     Args:
         config: Where the registry lies, and the gates that the page shows.
         manifest: The manifest of the codebook that was measured.
@@ -99,22 +114,24 @@ def store_evaluation(
         facts: Titles of the items, in the order of ``codes``.
 
     Returns:
-        The figures and the files that hold them.
+        Manifest, figures, what each gate says of them, and the files that hold them.
     """
+    gates = gate_readings(quality, config.gates)
     page = quality_page(
         PageInput(
             manifest=manifest,
             quality=quality,
-            gates=gate_readings(quality, config.gates),
+            gates=gates,
             item_ids_N=codes.item_ids_N,
             rq_NL=codes.rq_NL,
             titles_N=facts.titles_N,
         )
     )
-    report_path = write_report(config.uri, manifest, quality)
-    page_path = report_path.with_name(PAGE_NAME)
+    page_path = report_path(config.uri, manifest.version).with_name(PAGE_NAME)
+    remove_file(page_path)
+    figures_path = write_report(config.uri, manifest, quality)
     replace_file(page_path, page.encode())
-    return Evaluation(quality, report_path, page_path)
+    return Evaluation(manifest, quality, gates, figures_path, page_path)
 
 
 def titles_of(items: pa.Table, item_ids_N: npt.NDArray[np.int64]) -> list[str]:

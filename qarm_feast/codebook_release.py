@@ -85,7 +85,7 @@ def publish_version(config_path: str, version: str, *, force: bool = False) -> V
     state = publish_codebook(config.uri, version, config.gates, force=force, served=served)
     if capped is not None:
         # The report of the draft is not that of the codes that are served now.
-        manifest = capped.artifact.manifest
+        manifest = read_manifest(config.uri, version)
         store_evaluation(config, manifest, manifest.quality, capped.codes, capped.facts)
     return state
 

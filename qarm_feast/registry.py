@@ -683,9 +683,17 @@ def report_path(uri: str, version: str) -> Path:
 
 
 def write_report(uri: str, manifest: Manifest, quality: Mapping[str, Any]) -> Path:
-    """Store the figures of one evaluation with the hashes of what it saw, and return the file."""
+    """Store the figures of one evaluation with the hashes of what it saw, and return the file.
+
+    ``forced_gates`` stand in it as well: a publication by force is told wherever figures are.
+    """
     path = report_path(uri, manifest.version)
-    report = {"version": manifest.version, "files": manifest.files, "quality": quality}
+    report = {
+        "version": manifest.version,
+        "files": manifest.files,
+        "forced_gates": manifest.forced_gates,
+        "quality": quality,
+    }
     replace_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     return path
 

@@ -78,21 +78,26 @@ def _head(content: PageInput) -> str:
     manifest = content.manifest
     levels = f" {TIMES} ".join(map(str, manifest.level_sizes))
     parent = f", refreshed from {escape(manifest.parent)}" if manifest.parent else ""
-    missed = [reading for reading in content.gates if reading.missed_by > 0]
-    verdict = (
-        f'<div class="verdict missed">Publishing is refused, not kept: '
-        f"{', '.join(_GATE_TITLES[reading.name] for reading in missed)}.</div>"
-        if missed
-        else '<div class="verdict kept">All gates that are switched on are kept.</div>'
-    )
     return (
         f"<h1>Codebook {escape(manifest.version)}</h1>"
         f"<p>RQ levels {levels}, VQ pool {manifest.pool_size:,} (top {manifest.num_neighbors}), "
         f"encoder {escape(manifest.encoder_version)}{parent}; trained on "
         f"{manifest.num_training_items:,} items, {manifest.num_overrides:,} stored codes; measured "
         f"on {content.quality['num_items']:,} items; "
-        f"created {manifest.created.isoformat(' ', 'minutes')}.</p>{verdict}"
+        f"created {manifest.created.isoformat(' ', 'minutes')}.</p>{_verdict(content)}"
     )
+
+
+def _verdict(content: PageInput) -> str:
+    forced = content.manifest.forced_gates
+    if forced:
+        gates = "".join(f"<br>{escape(refusal)}" for refusal in forced)
+        return f'<div class="verdict missed">Published by force (--force), against:{gates}</div>'
+    missed = [reading for reading in content.gates if reading.missed_by > 0]
+    if missed:
+        names = ", ".join(_GATE_TITLES[reading.name] for reading in missed)
+        return f'<div class="verdict missed">Publishing is refused, not kept: {names}.</div>'
+    return '<div class="verdict kept">All gates that are switched on are kept.</div>'
 
 
 def _cards(content: PageInput) -> str:

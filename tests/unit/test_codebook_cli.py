@@ -1,6 +1,7 @@
 """The command line from exported vectors to a published codebook."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,14 @@ from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.codebook_evaluation import titles_of
 from qarm_feast.errors import CodebookNotFoundError, DataError, GateRefusedError
-from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
+from qarm_feast.registry import (
+    CodebookRegistry,
+    VersionState,
+    drafts_uri,
+    read_manifest,
+    report_path,
+    write_artifact,
+)
 from qarm_feast.vector_files import VectorFiles
 
 
@@ -135,6 +143,76 @@ def test_a_gate_of_the_configuration_refuses(config_path: Path) -> None:
 
     shown = json.loads(_run(config_path, "show", "--codebook-version", "v1"))
     assert shown["forced_gates"][0].startswith("max_collision_rate")
+
+
+def test_evaluate_says_of_each_gate_what_publish_would(config_path: Path) -> None:
+    with config_path.open("a") as file:
+        file.write("codebook: {gates: {max_collision_rate: 0.1}}\n")
+    _run(config_path, "train", "--codebook-version", "v1")
+
+    refused = _run(config_path, "evaluate", "--codebook-version", "v1")
+    config_path.write_text(config_path.read_text().replace("0.1", "0.95"))
+    accepted = _run(config_path, "evaluate", "--codebook-version", "v1")
+
+    # 16 codes for 240 items: 1 - 16 / 240.
+    name = "gate max_collision_rate          measured 0.9333, "
+    assert f"{name}limit 0.1000, missed by 0.8333\n" in refused
+    assert f"{name}limit 0.9500, kept by 0.0167\n" in accepted
+    gate = "gate min_codebook_coverage       measured 1.0000, limit 0.5000, kept by 0.5000\n"
+    assert gate in refused
+    assert re.search(r"gate min_hr10 +measured 0\.\d{4}, no limit \(gate off\)\n", refused)
+    assert "by these figures a publication is refused (1 missed)\n" in refused
+    assert "by these figures a publication is accepted\n" in accepted
+
+
+def test_a_publication_by_force_is_told_wherever_the_version_is_shown(config_path: Path) -> None:
+    with config_path.open("a") as file:
+        file.write("codebook: {gates: {max_collision_rate: 0.1}}\n")
+    version = ("--codebook-version", "v1")
+    _run(config_path, "train", *version)
+    before = _run(config_path, "evaluate", *version)
+    _run(config_path, "publish", *version, "--force")
+
+    shown = CliRunner().invoke(codebook_group, ["show", "--config", str(config_path), *version])
+    evaluated = _run(config_path, "evaluate", *version)
+
+    told = "max_collision_rate: measured 0.9333, limit 0.1000, missed by 0.8333"
+    assert shown.stderr == f"v1 was published by force against a gate: {told}\n"
+    assert f"published by force against a gate: {told}\n" in evaluated
+    assert "by force" not in before
+    report = report_path(str(config_path.parent / "data" / "codebooks"), "v1")
+    assert json.loads(report.read_text())["forced_gates"] == [told]
+    page = report.with_name("quality.html").read_text()
+    assert f"Published by force (--force), against:<br>{told}" in page
+    head, row = (line.split() for line in _run(config_path, "list").splitlines())
+    assert row[head.index("forced")] == "1"
+
+
+def test_the_list_is_aligned_and_narrow_for_ordinary_values(config_path: Path) -> None:
+    _run(config_path, "train", "--codebook-version", "v1")
+    drafts = drafts_uri(str(config_path.parent / "data" / "codebooks"))
+    large = {
+        "version": "books_v12",
+        "parent": "books_v11",
+        "encoder_version": "minilm_2024_06",
+        "level_sizes": (4096, 4096, 4096),
+        "pool_size": 1_000_000,
+        "search": "ivf_flat",
+        "caps": {"max_items_per_code": 16},
+    }
+    manifest = read_manifest(drafts, "v1").model_copy(update=large)
+    write_artifact(drafts, manifest, {}, replace=True)
+
+    head, *rows = _run(config_path, "list").splitlines()
+
+    assert max(map(len, [head, *rows])) <= 120
+    for name, values in {
+        "parent": ("books_v11", "-"),
+        "cap": ("16", "-"),
+        "search": ("ivf_flat", "exact"),
+        "levels": ("4096x4096x4096", "4x4"),
+    }.items():
+        assert tuple(row[head.index(name) :].split()[0] for row in rows) == values
 
 
 def test_an_encoder_manifest_that_cannot_be_read_is_named(config_path: Path) -> None:

@@ -4,7 +4,10 @@ Shape letters in this file: N items, D embedding width, L levels.
 """
 
 import json
+import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from codebook_input import NUM_ITEMS, write_vectors
 
 from qarm_feast.codebook import Codebook, ItemVectors
 from qarm_feast.codebook_cli import codebook_group
+from qarm_feast.codebook_evaluation import evaluate_codebook
 from qarm_feast.codebook_release import published_last_codes
 from qarm_feast.continuity import ParentCodes
 from qarm_feast.errors import (
@@ -110,6 +114,65 @@ def test_a_gate_refuses_by_the_capped_figures_and_nothing_is_stored(
     config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _run(config_path, "train", "--codebook-version", "v1")
+def test_the_page_of_a_capped_version_tells_that_it_was_published_by_force(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cap(monkeypatch, 16)
+    monkeypatch.setenv("QARM_CODEBOOK__GATES__MAX_COLLISION_RATE", "0.5")
+    _run(config_path, "train", "--codebook-version", "v1")
+
+    _run(config_path, "publish", "--codebook-version", "v1", "--force")
+
+    report = report_path(_uri(config_path), "v1")
+    (refusal,) = read_manifest(_uri(config_path), "v1").forced_gates
+    assert json.loads(report.read_text())["forced_gates"] == [refusal]
+    assert f"against:<br>{refusal}" in report.with_name("quality.html").read_text()
+
+
+class _KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.fault
+def test_evaluate_killed_between_any_two_steps_leaves_no_page_of_other_figures(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(config_path, "train", "--codebook-version", "v1")
+    report = report_path(_uri(config_path), "v1")
+    page, x_ND = report.with_name("quality.html"), _vectors(config_path).x_ND
+    left, seen = 0, []
+
+    def dying(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise _KilledError
+            return function(*args, **kwargs)
+
+        return call
+
+    for num_changes in range(10):
+        _replace_vectors(config_path, x_ND)
+        evaluate_codebook(str(config_path), "v1")
+        _replace_vectors(config_path, x_ND[:200])
+        left = num_changes
+        with monkeypatch.context() as patch, suppress(_KilledError):
+            for name in ("replace", "unlink"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            evaluate_codebook(str(config_path), "v1")
+
+        num_items = json.loads(report.read_text())["quality"]["num_items"]
+        seen.append((num_items, page.is_file()))
+        if page.is_file():
+            assert f"measured on {num_items} items" in page.read_text()
+        if left >= 0:
+            break
+
+    # Killed before the old page goes, before the figures, before the new page; and not at all.
+    assert seen == [(NUM_ITEMS, True), (NUM_ITEMS, False), (200, False), (200, True)]
+
+
     _run(config_path, "evaluate", "--codebook-version", "v1")
     _cap(monkeypatch, 16)
     monkeypatch.setenv("QARM_CODEBOOK__GATES__MAX_COLLISION_RATE", "0.5")
