@@ -269,9 +269,18 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _caps_line(caps: Mapping[str, Any]) -> str:
+    before, after = caps["without_caps"], caps["with_caps"]
+    # Versions of a time when it was not measured with and without the cap are told with "-".
+    hr10_before, hr10_after = _text(before.get("hr10")), _text(after.get("hr10"))
+    churn = caps.get("churn")
+    change = f"; as served {churn['full']:.1%} of full codes changed since then" if churn else ""
+    return (
+        f"at most {caps['max_items_per_code']} items per code: {caps['num_moved']} moved, "
+        f"{caps['num_without_room']} found no free code, {caps['num_held']} hold a code of the "
         f"parent{change}; collision rate {before['collision_rate']:.4f} -> "
-        f"{after['collision_rate']:.4f}, largest bucket {before['max_bucket']} -> "
-        f"{after['max_bucket']}"
+        f"{after['collision_rate']:.4f}, HR@10 {hr10_before} -> {hr10_after}, "
+        f"largest bucket {before['max_bucket']} -> {after['max_bucket']}"
     )
 
 
@@ -297,6 +306,10 @@ def _diff_table(changes: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _diff_line(name: str, texts: Sequence[str]) -> str:
+    return f"{name:<{_DIFF_WIDTH}}" + "".join(f"{text:>{_DIFF_WIDTH}}" for text in texts)
+
+
 def _labels_line(changes: Mapping[str, Any]) -> str:
     if changes["labels"] == "number":
         return (
@@ -305,10 +318,6 @@ def _labels_line(changes: Mapping[str, Any]) -> str:
         )
     going_on = ", ".join(f"{kept}/{size}" for kept, size in changes["codes_that_go_on"])
     return f"labels: codes that go on from {changes['against']}, level by level: {going_on}"
-
-def _diff_line(name: str, texts: Sequence[str]) -> str:
-    return f"{name:<{_DIFF_WIDTH}}" + "".join(f"{text:>{_DIFF_WIDTH}}" for text in texts)
-
 
 
 def _catalogue_line(catalogue: Mapping[str, Any] | None) -> str:
@@ -371,13 +380,6 @@ def _quality_table(quality: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _behaviour_text(behaviour: Mapping[str, Any]) -> str:
-    if not behaviour["levels"]:
-        return "there are none"
-    levels = ", ".join(
-        f"{level['share']:.4f} (chance {level['chance']:.4f})" for level in behaviour["levels"]
-    )
-    return f"{levels}; {behaviour['num_pairs']} pairs"
 def _gates_table(readings: Sequence["GateReading"]) -> str:
     """Return a line per gate: what it measured, its limit, and by how much it is kept or missed."""
     lines = []
@@ -393,3 +395,10 @@ def _gates_table(readings: Sequence["GateReading"]) -> str:
     return "\n".join([*lines, f"by these figures a publication is {answer}"])
 
 
+def _behaviour_text(behaviour: Mapping[str, Any]) -> str:
+    if not behaviour["levels"]:
+        return "there are none"
+    levels = ", ".join(
+        f"{level['share']:.4f} (chance {level['chance']:.4f})" for level in behaviour["levels"]
+    )
+    return f"{levels}; {behaviour['num_pairs']} pairs"

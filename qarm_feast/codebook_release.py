@@ -23,8 +23,8 @@ from qarm_feast.config import load_section
 from qarm_feast.continuity import NO_CODE, ParentCodes, codes_churn
 from qarm_feast.errors import CodebookError, CodebookNotFoundError
 from qarm_feast.overrides import content_order, find_content, hash_array
-from qarm_feast.quality import ItemFacts, codebook_quality, full_code_figures
-from qarm_feast.quantizers.base import Codes, unit_rows
+from qarm_feast.quality import ItemFacts, codebook_quality, full_code_figures, hit_rates
+from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
 from qarm_feast.registry import (
     CodebookRegistry,
     Manifest,
@@ -110,10 +110,11 @@ def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: 
     if codebook.manifest.parent is not None:
         parent = read_parent_codes(alignment, uri, codebook.manifest.parent)
         published_N = published_last_codes(codebook.manifest, vectors, codes.rq_NL, parent)
+    unit_ND = unit_rows(vectors.x_ND)
     capped = capped_codes(
         codebook.rq,
         vectors.item_ids_N,
-        unit_rows(vectors.x_ND),
+        unit_ND,
         codes.rq_NL,
         published_N,
         max_items_per_code,
@@ -128,8 +129,8 @@ def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: 
         "num_moved": capped.num_moved,
         "num_without_room": capped.num_without_room,
         "num_held": int((published_N == capped.rq_NL[:, -1]).sum()),
-        "without_caps": full_code_figures(codes.rq_NL),
-        "with_caps": full_code_figures(capped.rq_NL),
+        "without_caps": _full_code_quality(codebook, codes.rq_NL, unit_ND),
+        "with_caps": _full_code_quality(codebook, capped.rq_NL, unit_ND),
         "churn": parent and _served_churn(codebook.manifest, vectors, capped.rq_NL, parent),
     }
     item_codes = ItemCodes(vectors.item_ids_N, codes.vq_NV, capped.rq_NL)
@@ -137,6 +138,11 @@ def _capped(config_path: str, codebook: Codebook, uri: str, max_items_per_code: 
     quality = codebook_quality(served, item_codes, vectors.x_ND, facts)
     manifest = served.manifest.model_copy(update={"caps": caps, "quality": quality})
     return _Capped(ServedArtifact(manifest, served.payloads()), item_codes, facts)
+
+
+def _full_code_quality(codebook: Codebook, rq_NL: Codes, unit_ND: Embeddings) -> dict[str, Any]:
+    _, hr10 = hit_rates(rq_NL, codebook.decode_rq(rq_NL), unit_ND)
+    return {**full_code_figures(rq_NL), "hr10": hr10}
 
 
 def _with_codes(

@@ -106,14 +106,14 @@ def test_a_cap_moves_catalogue_items_and_the_gates_see_the_codes_as_served(
     assert f"{caps['num_moved']} moved, {caps['num_without_room']} found no free code" in printed
     report = json.loads(report_path(_uri(config_path), "v1").read_text())
     assert report["quality"] == manifest.quality
+    # Items of one code decode alike, so what moves costs or gains neighbours.
+    assert caps["with_caps"]["hr10"] == manifest.quality["hr10"] != caps["without_caps"]["hr10"]
+    hr10 = [f"{caps[key]['hr10']:.5g}" for key in ("without_caps", "with_caps")]
+    assert f"HR@10 {hr10[0]} -> {hr10[1]}, " in printed
     assert "behaviour" in report["quality"]
     assert report_path(_uri(config_path), "v1").with_name("quality.html").is_file()
 
 
-def test_a_gate_refuses_by_the_capped_figures_and_nothing_is_stored(
-    config_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _run(config_path, "train", "--codebook-version", "v1")
 def test_the_page_of_a_capped_version_tells_that_it_was_published_by_force(
     config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +173,10 @@ def test_evaluate_killed_between_any_two_steps_leaves_no_page_of_other_figures(
     assert seen == [(NUM_ITEMS, True), (NUM_ITEMS, False), (200, False), (200, True)]
 
 
+def test_a_gate_refuses_by_the_capped_figures_and_nothing_is_stored(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(config_path, "train", "--codebook-version", "v1")
     _run(config_path, "evaluate", "--codebook-version", "v1")
     _cap(monkeypatch, 16)
     monkeypatch.setenv("QARM_CODEBOOK__GATES__MAX_COLLISION_RATE", "0.5")
@@ -301,6 +305,25 @@ def test_a_version_does_not_differ_from_itself(config_path: Path) -> None:
     assert all(new == old for new, old in changes["quality"].values())
 
 
+def test_the_table_of_differences_prints_long_values_in_full(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__NUM_LEVELS", "4")
+    _run(config_path, "train", "--codebook-version", "v1")
+    monkeypatch.setenv("QARM_QUANTIZER__RQ__LAST_LEVEL", "fsq")
+    _run(config_path, "train", "--codebook-version", "v2")
+
+    table = _run(config_path, "diff", "--codebook-version", "v2", "--against", "v1")
+
+    lines = table.splitlines()
+    place = lines.index("level_kinds")
+    assert lines[place + 1 : place + 3] == [
+        "  v2: kmeans, kmeans, kmeans, fsq",
+        "  v1: kmeans, kmeans, kmeans, kmeans",
+    ]
+    assert "..." not in table
+
+
 def test_a_refreshed_version_is_read_through_its_label_map_over_a_chain(
     config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,25 +391,6 @@ def test_without_vectors_of_an_encoder_items_are_not_compared(config_path: Path)
 
 
 def test_an_edited_item_is_not_compared(config_path: Path) -> None:
-def test_the_table_of_differences_prints_long_values_in_full(
-    config_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QARM_QUANTIZER__RQ__NUM_LEVELS", "4")
-    _run(config_path, "train", "--codebook-version", "v1")
-    monkeypatch.setenv("QARM_QUANTIZER__RQ__LAST_LEVEL", "fsq")
-    _run(config_path, "train", "--codebook-version", "v2")
-
-    table = _run(config_path, "diff", "--codebook-version", "v2", "--against", "v1")
-
-    lines = table.splitlines()
-    place = lines.index("level_kinds")
-    assert lines[place + 1 : place + 3] == [
-        "  v2: kmeans, kmeans, kmeans, fsq",
-        "  v1: kmeans, kmeans, kmeans, kmeans",
-    ]
-    assert "..." not in table
-
-
     _publish(config_path, "v1")
     _publish(config_path, "v2")
     vectors = config_path.parent / "data" / "vectors"
