@@ -74,5 +74,5 @@ def test_a_ranker_that_cannot_be_built_is_refused_by_its_section(tmp_path: Path,
     path = tmp_path / "qarm.yaml"
     path.write_text(f"ranker: {text}\n")
 
-    with pytest.raises(ConfigError, match=r"ranker\."):
+    with pytest.raises(ConfigError, match=r"qarm\.yaml is wrong:\n  - ranker[.:]"):
         load_ranker_config(str(path))
