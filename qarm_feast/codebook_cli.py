@@ -117,6 +117,10 @@ def publish(config_path: str, log_level: str | None, version: str, force: bool) 
     manifest = read_manifest(uri, version)
     for refusal in manifest.forced_gates:
         click.echo(f"forced against a gate: {refusal}")
+    if manifest.forced_gates and not manifest.caps:
+        # A capped version was measured as served: its report is of the publication already.
+        command = f"qarm codebook evaluate --codebook-version {version}"
+        click.echo(f"its report is still that of the draft; `{command}` writes it there too")
     if manifest.caps:
         click.echo(_caps_line(manifest.caps))
 

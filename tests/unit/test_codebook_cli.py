@@ -171,7 +171,7 @@ def test_a_publication_by_force_is_told_wherever_the_version_is_shown(config_pat
     version = ("--codebook-version", "v1")
     _run(config_path, "train", *version)
     before = _run(config_path, "evaluate", *version)
-    _run(config_path, "publish", *version, "--force")
+    published = _run(config_path, "publish", *version, "--force")
 
     shown = CliRunner().invoke(codebook_group, ["show", "--config", str(config_path), *version])
     evaluated = _run(config_path, "evaluate", *version)
@@ -180,6 +180,7 @@ def test_a_publication_by_force_is_told_wherever_the_version_is_shown(config_pat
     assert shown.stderr == f"v1 was published by force against a gate: {told}\n"
     assert f"published by force against a gate: {told}\n" in evaluated
     assert "by force" not in before
+    assert "still that of the draft; `qarm codebook evaluate --codebook-version v1`" in published
     report = report_path(str(config_path.parent / "data" / "codebooks"), "v1")
     assert json.loads(report.read_text())["forced_gates"] == [told]
     page = report.with_name("quality.html").read_text()
