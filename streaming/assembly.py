@@ -153,7 +153,7 @@ def worker_settings(
         item_topic=config.item_topic,
         task_names=task_names,
         positive_label=label,
-        max_future_seconds=config.max_future_seconds,
+        limits=config.limits,
         max_retry_wait_seconds=config.max_retry_wait_seconds,
     )
 

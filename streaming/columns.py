@@ -6,8 +6,10 @@ May import: numpy, pyarrow.
 """
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +26,19 @@ from qarm_feast.schema import (
     TIMESTAMP,
     USER_ID,
 )
+from streaming.limits import DEFAULT_LIMITS, EventLimits, Reason
+from streaming.media import check_media
 from streaming.messages import (
     ARROW_TYPE,
     EMBEDDING,
     ENCODER_VERSION,
     SPLIT,
+    ContentValue,
     InteractionEvent,
     ItemEvent,
-    Reason,
     Record,
+    check_record_size,
+    check_unpacked_size,
     content_type,
     decode_arrow,
     decode_interaction_event,
@@ -43,6 +49,8 @@ from streaming.messages import (
     json_content,
     timestamp_fault,
 )
+
+logger = logging.getLogger(__name__)
 
 IS_DELETED = "is_deleted"
 CONTENT = "content"
@@ -92,12 +100,12 @@ class DecodedInteractions(NamedTuple):
     dead_letters: list[DeadLetter]
 
 
-def decode_items(records: Sequence[Record], max_future_seconds: float) -> DecodedItems:
+def decode_items(records: Sequence[Record], limits: EventLimits = DEFAULT_LIMITS) -> DecodedItems:
     """Decode the item records of a batch.
 
     Args:
         records: Records of the item topic; ``record_index`` counts them.
-        max_future_seconds: An event may lie this much later than its append time.
+        limits: Bounds that records must keep.
 
     Returns:
         Rows in the order of the records, and the dead letters.
@@ -107,29 +115,31 @@ def decode_items(records: Sequence[Record], max_future_seconds: float) -> Decode
     dead_letters: list[DeadLetter] = []
     for index, record in enumerate(records):
         try:
-            if content_type(record) == ARROW_TYPE and record.value is not None:
+            if _is_arrow(record, limits):
                 table = decode_arrow(record)
-                new, faults = _item_events(table, record.timestamp, max_future_seconds)
+                new, faults = _item_events(table, record.timestamp, limits)
                 dead_letters += _row_letters(record, table, faults)
                 places += [(index, int(row)) for row in np.flatnonzero(faults.good_rows())]
                 events += new
             else:
-                events.append(decode_item_event(record, max_future_seconds))
+                events.append(decode_item_event(record, limits))
                 places.append((index, 0))
-        except EventError as error:
-            dead_letters.append(DeadLetter(record, error.reason, str(error), record.value))
+        except Exception as error:  # noqa: BLE001  # one record must not stop the others; logged
+            dead_letters.append(_refused(record, error))
     return DecodedItems(_item_table(events, places), dead_letters)
 
 
 def decode_interactions(
-    records: Iterable[Record], task_names: tuple[str, ...], max_future_seconds: float
+    records: Iterable[Record],
+    task_names: tuple[str, ...],
+    limits: EventLimits = DEFAULT_LIMITS,
 ) -> DecodedInteractions:
     """Decode the interaction records of a batch.
 
     Args:
         records: Records of the interaction topic.
         task_names: The task flags that every event carries.
-        max_future_seconds: An event may lie this much later than its append time.
+        limits: Bounds that records must keep.
 
     Returns:
         Rows, and the dead letters.
@@ -139,17 +149,15 @@ def decode_interactions(
     dead_letters: list[DeadLetter] = []
     for record in records:
         try:
-            if content_type(record) == ARROW_TYPE and record.value is not None:
+            if _is_arrow(record, limits):
                 table = decode_arrow(record)
-                rows, faults = _interaction_rows(
-                    table, task_names, record.timestamp, max_future_seconds
-                )
+                rows, faults = _interaction_rows(table, task_names, record.timestamp, limits)
                 dead_letters += _row_letters(record, table, faults)
                 tables.append(rows)
             else:
-                events.append(decode_interaction_event(record, task_names, max_future_seconds))
-        except EventError as error:
-            dead_letters.append(DeadLetter(record, error.reason, str(error), record.value))
+                events.append(decode_interaction_event(record, task_names, limits))
+        except Exception as error:  # noqa: BLE001  # one record must not stop the others; logged
+            dead_letters.append(_refused(record, error))
     tables.append(_interaction_table(events, task_names))
     return DecodedInteractions(pa.concat_tables(tables), dead_letters)
 
@@ -185,6 +193,29 @@ def embedding_matrix(embeddings: pa.ChunkedArray, width: int) -> np.ndarray:
     return flat.reshape(-1, width)
 
 
+def _is_arrow(record: Record, limits: EventLimits) -> bool:
+    """Tell the form of a record that is not too large, packed or unpacked."""
+    check_record_size(record, limits.max_record_bytes)
+    is_arrow = content_type(record) == ARROW_TYPE and record.value is not None
+    if is_arrow:
+        check_unpacked_size(record, limits.max_decoded_bytes)
+    return is_arrow
+
+
+def _refused(record: Record, error: Exception) -> DeadLetter:
+    if isinstance(error, EventError):
+        return DeadLetter(record, error.reason, str(error), record.value)
+    # Where, but not the message: it may quote the payload.
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    kind = type(error).__name__
+    logger.error(
+        "decoder_fault topic=%s partition=%d offset=%d error=%s file=%s line=%d",
+        *(record.topic, record.partition, record.offset, kind, place.filename, place.lineno),
+    )
+    detail = f"{Reason.DECODER_FAULT}: {kind} in the decoder, the worker's log has the place"
+    return DeadLetter(record, Reason.DECODER_FAULT, detail, record.value)
+
+
 def _item_table(events: Sequence[ItemEvent], places: Sequence[tuple[int, int]]) -> pa.Table:
     if not events:
         return ITEM_EVENT_ROWS.empty_table()
@@ -206,7 +237,7 @@ def _item_table(events: Sequence[ItemEvent], places: Sequence[tuple[int, int]]) 
     return pa.table(columns, schema=ITEM_EVENT_ROWS)
 
 
-def content_text(content: dict[str, str | int | float | bool | bytes]) -> str:
+def content_text(content: Mapping[str, ContentValue]) -> str:
     """Return the content log's JSON text: keys sorted, no spaces."""
     return json.dumps(json_content(content), sort_keys=True, separators=(",", ":"))
 
@@ -286,10 +317,11 @@ def _typed_column(table: pa.Table, name: str, wanted: pa.DataType) -> pa.Chunked
 def _check_ids_and_times(
     table: pa.Table, id_names: Sequence[str], append_ms: int, max_future_seconds: float
 ) -> _RowFaults:
-    faults = _RowFaults(table.num_rows)
-    for name in id_names:
-        faults.add(Reason.MISSING_FIELD, pc.is_null(_typed_column(table, name, pa.int64())))
+    ids = [_typed_column(table, name, pa.int64()) for name in id_names]
     times = _typed_column(table, EVENT_TIMESTAMP, TIMESTAMP)
+    faults = _RowFaults(table.num_rows)
+    for column in ids:
+        faults.add(Reason.MISSING_FIELD, pc.is_null(column))
     faults.add(Reason.MISSING_FIELD, pc.is_null(times))
     values = times.cast(pa.int64()).fill_null(append_ms * 1000).to_pylist()
     time_faults = [timestamp_fault(value, append_ms, max_future_seconds) for value in values]
@@ -299,9 +331,10 @@ def _check_ids_and_times(
 
 
 def _interaction_rows(
-    table: pa.Table, task_names: tuple[str, ...], append_ms: int, max_future_seconds: float
+    table: pa.Table, task_names: tuple[str, ...], append_ms: int, limits: EventLimits
 ) -> tuple[pa.Table, _RowFaults]:
-    faults = _check_ids_and_times(table, (USER_ID, ITEM_ID), append_ms, max_future_seconds)
+    names = (USER_ID, ITEM_ID)
+    faults = _check_ids_and_times(table, names, append_ms, limits.max_future_seconds)
     for name in task_names:
         faults.add(Reason.MISSING_FIELD, pc.is_null(_typed_column(table, name, pa.bool_())))
     if SPLIT in table.column_names:
@@ -317,10 +350,12 @@ def _interaction_rows(
 
 
 def _item_events(
-    table: pa.Table, append_ms: int, max_future_seconds: float
+    table: pa.Table, append_ms: int, limits: EventLimits
 ) -> tuple[list[ItemEvent], _RowFaults]:
-    faults = _check_ids_and_times(table, (ITEM_ID,), append_ms, max_future_seconds)
+    faults = _check_ids_and_times(table, (ITEM_ID,), append_ms, limits.max_future_seconds)
     contents = _content_rows(table)
+    for reason, is_bad_N in _content_faults(contents, limits).items():
+        faults.add(reason, is_bad_N)
     embeddings = _embedding_rows(table, faults)
     versions = _encoder_versions(table, embeddings, faults)
     is_empty = [
@@ -335,7 +370,7 @@ def _item_events(
     return events, faults
 
 
-def _content_rows(table: pa.Table) -> list[dict[str, str | int | float | bool | bytes]]:
+def _content_rows(table: pa.Table) -> list[dict[str, ContentValue]]:
     names = [
         name
         for name in table.column_names
@@ -351,10 +386,25 @@ def _content_rows(table: pa.Table) -> list[dict[str, str | int | float | bool | 
     ]
 
 
+def _content_faults(
+    contents: Sequence[Mapping[str, ContentValue]], limits: EventLimits
+) -> dict[Reason, np.ndarray]:
+    faults: dict[Reason, np.ndarray] = {}
+    for row, content in enumerate(contents):
+        try:
+            check_media(content, limits)
+            if any(isinstance(value, float) and math.isinf(value) for value in content.values()):
+                raise EventError(Reason.WRONG_TYPE, "a content number is infinite")
+        except EventError as error:
+            reason = Reason(error.reason)
+            faults.setdefault(reason, np.zeros(len(contents), dtype=bool))[row] = True
+    return faults
+
+
 def _is_present(value: object) -> bool:
     # Data frames spell a missing number as NaN.
     if isinstance(value, float):
-        return math.isfinite(value)
+        return not math.isnan(value)
     return value is not None and value not in ("", b"")
 
 

@@ -1,11 +1,18 @@
 """Section ``stream`` of ``qarm.yaml``. May import: pydantic."""
 
 import os
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from qarm_feast.config import Section
+from streaming.limits import EventLimits
+
+_LIMITS = fields(EventLimits)
+_UriPrefix = Annotated[
+    str, Field(pattern=r"^(file://)?/[^/]+/([^/]+/)*$|^[a-z][a-z0-9+.-]*://[^/]+/([^/]+/)*$")
+]
 
 
 def _half_of_the_cores() -> int:
@@ -48,6 +55,28 @@ class StreamConfig(Section):
         ge=0,
         description="An event may lie this much later than its record's append time.",
     )
+    max_record_bytes: int = Field(
+        default=8_388_608,
+        gt=0,
+        description="Key, value and headers of one record; a topic's own bound is its "
+        "max.message.bytes, which counts a batch as it was compressed by the producer.",
+    )
+    max_decoded_bytes: int = Field(
+        default=67_108_864,
+        gt=0,
+        description="An Arrow record unpacked; a cell counts as 16 bytes at least.",
+    )
+    max_image_pixels: int = Field(
+        default=50_000_000, gt=0, description="Width times height of an image in an event."
+    )
+    allowed_uri_prefixes: tuple[_UriPrefix, ...] = Field(
+        default=(),
+        description="An image or audio given as text must start with one of these: folders, "
+        "ending in a slash, as /srv/images/ or s3://bucket/; by default no URI is taken.",
+    )
+    max_replays: int = Field(
+        default=3, gt=0, description="`qarm-stream dlq replay` sends a record again so often."
+    )
     max_retry_wait_seconds: float = Field(
         default=5.0, gt=0, description="Longest pause between two tries at a store that is down."
     )
@@ -67,6 +96,11 @@ class StreamConfig(Section):
         default_factory=dict,
         description="Passed as they are to every Kafka client (security_protocol, ssl_cafile ...).",
     )
+
+    @property
+    def limits(self) -> EventLimits:
+        """Bounds that records must keep."""
+        return EventLimits(**{field.name: getattr(self, field.name) for field in _LIMITS})
 
     @property
     def topics(self) -> tuple[str, str]:

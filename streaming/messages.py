@@ -14,22 +14,25 @@ Interaction events (all task flags are there, ``split`` is optional)::
 
 ``event_timestamp`` is an integer: microseconds since the epoch, UTC. ISO-8601 text with an
 offset is read as well. Every further field of an item event is content: text, a number or a bool;
-``image`` and ``audio`` are a URI or ``{"base64": "..."}``. The header ``content-type`` tells an
-Arrow IPC stream of many rows (``application/vnd.apache.arrow.stream``; null key, columns named as
-the JSON fields) from one JSON object (``application/json``, also when absent).
+``image`` and ``audio`` are ``{"base64": "..."}`` or a URI under an allowed prefix. The header
+``content-type`` tells an Arrow IPC stream of many rows (``application/vnd.apache.arrow.stream``;
+null key, columns named as the JSON fields) from one JSON object (``application/json``, also when
+absent).
 
-A record that breaks this raises :class:`qarm_feast.errors.EventError` with a :class:`Reason`.
+A record that breaks this, or a bound of :class:`streaming.limits.EventLimits`, raises
+:class:`qarm_feast.errors.EventError` with a :class:`streaming.limits.Reason`.
 May import: numpy, pyarrow.
 """
 
 import base64
 import json
 import math
+import struct
 from array import array
 from binascii import Error as Base64Error
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -44,6 +47,9 @@ from qarm_feast.schema import (
     SPLITS,
     USER_ID,
 )
+from streaming.arrow_size import unpacked_bytes
+from streaming.limits import DEFAULT_LIMITS, EventLimits, Reason
+from streaming.media import check_media
 
 SCHEMA_VERSION = b"1"
 SCHEMA_VERSION_HEADER = "schema_version"
@@ -54,7 +60,6 @@ EMBEDDING = "embedding"
 ENCODER_VERSION = "encoder_version"
 SPLIT = "split"
 
-MAX_FUTURE_SECONDS = 300.0
 MIN_EVENT_TIMESTAMP = 315_532_800_000_000
 """1980-01-01: seconds or milliseconds taken for microseconds fall before it."""
 MAX_EMBEDDING_VALUE = 1e15
@@ -67,23 +72,6 @@ _MICROSECOND = timedelta(microseconds=1)
 _ITEM_FIELDS = frozenset((ITEM_ID, EVENT_TIMESTAMP, EMBEDDING, ENCODER_VERSION))
 
 ContentValue = str | int | float | bool | bytes
-
-
-class Reason(StrEnum):
-    """Why a record became a dead letter; the value of its header ``reason``."""
-
-    UNDECODABLE = "undecodable"
-    UNKNOWN_SCHEMA_VERSION = "unknown_schema_version"
-    WRONG_TYPE = "wrong_type"
-    MISSING_FIELD = "missing_field"
-    KEY_MISMATCH = "key_mismatch"
-    FUTURE_TIMESTAMP = "future_timestamp"
-    ABSURD_TIMESTAMP = "absurd_timestamp"
-    EMBEDDING_NOT_FINITE = "embedding_not_finite"
-    EMBEDDING_ZERO = "embedding_zero"
-    EMBEDDING_WIDTH = "embedding_width"
-    ENCODER_MISMATCH = "encoder_mismatch"
-    ERASURE_UNSUPPORTED = "erasure_unsupported"
 
 
 class Record(Protocol):
@@ -143,6 +131,30 @@ class InteractionEvent(NamedTuple):
     split: str = ""
 
 
+def check_record_size(record: Record, max_bytes: int) -> None:
+    """Refuse a record that is too large to be looked at.
+
+    Args:
+        record: One consumed record.
+        max_bytes: Largest sum of key, value and headers.
+
+    Raises:
+        EventError: If it is larger.
+    """
+    num_bytes = record_bytes(record)
+    if num_bytes > max_bytes:
+        raise EventError(
+            Reason.OVERSIZED,
+            f"{num_bytes} bytes of key, value and headers, stream.max_record_bytes is {max_bytes}",
+        )
+
+
+def record_bytes(record: Record) -> int:
+    """Return the bytes of key, value and headers."""
+    headers = sum(len(name) + len(value or b"") for name, value in record.headers)
+    return len(record.key or b"") + len(record.value or b"") + headers
+
+
 def content_type(record: Record) -> bytes:
     """Return the record's content type; JSON if it names none.
 
@@ -169,12 +181,12 @@ def content_type(record: Record) -> bytes:
     return kind
 
 
-def decode_item_event(record: Record, max_future_seconds: float = MAX_FUTURE_SECONDS) -> ItemEvent:
+def decode_item_event(record: Record, limits: EventLimits = DEFAULT_LIMITS) -> ItemEvent:
     """Return the event of a JSON record or of a tombstone.
 
     Args:
         record: One record whose content type is JSON.
-        max_future_seconds: The event may lie this much later than the append time.
+        limits: Bounds that the event must keep.
 
     Returns:
         The event.
@@ -183,7 +195,7 @@ def decode_item_event(record: Record, max_future_seconds: float = MAX_FUTURE_SEC
         EventError: If the record breaks the contract.
     """
     if record.value is None:
-        return _decode_takedown(record, max_future_seconds)
+        return _decode_takedown(record, limits.max_future_seconds)
     fields = _json_fields(record.value)
     item_id = _integer(fields, ITEM_ID)
     _check_key(record, item_id)
@@ -197,19 +209,20 @@ def decode_item_event(record: Record, max_future_seconds: float = MAX_FUTURE_SEC
         raise EventError(
             Reason.MISSING_FIELD, "neither an embedding nor any content field with something in it"
         )
-    timestamp = _timestamp(fields.get(EVENT_TIMESTAMP), record, max_future_seconds)
+    check_media(content, limits)
+    timestamp = _timestamp(fields.get(EVENT_TIMESTAMP), record, limits.max_future_seconds)
     return ItemEvent(item_id, timestamp, content, embedding, encoder_version)
 
 
 def decode_interaction_event(
-    record: Record, task_names: tuple[str, ...], max_future_seconds: float = MAX_FUTURE_SECONDS
+    record: Record, task_names: tuple[str, ...], limits: EventLimits = DEFAULT_LIMITS
 ) -> InteractionEvent:
     """Return the event of a JSON record.
 
     Args:
         record: One record whose content type is JSON.
         task_names: The task flags that every event carries.
-        max_future_seconds: The event may lie this much later than the append time.
+        limits: Bounds that the event must keep.
 
     Returns:
         The event.
@@ -228,17 +241,39 @@ def decode_interaction_event(
     return InteractionEvent(
         user_id,
         _integer(fields, ITEM_ID),
-        _timestamp(fields.get(EVENT_TIMESTAMP), record, max_future_seconds),
+        _timestamp(fields.get(EVENT_TIMESTAMP), record, limits.max_future_seconds),
         tuple([_flag(fields, name) for name in task_names]),
         _split(fields.get(SPLIT)),
     )
+
+
+def check_unpacked_size(record: Record, max_bytes: int) -> None:
+    """Refuse an Arrow record that claims to unpack to too much; nothing is unpacked for that.
+
+    Args:
+        record: One consumed record.
+        max_bytes: Largest size in memory.
+
+    Raises:
+        EventError: If the stream is damaged or claims more.
+    """
+    try:
+        num_bytes = unpacked_bytes(record.value or b"")
+    except (pa.ArrowException, OSError, struct.error) as error:
+        raise EventError(Reason.UNDECODABLE, f"not an Arrow IPC stream: {error}") from error
+    if num_bytes > max_bytes:
+        raise EventError(
+            Reason.DECOMPRESSION_BOMB,
+            f"{len(record.value or b'')} bytes claim to be {num_bytes} unpacked, "
+            f"stream.max_decoded_bytes is {max_bytes}",
+        )
 
 
 def decode_arrow(record: Record) -> pa.Table:
     """Return the rows of an Arrow record, every buffer checked.
 
     Args:
-        record: One consumed record.
+        record: One record that :func:`check_unpacked_size` lets pass.
 
     Returns:
         The rows, with whatever columns they came.
@@ -251,9 +286,10 @@ def decode_arrow(record: Record) -> pa.Table:
     try:
         table = pa.ipc.open_stream(record.value or b"").read_all()
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise EventError(Reason.UNDECODABLE, f"not an Arrow IPC stream: {error}") from error
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise EventError(Reason.WRONG_TYPE, f"more than one column named {', '.join(twice)}")
     return table

@@ -35,7 +35,8 @@ from streaming.columns import (
     embedding_matrix,
     letters_of_rows,
 )
-from streaming.messages import EMBEDDING, ENCODER_VERSION, Reason, Record
+from streaming.limits import Reason
+from streaming.messages import EMBEDDING, ENCODER_VERSION, Record
 
 if TYPE_CHECKING:
     from qarm_feast.codebook import Codebook

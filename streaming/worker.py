@@ -35,6 +35,7 @@ from streaming.columns import (
     decode_items,
 )
 from streaming.health import WorkerHealth
+from streaming.limits import DEFAULT_LIMITS, EventLimits
 from streaming.messages import Record
 from streaming.rows import (
     LiveCodebooks,
@@ -135,14 +136,14 @@ class WorkerSettings:
         item_topic: Topic of item events; everything else is an interaction.
         task_names: Task flags of interactions.
         positive_label: The flag that brings an item into the user's recent items.
-        max_future_seconds: An event may lie this much later than its append time.
+        limits: Bounds that records must keep.
         max_retry_wait_seconds: Longest pause between two tries at a store that is down.
     """
 
     item_topic: str
     task_names: tuple[str, ...]
     positive_label: str
-    max_future_seconds: float = 300.0
+    limits: EventLimits = DEFAULT_LIMITS
     max_retry_wait_seconds: float = 5.0
 
 
@@ -263,8 +264,8 @@ class StreamWorker:
         settings = self._settings
         item_records = [record for record in records if record.topic == settings.item_topic]
         others = [record for record in records if record.topic != settings.item_topic]
-        items = decode_items(item_records, settings.max_future_seconds)
-        interactions = decode_interactions(others, settings.task_names, settings.max_future_seconds)
+        items = decode_items(item_records, settings.limits)
+        interactions = decode_interactions(others, settings.task_names, settings.limits)
         return item_records, items, interactions
 
     def _write(self, store: str, batch: Batch, write: Callable[[], None]) -> None:

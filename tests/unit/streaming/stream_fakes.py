@@ -1,5 +1,7 @@
 """Records, a codebook and an encoder small enough to check by hand."""
 
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,3 +61,15 @@ class TitleEncoder:
     def encode(self, items: pa.Table) -> np.ndarray:
         lengths = [len(title or "") for title in items["title"].to_pylist()]
         return np.array([[length, -1.0] for length in lengths], dtype=np.float32)
+
+
+def png_of(width: int, height: int, pixels: bytes | None = None) -> bytes:
+    """A grey PNG; by default with as many pixel bytes as its header says."""
+    rows = bytes((1 + width) * height) if pixels is None else pixels
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    framed = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)

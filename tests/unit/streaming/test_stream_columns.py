@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
-from stream_fakes import NOW, FakeRecord, record_of
+from stream_fakes import NOW, FakeRecord, png_of, record_of
 
 from qarm_feast.schema import TIMESTAMP
 from streaming.columns import (
@@ -38,7 +38,7 @@ def test_good_records_become_columns_and_a_bad_one_a_dead_letter() -> None:
         record_of(encode_item_event(ItemEvent(4, NOW, {}, is_deleted=True))),
     ]
 
-    decoded = decode_items(records, 300)
+    decoded = decode_items(records)
 
     assert decoded.rows.schema == ITEM_EVENT_ROWS
     assert decoded.rows["item_id"].to_pylist() == [1, 3, 4]
@@ -54,14 +54,14 @@ def test_good_records_become_columns_and_a_bad_one_a_dead_letter() -> None:
 
 
 def test_no_records_give_empty_columns() -> None:
-    assert decode_items([], 300).rows.schema == ITEM_EVENT_ROWS
-    assert decode_interactions([], ("is_like",), 300).rows.num_rows == 0
+    assert decode_items([]).rows.schema == ITEM_EVENT_ROWS
+    assert decode_interactions([], ("is_like",)).rows.num_rows == 0
 
 
 def test_json_and_arrow_events_give_the_same_columns() -> None:
     events = [
         ItemEvent(1, NOW, {"title": "A", "price": 2.5}, np.float32([1, 2]), "e1"),
-        ItemEvent(2, NOW + 1, {"title": "B", "image": b"\x00"}),
+        ItemEvent(2, NOW + 1, {"title": "B", "image": png_of(1, 1)}),
     ]
     as_json = [record_of(encode_item_event(event)) for event in events]
     as_arrow = _arrow_record(
@@ -69,14 +69,14 @@ def test_json_and_arrow_events_give_the_same_columns() -> None:
         event_timestamp=_times(0, 1),
         title=pa.array(["A", "B"]),
         price=pa.array([2.5, None]),
-        image=pa.array([None, b"\x00"], pa.binary()),
+        image=pa.array([None, png_of(1, 1)], pa.binary()),
         embedding=pa.array([[1.0, 2.0], None], pa.list_(pa.float32())),
         encoder_version=pa.array(["e1", None]),
     )
     places = ["record_index", "row_index"]
 
-    from_json = decode_items(as_json, 300).rows.drop_columns(places)
-    from_arrow = decode_items([as_arrow], 300)
+    from_json = decode_items(as_json).rows.drop_columns(places)
+    from_arrow = decode_items([as_arrow])
 
     assert from_arrow.dead_letters == []
     assert from_arrow.rows.drop_columns(places).equals(from_json)
@@ -95,7 +95,7 @@ def test_bad_rows_of_an_arrow_record_do_not_sink_the_others() -> None:
         encoder_version=pa.array(["e1"] * 7 + [None]),
     )
 
-    decoded = decode_items([record], 300)
+    decoded = decode_items([record])
 
     assert decoded.rows["item_id"].to_pylist() == [1]
     refused = {
@@ -125,7 +125,7 @@ def test_arrow_record_with_a_wrong_column_is_one_dead_letter() -> None:
     title, columns = pa.array(["A"]), ["item_id", "event_timestamp", "title", "title"]
     twice = pa.Table.from_arrays([pa.array([1]), _times(0), title, title], names=columns)
 
-    decoded = decode_items([text_ids, naive, lists, doubles, record_of(encode_arrow(twice))], 300)
+    decoded = decode_items([text_ids, naive, lists, doubles, record_of(encode_arrow(twice))])
 
     assert [letter.reason for letter in decoded.dead_letters] == ["wrong_type"] * 5
     assert decoded.rows.num_rows == 0
@@ -144,7 +144,7 @@ def test_interactions_of_both_forms_become_columns() -> None:
         split=pa.array(["test", "test", "dev"]),
     )
 
-    decoded = decode_interactions([as_json, as_arrow], tasks, 300)
+    decoded = decode_interactions([as_json, as_arrow], tasks)
 
     rows = decoded.rows.sort_by("user_id").to_pydict()
     assert rows["user_id"] == [7, 8]
@@ -163,7 +163,7 @@ def test_rows_refused_later_go_back_to_the_form_of_their_record() -> None:
         item_id=pa.array([2, 3]), event_timestamp=_times(0, 0), title=pa.array(["B", "C"])
     )
     records = [as_json, as_arrow]
-    rows = decode_items(records, 300).rows
+    rows = decode_items(records).rows
     refused = rows.take([0, 2])
 
     letters = letters_of_rows(records, refused, ("why", "detail", "v1"))

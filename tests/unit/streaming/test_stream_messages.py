@@ -4,10 +4,11 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from stream_fakes import NOW, VERSIONED, FakeRecord, record_of
+from stream_fakes import NOW, VERSIONED, FakeRecord, png_of, record_of
 
 from qarm_feast.errors import EventError
 from qarm_feast.quantizers.base import MAX_ABSOLUTE_VALUE
+from streaming.limits import EventLimits
 from streaming.messages import (
     MAX_EMBEDDING_VALUE,
     InteractionEvent,
@@ -47,7 +48,7 @@ def _decode(record: FakeRecord) -> None:
 
 
 def test_item_event_survives_the_wire() -> None:
-    content = {"title": "Größe 🙂", "price": 9.5, "in_stock": True, "image": b"\x00\xff"}
+    content = {"title": "Größe 🙂", "price": 9.5, "in_stock": True, "audio": b"\x00\xff"}
     vector_D = np.array([0.25, -1.0], dtype=np.float32)
     event = ItemEvent(42, NOW, content, vector_D, "e1")
 
@@ -91,13 +92,14 @@ def test_empty_and_null_content_is_no_content() -> None:
 
 
 def test_image_is_a_uri_or_base64() -> None:
-    picture = base64.b64encode(b"\x89PNG").decode()
+    picture = base64.b64encode(png_of(2, 3)).decode()
+    limits = EventLimits(allowed_uri_prefixes=("s3://bucket/",))
 
-    by_uri = decode_item_event(_item(image="s3://bucket/1.png"))
+    by_uri = decode_item_event(_item(image="s3://bucket/1.png"), limits)
     by_value = decode_item_event(_item(image={"base64": picture}))
 
     assert by_uri.content["image"] == "s3://bucket/1.png"
-    assert by_value.content["image"] == b"\x89PNG"
+    assert by_value.content["image"] == png_of(2, 3)
 
 
 def test_event_time_may_lie_300_seconds_after_the_append_time_and_no_longer() -> None:

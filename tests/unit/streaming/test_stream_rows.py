@@ -2,7 +2,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
-from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, record_of
+from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, png_of, record_of
 
 from qarm_feast.errors import DataError
 from qarm_feast.schema import CODE_ROWS, CONTENT_LOG_ROWS, interaction_rows
@@ -43,7 +43,7 @@ def test_ready_vectors_are_quantized_without_an_encoder() -> None:
         ItemEvent(1, NOW, {}, _vector(1, -1), "e1"), ItemEvent(2, NOW, {}, _vector(-1, 1), "e1")
     )
     live = LiveCodebooks({"v1": SignCodebook("e1")}, _load_nothing)
-    rows = hash_rows(decode_items(records, 300).rows)
+    rows = hash_rows(decode_items(records).rows)
 
     encoded, refused = encode_rows(records, rows, live)
     codes = quantize_rows(rows, encoded, live, CREATED)
@@ -61,7 +61,7 @@ def test_each_encoder_reads_content_where_no_vector_of_its_own_came() -> None:
     text = ItemEvent(2, NOW, {"title": "B"})
     live = LiveCodebooks({"v1": SignCodebook("e1"), "v2": SignCodebook("e2")}, _load_title_encoder)
     records = _records(both, text)
-    rows = hash_rows(decode_items(records, 300).rows)
+    rows = hash_rows(decode_items(records).rows)
 
     encoded, refused = encode_rows(records, rows, live)
     codes = quantize_rows(rows, encoded, live, CREATED)
@@ -79,10 +79,10 @@ def test_what_no_encoder_can_read_is_refused_for_its_versions_only() -> None:
     ready = ItemEvent(1, NOW, {}, _vector(1, 1), "e1")
     narrow = ItemEvent(2, NOW, {}, _vector(1), "e1")
     foreign = ItemEvent(3, NOW, {}, _vector(1, 1), "e9")
-    picture = ItemEvent(4, NOW, {"image": "s3://bucket/4.png"})
+    picture = ItemEvent(4, NOW, {"image": png_of(1, 1)})
     live = LiveCodebooks({"v1": SignCodebook("e1"), "v2": SignCodebook("e1")}, _load_title_encoder)
     records = _records(ready, narrow, foreign, picture)
-    rows = hash_rows(decode_items(records, 300).rows)
+    rows = hash_rows(decode_items(records).rows)
 
     encoded, refused = encode_rows(records, rows, live)
     codes = quantize_rows(rows, encoded, live, CREATED)
@@ -105,7 +105,7 @@ def test_text_for_an_encoder_that_takes_vectors_only_is_refused_and_the_batch_go
         ItemEvent(1, NOW, {"title": "A"}), ItemEvent(2, NOW, {}, _vector(1, 1), "e1")
     )
     live = LiveCodebooks({"v1": SignCodebook("e1")}, lambda version: VectorsOnly())
-    rows = hash_rows(decode_items(records, 300).rows)
+    rows = hash_rows(decode_items(records).rows)
 
     encoded, refused = encode_rows(records, rows, live)
 
@@ -120,7 +120,7 @@ def test_takedown_becomes_a_row_of_absent_codes_that_wins_a_tie() -> None:
         ItemEvent(1, NOW, {}, is_deleted=True), ItemEvent(1, NOW, {}, _vector(1, 1), "e1")
     )
     live = LiveCodebooks({"v1": SignCodebook("e1")}, _load_nothing)
-    rows = hash_rows(decode_items(records, 300).rows)
+    rows = hash_rows(decode_items(records).rows)
 
     encoded, _ = encode_rows(records, rows, live)
     codes = quantize_rows(rows, encoded, live, CREATED)["v1"].to_pylist()
@@ -135,7 +135,7 @@ def test_takedown_becomes_a_row_of_absent_codes_that_wins_a_tie() -> None:
 
 def test_only_interactions_give_no_code_rows() -> None:
     live = LiveCodebooks({"v1": SignCodebook("e1")}, _load_nothing)
-    rows = hash_rows(decode_items([], 300).rows)
+    rows = hash_rows(decode_items([]).rows)
 
     encoded, refused = encode_rows([], rows, live)
 
@@ -152,7 +152,7 @@ def test_content_log_keeps_what_a_new_encoder_or_codebook_needs() -> None:
         ItemEvent(4, NOW, {}, _vector(5, 6), "e9"),
     )
     live = LiveCodebooks({"v1": SignCodebook("e1")}, _load_title_encoder)
-    rows = hash_rows(decode_items(records, 300).rows)
+    rows = hash_rows(decode_items(records).rows)
     encoded, _ = encode_rows(records, rows, live)
 
     log = content_log_rows(records, rows, encoded, CREATED)
@@ -169,7 +169,7 @@ def test_content_log_keeps_what_a_new_encoder_or_codebook_needs() -> None:
 def test_interaction_log_rows_have_the_logs_schema() -> None:
     event = InteractionEvent(7, 42, NOW, (True,), "")
     record = record_of(encode_interaction_event(event, ("is_like",)))
-    rows = decode_interactions([record], ("is_like",), 300).rows
+    rows = decode_interactions([record], ("is_like",)).rows
 
     log = interaction_log_rows(rows, ("is_like",), CREATED)
 

@@ -8,6 +8,7 @@ from qarm_feast.errors import ConfigError
 from streaming.cli import check, qarm_stream, run
 from streaming.clients import connect_admin
 from streaming.config import StreamConfig
+from streaming.limits import EventLimits
 
 
 def test_defaults_are_those_of_the_style_guide() -> None:
@@ -33,6 +34,35 @@ def test_an_empty_list_of_task_names_is_refused(tmp_path: Path) -> None:
     path.write_text("stream: {task_names: []}\n")
 
     with pytest.raises(ConfigError, match=r"stream\.task_names"):
+        load_section(path, "stream", StreamConfig)
+
+
+def test_limits_of_events_are_settings() -> None:
+    changed = {
+        "max_future_seconds": 1.0,
+        "max_record_bytes": 2,
+        "max_decoded_bytes": 3,
+        "max_image_pixels": 4,
+        "allowed_uri_prefixes": ("s3://bucket/",),
+    }
+
+    assert StreamConfig().limits == EventLimits()
+    assert StreamConfig.model_validate(changed).limits == EventLimits(**changed)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["/srv/images/", "file:///srv/", "s3://bucket/a/", "https://a.b/"]
+)
+def test_a_prefix_of_uris_is_a_folder(prefix: str) -> None:
+    assert StreamConfig(allowed_uri_prefixes=(prefix,)).limits.allowed_uri_prefixes == (prefix,)
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "/srv/images", "s3://", "s3://bucket", "https:///"])
+def test_a_prefix_that_is_no_folder_is_refused(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text(f"stream: {{allowed_uri_prefixes: ['{prefix}']}}\n")
+
+    with pytest.raises(ConfigError, match=r"stream\.allowed_uri_prefixes"):
         load_section(path, "stream", StreamConfig)
 
 
