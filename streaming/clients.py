@@ -23,9 +23,11 @@ _OWN_OPTIONS = {
     "enable_auto_commit": "offsets are committed once both stores hold the rows",
     "partition_assignment_strategy": "the worker counts on eager rebalances",
     "acks": "dead letters wait for every replica in sync",
+    "enable_idempotence": "a dead letter too large must not end the producer",
 }
 """What ``kafka_options`` must not touch, and why."""
-_DEAD_LETTER_MAX_BYTES = 8_388_608
+_LETTER_HEADER_BYTES = 65_536
+"""Room for what a dead letter adds to its record."""
 
 
 def connect_consumer(config: StreamConfig, connect_timeout_ms: int) -> KafkaConsumer:
@@ -55,6 +57,30 @@ def connect_consumer(config: StreamConfig, connect_timeout_ms: int) -> KafkaCons
     return _connect(KafkaConsumer, config, fixed)
 
 
+def connect_reader(config: StreamConfig, group: str | None) -> KafkaConsumer:
+    """Return a consumer that joins no group; it is told by hand what to read.
+
+    Args:
+        config: Section ``stream``.
+        group: Whose offsets it looks up and commits, if any.
+
+    Returns:
+        The consumer, nothing assigned yet.
+
+    Raises:
+        ServiceUnavailableError: If no broker answers.
+        ConfigError: If a Kafka option is wrong.
+    """
+    fixed = {
+        "group_id": group,
+        "auto_offset_reset": "earliest",
+        "enable_auto_commit": False,
+        "allow_auto_create_topics": False,
+        "bootstrap_timeout_ms": _BOOTSTRAP_TIMEOUT_MS,
+    }
+    return _connect(KafkaConsumer, config, fixed)
+
+
 def connect_producer(config: StreamConfig) -> KafkaProducer:
     """Return a producer that waits for every replica in sync; it sends in small batches.
 
@@ -70,8 +96,11 @@ def connect_producer(config: StreamConfig) -> KafkaProducer:
     """
     fixed = {
         "acks": "all",
+        # kafka-python's idempotent producer fails for good once a broker finds one record too
+        # large; what is sent here may come twice.
+        "enable_idempotence": False,
         "linger_ms": 5,
-        "max_request_size": _DEAD_LETTER_MAX_BYTES,
+        "max_request_size": config.max_record_bytes + _LETTER_HEADER_BYTES,
         "bootstrap_timeout_ms": _BOOTSTRAP_TIMEOUT_MS,
     }
     return _connect(KafkaProducer, config, fixed)

@@ -35,11 +35,12 @@ from qarm_feast.schema import (
 from streaming.clients import connect_producer
 from streaming.columns import DeadLetter
 from streaming.config import StreamConfig
+from streaming.letters import letter_message, stub_message
+from streaming.messages import Message
 
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 30.0
-_MAX_DETAIL_CHARACTERS = 500
 
 
 class OfflineLog(Protocol):
@@ -190,7 +191,7 @@ class DeadLetterTopic:
     def send(self, letters: Sequence[DeadLetter]) -> None:
         """Send each letter with its key, value, headers, and the headers that tell why.
 
-        A letter too large for the topic is sent without its value.
+        Of a letter too large for the topic only the headers that tell why are sent.
 
         Args:
             letters: The letters.
@@ -198,56 +199,40 @@ class DeadLetterTopic:
         Raises:
             ServiceUnavailableError: If the broker does not take them.
         """
-        pending = [(letter, self._produce(letter, letter.value)) for letter in letters]
-        for letter, future in pending:
-            try:
-                future.get(_FLUSH_SECONDS)
-            except (MessageSizeTooLargeError, RecordListTooLargeError):
-                self._send_without_value(letter)
-            except KafkaError as error:
-                raise self._refused(error) from error
+        pending = [(letter, self._begin(letter_message(letter))) for letter in letters]
+        too_large = [letter for letter, future in pending if not self._is_taken(future)]
+        stubs = [self._begin(stub_message(letter)) for letter in too_large]
+        if not all([self._is_taken(stub) for stub in stubs]):
+            raise self._refused("max.message.bytes has no room for a letter's headers")
 
     def close(self) -> None:
         """Close the connection; nothing is pending, as ``send`` waits."""
         self._producer.close(timeout=1.0)
 
-    def _produce(self, letter: DeadLetter, value: bytes | None) -> Any:
-        # The client refuses a message that has neither key nor value.
-        body = b"" if value is None and letter.record.key is None else value
+    def _begin(self, message: Message) -> Any:
+        """Return the broker's coming answer, or None if the client finds it too large."""
+        key, value, headers = message
         try:
-            return self._producer.send(
-                self._topic, key=letter.record.key, value=body, headers=letter_headers(letter)
-            )
+            return self._producer.send(self._topic, key=key, value=value, headers=headers)
+        except MessageSizeTooLargeError:
+            return None
         except KafkaError as error:
             raise self._refused(error) from error
 
-    def _send_without_value(self, letter: DeadLetter) -> None:
-        detail = f"{letter.detail} (value of {len(letter.value or b'')} bytes left out)"
+    def _is_taken(self, future: Any) -> bool:
         try:
-            self._produce(letter._replace(detail=detail), b"").get(_FLUSH_SECONDS)
+            if future is not None:
+                future.get(_FLUSH_SECONDS)
+        except (MessageSizeTooLargeError, RecordListTooLargeError):
+            return False
         except KafkaError as error:
             raise self._refused(error) from error
+        return future is not None
 
-    def _refused(self, error: KafkaError) -> ServiceUnavailableError:
+    def _refused(self, fault: object) -> ServiceUnavailableError:
         return ServiceUnavailableError(
-            f"topic {self._topic} takes no dead letters ({error!r}); run `qarm-stream check`"
+            f"topic {self._topic} takes no dead letters ({fault!r}); run `qarm-stream check`"
         )
-
-
-def letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
-    """Return the record's own headers, then why it was refused and where it lay."""
-    record = letter.record
-    return [
-        # Kafka allows a null value, its client refuses to send one.
-        *[(name, value or b"") for name, value in record.headers],
-        ("reason", letter.reason.encode()),
-        ("detail", letter.detail[:_MAX_DETAIL_CHARACTERS].encode(errors="replace")),
-        ("topic", record.topic.encode()),
-        ("partition", b"%d" % record.partition),
-        ("offset", b"%d" % record.offset),
-        ("append_timestamp", b"%d" % record.timestamp),
-        ("codebook_version", letter.codebook_version.encode()),
-    ]
 
 
 def newest_per_item(codes: pa.Table) -> pa.Table:

@@ -1,5 +1,6 @@
 """Real broker, real workers, real stores."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +33,10 @@ from qarm_feast.online_stores import code_online_store
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import TIMESTAMP
 from streaming.cli import main
+from streaming.columns import DeadLetter
 from streaming.config import StreamConfig
-from streaming.messages import ItemEvent, encode_arrow, encode_item_event
+from streaming.messages import ItemEvent, Message, encode_arrow, encode_item_event
+from streaming.sink import DeadLetterTopic
 from streaming.source import KafkaSource
 
 pytestmark = pytest.mark.integration
@@ -299,16 +303,20 @@ def _online_codes(repo: StreamRepo, ids: list[int]) -> dict[int, list[int]]:
 
 def _dead_letters(repo: StreamRepo) -> list[dict[str, str]]:
     """Headers of all dead letters."""
-    config = repo.stream_config
+    records = _records_of(repo.stream_config, repo.stream_config.dead_letter_topic)
+    return [{name: value.decode() for name, value in record.headers} for record in records]
+
+
+def _records_of(config: StreamConfig, topic: str) -> list[Any]:
     consumer = KafkaConsumer(
-        config.dead_letter_topic,
+        topic,
         bootstrap_servers=config.bootstrap_servers,
         auto_offset_reset="earliest",
         enable_auto_commit=False,
         consumer_timeout_ms=1500,
     )
     with closing(consumer):
-        return [{name: value.decode() for name, value in r.headers} for r in consumer]
+        return list(consumer)
 
 
 def _check_alive(worker: "subprocess.Popen[bytes]") -> None:
@@ -343,3 +351,73 @@ def test_a_killed_broker_comes_back_with_its_data(tmp_path: Path) -> None:
 
     assert record.value == b"value"
     assert broker.pid is None
+
+
+def test_dead_letters_are_listed_and_sent_back_once(
+    stream_repo: StreamRepo,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = stream_repo.stream_config
+    broken = Message(b"1", b"secret", [("schema_version", b"1")])
+    takedown = encode_item_event(ItemEvent(2, START, {}, is_deleted=True))
+    # The broker refuses the first of these, the client the second.
+    large = [broken._replace(value=bytes(size)) for size in (3_000_000, 9_000_000)]
+    with closing(DeadLetterTopic(config)) as topic:
+        topic.send(
+            [_refused(config, 0, message, "undecodable") for message in (broken, takedown)]
+            + [_refused(config, 9, message, "oversized") for message in large]
+        )
+
+    def run_dlq(*arguments: str) -> tuple[int, str]:
+        command = ["qarm-stream", "dlq", *arguments, "--config", str(stream_repo.config_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as ended:
+            return int(str(ended.code)), capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    listed = run_dlq("list", "--json")
+    later = run_dlq("list", "--since", "2999-01-01T00:00:00Z")
+    dry = run_dlq("replay", "--reason", "undecodable", "--dry-run")
+    assert _records_of(config, config.item_topic) == []
+    first = run_dlq("replay", "--reason", "undecodable")
+    second = run_dlq("replay", "--reason", "undecodable")
+    without_value = run_dlq("replay", "--reason", "oversized")
+    letters = json.loads(listed[1])
+    places = [row["letter"] for row in letters["letters"] if row["key"] == "2"]
+    by_place = run_dlq("replay", "--offsets", places[0])
+
+    assert listed[0] == 0
+    assert letters["counts"] == {"undecodable": 2, "oversized": 2}
+    assert sorted(row["value_bytes"] for row in letters["letters"]) == [-1, 6, 3000000, 9000000]
+    assert "secret" not in listed[1]
+    assert later == (0, "no dead letters\n")
+    assert dry == (0, f"would replay 2 undecodable to {config.item_topic}\n")
+    assert first == (0, f"replayed 2 undecodable to {config.item_topic}\n")
+    assert second[1].startswith("replayed nothing")
+    assert without_value == (4, "refused 2 oversized: its value was too large for a letter\n")
+    assert by_place[1] == first[1].replace("2", "1", 1)
+    count = ("replays", b"1")
+    stored = [
+        Message(r.key, r.value, list(r.headers)) for r in _records_of(config, config.item_topic)
+    ]
+    assert sorted(stored, key=str) == sorted(
+        [m._replace(headers=[*m.headers, count]) for m in (broken, takedown, takedown)], key=str
+    )
+
+
+def _refused(config: StreamConfig, offset: int, message: Message, reason: str) -> DeadLetter:
+    record = FetchedRecord(config.item_topic, 0, offset, START // 1000, *message)
+    return DeadLetter(record, reason, "detail", message.value)
+
+
+class FetchedRecord(NamedTuple):
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]]

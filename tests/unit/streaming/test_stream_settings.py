@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import click
@@ -5,7 +6,7 @@ import pytest
 
 from qarm_feast.config import load_section
 from qarm_feast.errors import ConfigError
-from streaming.cli import check, qarm_stream, run
+from streaming.cli import check, dlq, main, qarm_stream, run
 from streaming.clients import connect_admin
 from streaming.config import StreamConfig
 from streaming.limits import EventLimits
@@ -90,11 +91,38 @@ def test_command_line_has_these_verbs_and_options() -> None:
             if isinstance(parameter, click.Option)
             for option in parameter.opts
         )
-        for command in (run, check)
+        for command in (run, check, *dlq.commands.values())
     }
 
-    assert sorted(qarm_stream.commands) == ["check", "run"]
+    assert sorted(qarm_stream.commands) == ["check", "dlq", "run"]
     assert options == {
         "run": ["--config", "--log-level", "--metrics-port"],
         "check": ["--config", "--log-level"],
+        "list": ["--config", "--json", "--limit", "--log-level", "--reason", "--since"],
+        "replay": ["--config", "--dry-run", "--log-level", "--offsets", "--reason"],
     }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay"],
+        ["replay", "--reason", "undecodable", "--offsets", "0:1"],
+        ["replay", "--reason", "no_such_reason"],
+        ["replay", "--offsets", "0:5-x"],
+        ["list", "--since", "yesterday"],
+        ["list", "--since", "2026-01-31T12:00:00"],
+    ],
+)
+def test_dead_letters_that_nobody_could_mean_are_a_usage_error(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text("{}")
+    config = ["--config", str(path)]
+    monkeypatch.setattr(sys, "argv", ["qarm-stream", "dlq", *arguments, *config])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 2

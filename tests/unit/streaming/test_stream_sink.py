@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from stream_fakes import NOW, FakeRecord
+from stream_fakes import NOW
 
 from qarm_feast.schema import (
     CODE_ROWS,
@@ -13,11 +13,9 @@ from qarm_feast.schema import (
     TIMESTAMP,
     interaction_rows,
 )
-from streaming.columns import DeadLetter
 from streaming.sink import (
     BatchRows,
     FeastSink,
-    letter_headers,
     newest_per_item,
     recent_item_rows,
 )
@@ -151,23 +149,3 @@ def test_nothing_is_written_for_an_empty_batch() -> None:
     sink.write_online(rows)
 
     assert stores.calls == []
-
-
-def test_dead_letter_headers_tell_why_and_where_and_keep_the_records_own() -> None:
-    own = [("schema_version", b"1"), ("trace", None)]
-    record = FakeRecord(b"1", b"{", own, "items", 3, 17)
-    letter = DeadLetter(record, "undecodable", "x" * 900, record.value, "v1")
-
-    headers = dict(letter_headers(letter))
-
-    assert headers.pop("detail") == b"x" * 500
-    assert headers == {
-        "schema_version": b"1",
-        "trace": b"",
-        "reason": b"undecodable",
-        "topic": b"items",
-        "partition": b"3",
-        "offset": b"17",
-        "append_timestamp": b"1700000000000",
-        "codebook_version": b"v1",
-    }
