@@ -27,6 +27,9 @@ from streaming.sink import FeastOnlineTables
 _REQUIRED_TOPIC_SETTINGS = {
     "message.timestamp.type": "LogAppendTime",
     "cleanup.policy": "delete",
+    # Else a megabyte of gzip may unpack to a gigabyte in a worker, before it sees a record, and
+    # a worker needs the library of every producer's codec.
+    "compression.type": "uncompressed",
 }
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pytest
 from conftest import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
 from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import MessageSizeTooLargeError
 
 from examples.quickstart.broker import KafkaBroker
 from examples.quickstart.kafka_admin import (
@@ -421,3 +422,20 @@ class FetchedRecord(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: list[tuple[str, bytes | None]]
+
+
+def test_broker_unpacks_gzip_and_refuses_a_bomb_before_a_worker_can_meet_it(
+    stream_repo: StreamRepo,
+) -> None:
+    config = stream_repo.stream_config
+    producer = KafkaProducer(
+        bootstrap_servers=config.bootstrap_servers,
+        compression_type="gzip",
+        max_request_size=100_000_000,
+    )
+    with closing(producer):
+        producer.send(config.item_topic, b"small", b"1").get(30)
+        with pytest.raises(MessageSizeTooLargeError):
+            producer.send(config.item_topic, bytes(50_000_000), b"2").get(30)
+
+    assert [record.value for record in _records_of(config, config.item_topic)] == [b"small"]
