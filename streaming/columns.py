@@ -37,6 +37,7 @@ from streaming.messages import (
     InteractionEvent,
     ItemEvent,
     Record,
+    UnreadableRecord,
     check_record_size,
     check_unpacked_size,
     content_type,
@@ -195,6 +196,8 @@ def embedding_matrix(embeddings: pa.ChunkedArray, width: int) -> np.ndarray:
 
 def _is_arrow(record: Record, limits: EventLimits) -> bool:
     """Tell the form of a record that is not too large, packed or unpacked."""
+    if isinstance(record, UnreadableRecord):
+        raise EventError(Reason.UNDECODABLE, f"the client cannot read the record: {record.fault}")
     check_record_size(record, limits.max_record_bytes)
     is_arrow = content_type(record) == ARROW_TYPE and record.value is not None
     if is_arrow:

@@ -405,7 +405,7 @@ def refusal_of(letter: StoredLetter, topics: Sequence[str], max_replays: int) ->
     if letter.num_replays >= max_replays:
         return f"replayed {letter.num_replays} times, stream.max_replays is {max_replays}"
     if not letter.is_whole:
-        return "its value was too large for a letter"
+        return "its value is not in the letter"
     return None
 
 

@@ -98,6 +98,19 @@ class Record(Protocol):
         ...
 
 
+class UnreadableRecord(NamedTuple):
+    """Stands for a record whose bytes the Kafka client could not take apart."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    fault: str
+    key: None = None
+    value: None = None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+
+
 class Message(NamedTuple):
     """What a producer sends."""
 

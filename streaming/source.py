@@ -13,6 +13,10 @@ gives partitions up only inside ``poll``):
    of that interval is gone. If the partitions are revoked there, :class:`BatchRevokedError` tells
    the worker to drop its batch; nothing of it is committed, so it is replayed.
 
+A record that the client cannot take apart (its checksum is wrong, a header's name is not UTF-8)
+comes out as an :class:`streaming.messages.UnreadableRecord`, and so do those behind it in its
+producer's batch: the client reads a batch from its beginning.
+
 May import: kafka-python.
 """
 
@@ -23,14 +27,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer
-from kafka.errors import KafkaError
+from kafka.errors import CorruptRecordError, KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from qarm_feast.errors import QarmError, ServiceUnavailableError
 from qarm_feast.observability import STREAM_CONSUMER_LAG
 from streaming.clients import connect_consumer
 from streaming.config import StreamConfig
-from streaming.messages import Record
+from streaming.messages import Record, UnreadableRecord
 
 logger = logging.getLogger(__name__)
 
@@ -147,17 +151,42 @@ class KafkaSource:
         room = max(1, self._config.max_batch_size - self._waiting.num_records)
         try:
             polled = self._consumer.poll(timeout_ms=round(wait_seconds * 1000), max_records=room)
+        except CorruptRecordError as error:
+            polled = self._step_over(error)
         except KafkaError as error:
             if not error.retriable:
-                raise ServiceUnavailableError(
-                    f"reading {', '.join(self._config.topics)} from "
-                    f"{self._config.bootstrap_servers} failed: {error!r}; run `qarm-stream check`"
-                ) from error
+                raise self._away(error) from error
             logger.warning("poll_failed error=%r", error)
             time.sleep(_POLL_SECONDS)
             return
         self._last_poll = time.monotonic()
         self._waiting.add(polled, self._last_poll)
+
+    def _step_over(self, error: CorruptRecordError) -> dict[TopicPartition, list[Record]]:
+        """Return a stand-in for the record that cannot be read, and go on behind it."""
+        # Only the client's own state tells which partition it was. Without a seek away from it,
+        # the next poll of kafka-python 3.0.12 goes round in it for ever.
+        part = self._consumer._fetcher._next_partition_records
+        if part is None:
+            raise self._away(error) from error
+        place = part.topic_partition
+        offset = self._consumer.position(place)
+        self._consumer.seek(place, offset + 1)
+        logger.warning(
+            "record_unreadable topic=%s partition=%d offset=%d error=%s",
+            *(place.topic, place.partition, offset, type(error).__name__),
+        )
+        fault = type(error).__name__
+        stand_in = UnreadableRecord(
+            place.topic, place.partition, offset, round(time.time() * 1000), fault
+        )
+        return {place: [stand_in]}
+
+    def _away(self, error: KafkaError) -> ServiceUnavailableError:
+        return ServiceUnavailableError(
+            f"reading {', '.join(self._config.topics)} from {self._config.bootstrap_servers} "
+            f"failed: {error!r}; run `qarm-stream check`"
+        )
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:

@@ -398,7 +398,7 @@ def test_dead_letters_are_listed_and_sent_back_once(
     assert dry == (0, f"would replay 2 undecodable to {config.item_topic}\n")
     assert first == (0, f"replayed 2 undecodable to {config.item_topic}\n")
     assert second[1].startswith("replayed nothing")
-    assert without_value == (4, "refused 2 oversized: its value was too large for a letter\n")
+    assert without_value == (4, "refused 2 oversized: its value is not in the letter\n")
     assert by_place[1] == first[1].replace("2", "1", 1)
     count = ("replays", b"1")
     stored = [
@@ -407,6 +407,33 @@ def test_dead_letters_are_listed_and_sent_back_once(
     assert sorted(stored, key=str) == sorted(
         [m._replace(headers=[*m.headers, count]) for m in (broken, takedown, takedown)], key=str
     )
+
+
+def test_record_that_the_client_cannot_read_is_stepped_over(stream_repo: StreamRepo) -> None:
+    class BrokenName(str):
+        """A header's name that is no UTF-8 on the wire; the broker does not look."""
+
+        def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+            return b"\xff\xfe"
+
+    config = stream_repo.stream_config
+    headers = {2: [(BrokenName("name"), b"")]}
+    with closing(KafkaProducer(bootstrap_servers=config.bootstrap_servers)) as producer:
+        for number in range(4):
+            # Each waits, so that each is a batch of its own.
+            producer.send(
+                config.item_topic, b"%d" % number, headers=headers.get(number), partition=1
+            ).get(30)
+    seen: list[tuple[int, bytes | None]] = []
+    deadline = time.monotonic() + 60
+
+    with closing(KafkaSource(config)) as source:
+        while len(seen) < 4 and time.monotonic() < deadline:
+            batch = source.read()
+            source.commit(batch)
+            seen += [(record.offset, record.value) for record in batch.records]
+
+    assert seen == [(0, b"0"), (1, b"1"), (2, None), (3, b"3")]
 
 
 def _refused(config: StreamConfig, offset: int, message: Message, reason: str) -> DeadLetter:

@@ -20,6 +20,7 @@ from streaming.limits import EventLimits
 from streaming.messages import (
     ARROW_TYPE,
     ItemEvent,
+    UnreadableRecord,
     check_unpacked_size,
     decode_arrow,
     encode_arrow,
@@ -131,6 +132,7 @@ DEEP = b'{"item_id":' + b"[" * 9_000 + b"]" * 9_000 + b"}"
         ("undecodable", FakeRecord(b"2", DEEP)),
         ("undecodable", _raw(b"\xff\xff\xff\xff\x10")),
         ("undecodable", _raw(b"")),
+        ("undecodable", UnreadableRecord("items", 0, 5, NOW // 1000, "CorruptRecordError")),
         ("unknown_schema_version", FakeRecord(b"2", b"{}", [("schema_version", b"0")])),
         ("wrong_type", _json(title=5)),
         ("wrong_type", _json(price=float("nan"))),
