@@ -357,8 +357,7 @@ def _item_events(
 ) -> tuple[list[ItemEvent], _RowFaults]:
     faults = _check_ids_and_times(table, (ITEM_ID,), append_ms, limits.max_future_seconds)
     contents = _content_rows(table)
-    for reason, is_bad_N in _content_faults(contents, limits).items():
-        faults.add(reason, is_bad_N)
+    _add_content_faults(table, contents, limits, faults)
     embeddings = _embedding_rows(table, faults)
     versions = _encoder_versions(table, embeddings, faults)
     is_empty = [
@@ -389,19 +388,26 @@ def _content_rows(table: pa.Table) -> list[dict[str, ContentValue]]:
     ]
 
 
-def _content_faults(
-    contents: Sequence[Mapping[str, ContentValue]], limits: EventLimits
-) -> dict[Reason, np.ndarray]:
-    faults: dict[Reason, np.ndarray] = {}
+def _add_content_faults(
+    table: pa.Table,
+    contents: Sequence[Mapping[str, ContentValue]],
+    limits: EventLimits,
+    faults: _RowFaults,
+) -> None:
+    for field in table.schema:
+        if pa.types.is_floating(field.type):
+            is_infinite = pc.fill_null(pc.is_inf(table[field.name]), False)
+            faults.add(Reason.WRONG_TYPE, is_infinite)
+    if not set(CONTENT_BINARY_COLUMNS) & set(table.column_names):
+        return
+    bad_rows: dict[Reason, list[int]] = {}
     for row, content in enumerate(contents):
         try:
             check_media(content, limits)
-            if any(isinstance(value, float) and math.isinf(value) for value in content.values()):
-                raise EventError(Reason.WRONG_TYPE, "a content number is infinite")
         except EventError as error:
-            reason = Reason(error.reason)
-            faults.setdefault(reason, np.zeros(len(contents), dtype=bool))[row] = True
-    return faults
+            bad_rows.setdefault(Reason(error.reason), []).append(row)
+    for reason, rows in bad_rows.items():
+        faults.add(reason, np.isin(np.arange(table.num_rows), rows))
 
 
 def _is_present(value: object) -> bool:

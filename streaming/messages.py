@@ -154,18 +154,14 @@ def check_record_size(record: Record, max_bytes: int) -> None:
     Raises:
         EventError: If it is larger.
     """
-    num_bytes = record_bytes(record)
+    num_bytes = len(record.key or b"") + len(record.value or b"")
+    for name, value in record.headers:
+        num_bytes += len(name) + len(value or b"")
     if num_bytes > max_bytes:
         raise EventError(
             Reason.OVERSIZED,
             f"{num_bytes} bytes of key, value and headers, stream.max_record_bytes is {max_bytes}",
         )
-
-
-def record_bytes(record: Record) -> int:
-    """Return the bytes of key, value and headers."""
-    headers = sum(len(name) + len(value or b"") for name, value in record.headers)
-    return len(record.key or b"") + len(record.value or b"") + headers
 
 
 def content_type(record: Record) -> bytes:

@@ -13,9 +13,11 @@ import pyarrow as pa
 import pytest
 from stream_fakes import NOW, VERSIONED, FakeRecord, SignCodebook, TitleEncoder, png_of, record_of
 
+from qarm_feast.observability import STREAM_DEAD_LETTERS
 from qarm_feast.schema import TIMESTAMP
 from streaming import columns
 from streaming.columns import DeadLetter, decode_interactions, decode_items
+from streaming.health import WorkerHealth
 from streaming.limits import EventLimits
 from streaming.messages import (
     ARROW_TYPE,
@@ -27,6 +29,8 @@ from streaming.messages import (
     encode_item_event,
 )
 from streaming.rows import LiveCodebooks, encode_rows, hash_rows
+from streaming.source import Batch
+from streaming.worker import Drain, Pipeline, StreamWorker, WorkerSettings
 
 LIMITS = EventLimits(
     max_record_bytes=20_000, max_decoded_bytes=100_000, allowed_uri_prefixes=("s3://bucket/",)
@@ -203,6 +207,28 @@ def test_poison_row_of_an_arrow_record_is_one_letter_and_the_other_row_is_stored
     assert [letter.reason for letter in letters] == [reason]
     refused = decode_arrow(FakeRecord(None, letters[0].value))
     assert refused["item_id"].to_pylist() in ([2], [None])
+
+
+def test_letters_are_counted_by_reason() -> None:
+    class Parts:
+        """Source, sink and dead letters that take everything."""
+
+        def keep_alive(self, batch: Batch) -> None:
+            pass
+
+        commit = write_offline = write_online = send = keep_alive
+
+    settings = WorkerSettings("items", ("is_like",), "is_like", limits=LIMITS)
+    parts = Pipeline(Parts(), Parts(), Parts(), LIVE)
+    worker = StreamWorker(parts, settings, WorkerHealth(), Drain(0.0))
+    poison = [_json(image="/etc/passwd"), _json(title="a" * 20_000), _vectors([0.0, 0.0])]
+    reasons = ("uri_not_allowed", "oversized", "embedding_zero")
+    before = [STREAM_DEAD_LETTERS.labels(reason)._value.get() for reason in reasons]
+
+    worker.handle(Batch([GOOD, *poison, poison[0]], {}, assignment_number=1))
+
+    after = [STREAM_DEAD_LETTERS.labels(reason)._value.get() for reason in reasons]
+    assert np.subtract(after, before).tolist() == [2, 1, 1]
 
 
 def test_each_bound_is_met_exactly() -> None:
