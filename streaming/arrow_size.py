@@ -31,13 +31,13 @@ def unpacked_bytes(stream: bytes) -> int:
     Raises:
         pa.ArrowException: If the stream is damaged.
         OSError: If the stream is damaged.
-        struct.error: If its metadata point outside of themselves.
+        struct.error: If its metadata point outside of themselves or name a negative length.
     """
     num_bytes = num_cells = 0
     for message in pa.ipc.MessageReader.open_stream(stream):
         for batch in _record_batches(message.metadata.to_pybytes()):
-            num_cells += batch.integer(0) + sum(length for length, _ in batch.pairs(1))
-            num_bytes += _buffer_bytes(batch, message.body)
+            num_cells += _sum([batch.integer(0), *[length for length, _ in batch.pairs(1)]])
+            num_bytes += _sum(_buffer_bytes(batch, message.body))
     return max(num_bytes, _MIN_CELL_BYTES * num_cells)
 
 
@@ -91,16 +91,23 @@ def _record_batches(metadata: bytes) -> Iterator[_Table]:
         yield batch
 
 
-def _buffer_bytes(batch: _Table, body: pa.Buffer) -> int:
+def _sum(lengths: list[int]) -> int:
+    """Add lengths up; a negative one would hide a bomb behind it."""
+    if min(lengths, default=0) < 0:
+        raise struct.error("a length is negative")
+    return sum(lengths)
+
+
+def _buffer_bytes(batch: _Table, body: pa.Buffer) -> list[int]:
     if batch.table(3) is None:
-        return sum(length for _, length in batch.pairs(2))
-    return sum(_declared_bytes(body, offset, length) for offset, length in batch.pairs(2))
+        return [length for _, length in batch.pairs(2)]
+    return [_declared_bytes(body, offset, length) for offset, length in batch.pairs(2)]
 
 
 def _declared_bytes(body: pa.Buffer, offset: int, length: int) -> int:
-    if length < _LENGTH_PREFIX_BYTES:
-        return 0
     if offset < 0:
         raise struct.error("a buffer lies before the body")
+    if length < _LENGTH_PREFIX_BYTES:
+        return length
     declared: int = struct.unpack_from("<q", body, offset)[0]
     return length if declared == _NOT_COMPRESSED else declared

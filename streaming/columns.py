@@ -151,7 +151,7 @@ def decode_interactions(
     for record in records:
         try:
             if _is_arrow(record, limits):
-                table = decode_arrow(record)
+                table = _known_columns(decode_arrow(record), task_names)
                 rows, faults = _interaction_rows(table, task_names, record.timestamp, limits)
                 dead_letters += _row_letters(record, table, faults)
                 tables.append(rows)
@@ -331,6 +331,12 @@ def _check_ids_and_times(
     for reason in (Reason.ABSURD_TIMESTAMP, Reason.FUTURE_TIMESTAMP):
         faults.add(reason, np.array([fault is reason for fault in time_faults], dtype=bool))
     return faults
+
+
+def _known_columns(table: pa.Table, task_names: tuple[str, ...]) -> pa.Table:
+    """Leave out what no reader asks for: rows of any other type may not even be filtered."""
+    names = set(_interaction_schema(task_names).names)
+    return table.select([name for name in table.column_names if name in names])
 
 
 def _interaction_rows(

@@ -58,8 +58,8 @@ class StreamConfig(Section):
     max_record_bytes: int = Field(
         default=8_388_608,
         gt=0,
-        description="Key, value and headers of one record; a topic's own bound is its "
-        "max.message.bytes, which counts a batch as it was compressed by the producer.",
+        description="Key, value and headers of one record. The broker's own bound is the topic's "
+        "max.message.bytes, of a producer's batch; a record above the fetch sizes comes alone.",
     )
     max_decoded_bytes: int = Field(
         default=67_108_864,

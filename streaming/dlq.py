@@ -236,7 +236,7 @@ class LetterReader:
         Raises:
             ServiceUnavailableError: If the broker does not take it.
         """
-        if self._group is None:
+        if self._group is None or not offsets:
             return
         entries = {tp: OffsetAndMetadata(offset) for tp, offset in offsets.items()}
         try:

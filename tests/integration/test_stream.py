@@ -33,6 +33,7 @@ from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import TIMESTAMP
+from streaming import clients
 from streaming.cli import main
 from streaming.columns import DeadLetter
 from streaming.config import StreamConfig
@@ -94,7 +95,10 @@ def test_edits_takedowns_and_poison_end_where_they_belong(
     ]
     narrow = encode_item_event(ItemEvent(5, START, {}, first_D[:3], ENCODER_VERSION))
     foreign = encode_item_event(ItemEvent(6, START, {}, first_D, "e9"))
-    poison = [narrow, foreign, narrow._replace(value=b"{"), narrow._replace(headers=[])]
+    secret = encode_item_event(ItemEvent(7, START, {"image": "/etc/passwd"}))
+    bomb = encode_arrow(pa.table({f"flag{n}": pa.array([False] * 60_000) for n in range(100)}))
+    poison = [narrow, foreign, secret, bomb]
+    poison += [narrow._replace(value=b"{"), narrow._replace(headers=[])]
     with closing(KafkaProducer(bootstrap_servers=config.bootstrap_servers)) as producer:
         for message in [*good, *poison]:
             producer.send(config.item_topic, message.value, message.key, message.headers)
@@ -111,11 +115,13 @@ def test_edits_takedowns_and_poison_end_where_they_belong(
     assert codes == {1: expected.rq_NL[0].tolist(), 3: expected.rq_NL[1].tolist()}
     letters = _dead_letters(stream_repo)
     assert sorted(letter["reason"] for letter in letters) == [
+        "decompression_bomb",
         "embedding_not_finite",
         "embedding_width",
         "encoder_mismatch",
         "undecodable",
         "unknown_schema_version",
+        "uri_not_allowed",
     ]
     assert {letter["topic"] for letter in letters} == {config.item_topic}
     log = open_code_log(open_feature_store(stream_repo.directory).config)
@@ -390,6 +396,13 @@ def test_dead_letters_are_listed_and_sent_back_once(
     places = [row["letter"] for row in letters["letters"] if row["key"] == "2"]
     by_place = run_dlq("replay", "--offsets", places[0])
 
+    monkeypatch.setenv("QARM_STREAM__DEAD_LETTER_TOPIC", "no-such-topic")
+    no_topic = run_dlq("list")
+    monkeypatch.setenv("QARM_STREAM__BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    monkeypatch.setattr(clients, "_BOOTSTRAP_TIMEOUT_MS", 500)
+    no_broker = run_dlq("replay", "--reason", "undecodable")
+
+    assert (no_topic[0], no_broker[0]) == (2, 6)
     assert listed[0] == 0
     assert letters["counts"] == {"undecodable": 2, "oversized": 2}
     assert sorted(row["value_bytes"] for row in letters["letters"]) == [-1, 6, 3000000, 9000000]

@@ -21,11 +21,13 @@ from streaming.health import WorkerHealth
 from streaming.limits import EventLimits
 from streaming.messages import (
     ARROW_TYPE,
+    InteractionEvent,
     ItemEvent,
     UnreadableRecord,
     check_unpacked_size,
     decode_arrow,
     encode_arrow,
+    encode_interaction_event,
     encode_item_event,
 )
 from streaming.rows import LiveCodebooks, encode_rows, hash_rows
@@ -79,6 +81,19 @@ def _compressed(codec: str, num_zeros: int) -> FakeRecord:
     with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     return _raw(sink.getvalue().to_pybytes())
+
+
+def _bomb_behind_a_negative_length() -> FakeRecord:
+    """Two buffers that declare 8,000,000 bytes; the second one is made to declare minus that."""
+    zeros = pa.array(np.zeros(1_000_000, dtype=np.int64))
+    sink = pa.BufferOutputStream()
+    table = pa.table({"item_id": zeros, "price": zeros})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    value = sink.getvalue().to_pybytes()
+    at = value.rindex(struct.pack("<q", 8_000_000))
+    return _raw(value[:at] + struct.pack("<q", -8_000_000) + value[at + 8 :])
 
 
 def _dictionary_bomb() -> FakeRecord:
@@ -148,6 +163,7 @@ DEEP = b'{"item_id":' + b"[" * 9_000 + b"]" * 9_000 + b"}"
         ("oversized", FakeRecord(b"2", b"{}", [*VERSIONED, ("trace", b"a" * 20_000)])),
         ("decompression_bomb", _compressed("zstd", 10_000_000)),
         ("decompression_bomb", _compressed("lz4", 500_000)),
+        ("undecodable", _bomb_behind_a_negative_length()),
         ("decompression_bomb", _dictionary_bomb()),
         ("decompression_bomb", _rows_without_buffers()),
         ("decompression_bomb", _many_flags()),
@@ -251,6 +267,32 @@ def test_a_compressed_arrow_record_within_the_bounds_is_read() -> None:
     assert decode_arrow(_compressed("lz4", 1000)).num_rows == 1000
 
 
+def test_columns_that_nobody_asks_for_do_not_sink_an_arrow_record_of_interactions() -> None:
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array([b"x"]))
+    views = pa.array(["a", "b", "c"], pa.string_view())
+    unions = pa.UnionArray.from_sparse(pa.array([0, 0, 0], pa.int8()), [views])
+    record = record_of(
+        encode_arrow(
+            pa.table(
+                {
+                    "user_id": pa.array([7, 8, 9]),
+                    "item_id": pa.array([1, None, 3]),
+                    "event_timestamp": pa.array([NOW] * 3).cast(TIMESTAMP),
+                    "is_like": pa.array([True] * 3),
+                    "runs": runs,
+                    "views": views,
+                    "unions": unions,
+                }
+            )
+        )
+    )
+
+    decoded = decode_interactions([record], ("is_like",))
+
+    assert decoded.rows["user_id"].to_pylist() == [7, 9]
+    assert [letter.reason for letter in decoded.dead_letters] == ["missing_field"]
+
+
 def test_poison_interactions_are_refused_by_the_same_bounds() -> None:
     large = FakeRecord(b"7", b'{"user_id": 7, "pad": "' + b"a" * 20_000 + b'"}')
 
@@ -321,10 +363,12 @@ print(json.dumps([reasons, (after - before) * 1024]))
 """
 
 
-def test_4000_mutated_records_are_stored_or_refused_with_a_reason() -> None:
+def test_5000_mutated_records_are_stored_or_refused_with_a_reason() -> None:
     rng = random.Random(0)
     seeds = [GOOD, _ready([1.0, 2.0]), _json(image=_picture(png_of(2, 2))), _json(image="s3://b")]
     seeds += [_arrow(), _vectors([1.0, 2.0]), _images(png_of(2, 2)), _compressed("zstd", 50)]
+    like = InteractionEvent(7, 42, NOW, (True,), "train")
+    likes_seeds = [record_of(encode_interaction_event(like, ("is_like",))), _arrow_like()]
     reasons: set[str] = set()
 
     for _ in range(500):
@@ -334,8 +378,22 @@ def test_4000_mutated_records_are_stored_or_refused_with_a_reason() -> None:
         reasons |= {letter.reason for letter in [*decoded.dead_letters, *refused]}
         assert np.isfinite(encoded[0].vectors_ND).all()
 
+        likes = decode_interactions([_mutated(seed, rng) for seed in likes_seeds], ("is_like",))
+        reasons |= {letter.reason for letter in likes.dead_letters}
+
     assert "decoder_fault" not in reasons
-    assert {"undecodable", "wrong_type", "missing_field", "key_mismatch"} <= reasons
+    assert {"undecodable", "wrong_type", "missing_field"} <= reasons
+
+
+def _arrow_like() -> FakeRecord:
+    columns = {
+        "user_id": pa.array([7]),
+        "item_id": pa.array([42]),
+        "event_timestamp": pa.array([NOW]).cast(TIMESTAMP),
+        "is_like": pa.array([True]),
+        "split": pa.array(["train"]),
+    }
+    return record_of(encode_arrow(pa.table(columns)))
 
 
 def _mutated(record: FakeRecord, rng: random.Random) -> FakeRecord:
