@@ -5,17 +5,25 @@ May import: kafka-python.
 
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.consumer.group import RangePartitionAssignor
-from kafka.errors import KafkaConfigurationError, KafkaError
+from kafka.errors import (
+    KafkaConfigurationError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+)
 
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from streaming.config import StreamConfig
+from streaming.messages import Message
 
 _BOOTSTRAP_TIMEOUT_MS = 10_000
 _PROBE_SECONDS = 0.25
+_SEND_SECONDS = 30.0
 _OWN_OPTIONS = {
     "bootstrap_servers": "set stream.bootstrap_servers",
     "group_id": "set stream.consumer_group",
@@ -106,6 +114,29 @@ def connect_producer(config: StreamConfig) -> KafkaProducer:
     return _connect(KafkaProducer, config, fixed)
 
 
+def send_all(producer: KafkaProducer, messages: Sequence[tuple[str, Message]]) -> list[bool]:
+    """Send messages and wait until every replica in sync has them.
+
+    Args:
+        producer: Made by :func:`connect_producer`.
+        messages: Each with its topic.
+
+    Returns:
+        Of each message whether its topic, or the client, has room for one so large.
+
+    Raises:
+        ServiceUnavailableError: If the broker does not take them.
+    """
+    try:
+        pending = [_begin(producer, topic, message) for topic, message in messages]
+        return [_is_taken(future) for future in pending]
+    except KafkaError as error:
+        topics = ", ".join(sorted({topic for topic, _ in messages}))
+        raise ServiceUnavailableError(
+            f"topic {topics} takes no records ({error!r}); run `qarm-stream check`"
+        ) from error
+
+
 def connect_admin(config: StreamConfig) -> KafkaAdminClient:
     """Return an admin client.
 
@@ -137,6 +168,24 @@ def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> A
             f"no Kafka broker answers at {config.bootstrap_servers} ({error}); "
             "start it, or set stream.bootstrap_servers"
         ) from error
+
+
+def _begin(producer: KafkaProducer, topic: str, message: Message) -> Any:
+    """Return the broker's coming answer, or None if the client finds the message too large."""
+    key, value, headers = message
+    try:
+        return producer.send(topic, key=key, value=value, headers=headers)
+    except MessageSizeTooLargeError:
+        return None
+
+
+def _is_taken(future: Any) -> bool:
+    try:
+        if future is not None:
+            future.get(_SEND_SECONDS)
+    except (MessageSizeTooLargeError, RecordListTooLargeError):
+        return False
+    return future is not None
 
 
 def _wait_for_listener(servers: list[str], timeout_seconds: float) -> None:

@@ -25,19 +25,19 @@ from datetime import datetime
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from qarm_feast.errors import ConfigError, DataError, ServiceUnavailableError
-from streaming.clients import connect_producer, connect_reader
+from streaming.clients import connect_producer, connect_reader, send_all
 from streaming.config import StreamConfig
 from streaming.letters import StoredLetter, parse_letter, replay_message
 from streaming.messages import Message, Record
 
 _POLL_MS = 500
 _STALL_SECONDS = 30.0
-_SEND_SECONDS = 30.0
+_NO_ROOM = "its topic has no room for it, see max.message.bytes"
 
 Offsets = Mapping[TopicPartition, int]
 
@@ -359,7 +359,7 @@ def send_back(
     source: LetterSource,
     wanted: LetterFilter,
     refusal: Callable[[StoredLetter], str | None],
-    send: Callable[[Sequence[tuple[str, Message]]], None] | None,
+    send: Callable[[Sequence[tuple[str, Message]]], Sequence[bool]] | None,
 ) -> ReplayReport:
     """Take every portion of a source through steps 2 to 4.
 
@@ -367,24 +367,29 @@ def send_back(
         source: The letters.
         wanted: Which of them.
         refusal: Says why a letter must not go back, or None.
-        send: Stores messages in their topics for good; None only counts.
+        send: Stores messages in their topics for good, and tells which had room; None only counts.
 
     Returns:
         What was sent and what was refused.
     """
     report = ReplayReport()
     for records, offsets in source.portions():
-        messages = []
+        going = []
         for letter in _meant(records, wanted):
             fault = refusal(letter)
             if fault:
                 report.refused[letter.reason, fault] += 1
-                continue
-            report.sent[letter.reason, letter.source[0]] += 1
-            messages.append((letter.source[0], replay_message(letter)))
+            else:
+                going.append(letter)
+        messages = [(letter.source[0], replay_message(letter)) for letter in going]
+        has_room = [True] * len(going) if send is None else send(messages)
+        for letter, fits in zip(going, has_room, strict=True):
+            if fits:
+                report.sent[letter.reason, letter.source[0]] += 1
+            else:
+                report.refused[letter.reason, _NO_ROOM] += 1
         if send is not None:
-            # Send, then commit: a crash in between sends twice, the other order would lose.
-            send(messages)
+            # Commit last: a crash before this line sends twice, the other order would lose.
             source.commit(offsets)
     return report
 
@@ -419,22 +424,7 @@ def _replay(
         if is_dry_run:
             return send_back(reader, wanted, refusal, None)
         with closing(connect_producer(config)) as producer:
-            return send_back(reader, wanted, refusal, partial(_send_all, producer))
-
-
-def _send_all(producer: KafkaProducer, messages: Sequence[tuple[str, Message]]) -> None:
-    try:
-        futures = [
-            producer.send(topic, key=message.key, value=message.value, headers=message.headers)
-            for topic, message in messages
-        ]
-        for future in futures:
-            future.get(_SEND_SECONDS)
-    except KafkaError as error:
-        raise ServiceUnavailableError(
-            f"the broker took not all of {len(messages)} replays ({error!r}); "
-            "run `qarm-stream check`, then the same command again"
-        ) from error
+            return send_back(reader, wanted, refusal, partial(send_all, producer))
 
 
 def _meant(records: Sequence[Record], wanted: LetterFilter) -> Iterator[StoredLetter]:

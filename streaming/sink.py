@@ -9,14 +9,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from feast import FeatureStore, FeatureView
 from feast.errors import FeatureViewNotFoundException
-from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from qarm_feast.online_stores import code_online_store
@@ -32,15 +31,12 @@ from qarm_feast.schema import (
     USER_ID,
     code_view_name,
 )
-from streaming.clients import connect_producer
+from streaming.clients import connect_producer, send_all
 from streaming.columns import DeadLetter
 from streaming.config import StreamConfig
 from streaming.letters import letter_message, stub_message
-from streaming.messages import Message
 
 logger = logging.getLogger(__name__)
-
-_FLUSH_SECONDS = 30.0
 
 
 class OfflineLog(Protocol):
@@ -199,40 +195,23 @@ class DeadLetterTopic:
         Raises:
             ServiceUnavailableError: If the broker does not take them.
         """
-        pending = [(letter, self._begin(letter_message(letter))) for letter in letters]
-        too_large = [letter for letter, future in pending if not self._is_taken(future)]
-        stubs = [self._begin(stub_message(letter)) for letter in too_large]
-        if not all([self._is_taken(stub) for stub in stubs]):
-            raise self._refused("max.message.bytes has no room for a letter's headers")
+        is_whole = send_all(
+            self._producer, [(self._topic, letter_message(letter)) for letter in letters]
+        )
+        stubs = [
+            (self._topic, stub_message(letter))
+            for letter, whole in zip(letters, is_whole, strict=True)
+            if not whole
+        ]
+        if not all(send_all(self._producer, stubs)):
+            raise ServiceUnavailableError(
+                f"topic {self._topic} has no room for the headers of a dead letter; raise its "
+                "max.message.bytes"
+            )
 
     def close(self) -> None:
         """Close the connection; nothing is pending, as ``send`` waits."""
         self._producer.close(timeout=1.0)
-
-    def _begin(self, message: Message) -> Any:
-        """Return the broker's coming answer, or None if the client finds it too large."""
-        key, value, headers = message
-        try:
-            return self._producer.send(self._topic, key=key, value=value, headers=headers)
-        except MessageSizeTooLargeError:
-            return None
-        except KafkaError as error:
-            raise self._refused(error) from error
-
-    def _is_taken(self, future: Any) -> bool:
-        try:
-            if future is not None:
-                future.get(_FLUSH_SECONDS)
-        except (MessageSizeTooLargeError, RecordListTooLargeError):
-            return False
-        except KafkaError as error:
-            raise self._refused(error) from error
-        return future is not None
-
-    def _refused(self, fault: object) -> ServiceUnavailableError:
-        return ServiceUnavailableError(
-            f"topic {self._topic} takes no dead letters ({fault!r}); run `qarm-stream check`"
-        )
 
 
 def newest_per_item(codes: pa.Table) -> pa.Table:

@@ -54,9 +54,10 @@ class FakeTopic:
             portion = self._records[start : start + 2]
             yield portion, {TopicPartition("letters", 0): portion[-1].offset + 1}
 
-    def send(self, messages: Sequence[tuple[str, Message]]) -> None:
+    def send(self, messages: Sequence[tuple[str, Message]]) -> list[bool]:
         self.calls.append(f"send {len(messages)}")
         self.sent += messages
+        return [message.key != b"9" for _, message in messages]
 
     def commit(self, offsets: Offsets) -> None:
         self.calls.append(f"commit {next(iter(offsets.values()))}")
@@ -114,13 +115,27 @@ def test_each_portion_is_sent_before_it_is_committed() -> None:
 def test_a_replay_that_dies_while_sending_has_not_committed() -> None:
     topic = FakeTopic([_stored(0)])
 
-    def fail(messages: Sequence[tuple[str, Message]]) -> None:
+    def fail(messages: Sequence[tuple[str, Message]]) -> list[bool]:
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
         send_back(topic, LetterFilter(), _no_refusal, fail)
 
     assert topic.calls == []
+
+
+def test_a_letter_that_its_topic_has_no_room_for_is_refused_and_does_not_hold_up_the_others() -> (
+    None
+):
+    topic = FakeTopic([_stored(9), _stored(10), _stored(11)])
+
+    report = send_back(topic, LetterFilter(), _no_refusal, topic.send)
+
+    assert topic.calls == ["send 2", "commit 11", "send 1", "commit 12"]
+    assert report.sent == {("undecodable", "items"): 2}
+    assert [why for _, why in report.refused] == [
+        "its topic has no room for it, see max.message.bytes"
+    ]
 
 
 def test_dry_run_counts_and_touches_nothing() -> None:
