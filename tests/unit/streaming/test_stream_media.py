@@ -85,7 +85,8 @@ def test_bytes_of_no_known_form_are_no_image() -> None:
 
 
 def test_image_without_pixels_is_no_image() -> None:
-    assert _reason(image=png_of(0, 5)) == "image_undecodable"
+    assert _reason(image=_jpeg(5, 0)) == "image_undecodable"
+    assert _reason(image=_jpeg(0, 5)) == "image_undecodable"
 
 
 def test_png_that_unpacks_to_more_or_less_than_its_header_says_does_not_decode() -> None:
@@ -102,9 +103,9 @@ def test_interlaced_png_has_the_bytes_of_its_seven_passes() -> None:
     assert _reason(image=_interlaced_png(5, 3, 15)) == "image_undecodable"
 
 
-def test_png_with_a_flipped_bit_does_not_decode() -> None:
+def test_png_whose_last_checksum_is_wrong_does_not_decode() -> None:
     image = bytearray(png_of(4, 4))
-    image[45] ^= 1
+    image[-1] ^= 1
 
     assert _reason(image=bytes(image)) == "image_undecodable"
 
