@@ -47,7 +47,14 @@ ITEM_FRESHNESS_SECONDS = Histogram(
     buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800),
 )
 CODEBOOK_INFO = Gauge(
-    "qarm_codebook_info", "1 for each codebook version that this process writes.", ["version"]
+    "qarm_codebook_info",
+    "1 for each codebook version that this process writes, 0 for one that it has stopped writing.",
+    ["version"],
+)
+CODEBOOK_REFRESH_FAILED = Gauge(
+    "qarm_codebook_refresh_failed",
+    "1 while a version that should be written cannot be loaded, or the registry cannot be read; "
+    "the worker goes on with the versions that it has.",
 )
 
 

@@ -6,7 +6,6 @@ May import: feast, torch, everything in qarm_feast and in this package.
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,9 +21,8 @@ from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import CodebookError, ConfigError
 from qarm_feast.input_data import DataConfig
-from qarm_feast.observability import CODEBOOK_INFO
 from qarm_feast.offline_store import open_code_log
-from qarm_feast.registry import CodebookRegistry, VersionState
+from qarm_feast.registry import CodebookRegistry
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
     CONTENT_LOG,
@@ -34,13 +32,18 @@ from qarm_feast.schema import (
     code_view_name,
     interaction_rows,
 )
+from streaming.codebook_watch import (
+    CodebookWatch,
+    EncoderCache,
+    VersionParts,
+    written_versions,
+)
 from streaming.config import StreamConfig
-from streaming.rows import Encoder, LiveCodebooks
+from streaming.rows import Encoder
 from streaming.sink import DeadLetterTopic, FeastOnlineTables, FeastSink
 from streaming.source import KafkaSource
 from streaming.worker import Pipeline, WorkerSettings
 
-_MAX_ENCODERS = 2
 _INTERACTIONS_FILE = "interactions.parquet"
 
 
@@ -71,56 +74,81 @@ def open_pipeline(
         CodebookError: If no codebook is published or one is damaged.
         ServiceUnavailableError: If the broker does not answer.
     """
-    codebooks = load_codebooks(config_path)
     feature_store = open_feature_store(Path(config_path).resolve().parent)
     online = FeastOnlineTables(feature_store)
-    online.check_views([*map(code_view_name, codebooks.codebooks), RECENT_ITEMS_VIEW])
+    codebooks = watch_codebooks(config_path, config, online)
+    online.check_views([RECENT_ITEMS_VIEW])
     code_log = open_code_log(feature_store.config)
     settings = worker_settings(config_path, config, feature_store, code_log)
     code_log.create(CONTENT_LOG, CONTENT_LOG_ROWS)
     code_log.create(INTERACTION_LOG, interaction_rows(settings.task_names))
     sink = FeastSink(code_log, online, history_length(feature_store))
     with (
+        codebooks,
         closing(DeadLetterTopic(config)) as dead_letters,
         closing(KafkaSource(config)) as source,
     ):
         yield Pipeline(source, sink, dead_letters, codebooks), settings
 
 
-def load_codebooks(config_path: str) -> LiveCodebooks:
+def load_codebooks(config_path: str) -> dict[str, Codebook]:
     """Return the codebooks that workers write, hashes verified, the default version first.
 
     Args:
         config_path: Path of ``qarm.yaml``.
 
     Returns:
-        The codebooks by version, and how to load their encoders.
+        The codebooks by version.
 
     Raises:
         CodebookError: If no version is live or default, or a file is damaged.
     """
     uri = load_section(config_path, "codebook", CodebookConfig).uri
-    registry = CodebookRegistry(uri)
-    versions = registry.versions(VersionState.DEFAULT) + registry.versions(VersionState.LIVE)
+    versions = written_versions(CodebookRegistry(uri).states())
     if not versions:
         raise CodebookError(
             f"{uri} has no live codebook version; run "
             "`qarm codebook publish --codebook-version VERSION` first"
         )
     placement = load_section(config_path, "quantizer", QuantizerConfig).placement
-    codebooks = {version: Codebook.load(uri, version, placement) for version in versions}
-    for version in versions:
-        CODEBOOK_INFO.labels(version).set(1)
+    return {version: Codebook.load(uri, version, placement) for version in versions}
+
+
+def watch_codebooks(
+    config_path: str, config: StreamConfig, online: FeastOnlineTables
+) -> CodebookWatch:
+    """Return the worker's codebooks, loaded; they follow the registry inside a ``with`` block.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        config: Its section ``stream``.
+        online: Knows which views are applied.
+
+    Returns:
+        The codebooks.
+
+    Raises:
+        ConfigError: If ``feast apply`` has not run.
+        CodebookError: If no version is live, or not one can be loaded.
+    """
+    uri = load_section(config_path, "codebook", CodebookConfig).uri
+    placement = load_section(config_path, "quantizer", QuantizerConfig).placement
     encoder_uri = load_section(config_path, "alignment", AlignmentConfig).encoder_uri
 
-    @lru_cache(maxsize=_MAX_ENCODERS)
-    def load(version: str) -> Encoder:
+    def load_encoder(version: str) -> Encoder:
         # Imported with the first content event: a worker that gets ready embeddings needs none.
-        from qarm_feast.alignment.encoder import load_encoder
+        from qarm_feast.alignment import encoder
 
-        return load_encoder(encoder_uri, version)
+        return encoder.load_encoder(encoder_uri, version)
 
-    return LiveCodebooks(codebooks, load)
+    parts = VersionParts(
+        states=CodebookRegistry(uri),
+        has_view=lambda version: online.has_view(code_view_name(version)),
+        load=lambda version: Codebook.load(uri, version, placement),
+    )
+    watch = CodebookWatch(parts, EncoderCache(load_encoder), config.codebook_poll_seconds)
+    watch.load_first()
+    return watch
 
 
 def worker_settings(

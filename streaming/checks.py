@@ -145,7 +145,7 @@ def check_codebooks(config_path: str) -> str:
     Raises:
         CodebookError: If there is none, or one is damaged.
     """
-    return ", ".join(load_codebooks(config_path).codebooks)
+    return ", ".join(load_codebooks(config_path))
 
 
 def check_stores(config_path: str, config: StreamConfig) -> str:
@@ -166,7 +166,7 @@ def check_stores(config_path: str, config: StreamConfig) -> str:
     try:
         feature_store = open_feature_store(repo_dir)
         online = FeastOnlineTables(feature_store)
-        versions = list(load_codebooks(config_path).codebooks)
+        versions = list(load_codebooks(config_path))
         online.check_views([*map(code_view_name, versions), RECENT_ITEMS_VIEW])
     except (FeastObjectNotFoundException, FileNotFoundError) as error:
         raise ConfigError(f"{repo_dir}: {error}; run `feast -c {repo_dir} apply`") from error

@@ -80,6 +80,11 @@ class StreamConfig(Section):
     max_retry_wait_seconds: float = Field(
         default=5.0, gt=0, description="Longest pause between two tries at a store that is down."
     )
+    codebook_poll_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="Time between two looks at the codebook registry while a worker runs.",
+    )
     shutdown_timeout_seconds: float = Field(
         default=30.0, gt=0, description="After SIGTERM a worker has this long to drain."
     )

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from feast import FeatureStore, FeatureView
 from feast.errors import FeatureViewNotFoundException
+from sqlalchemy.exc import SQLAlchemyError
 
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from qarm_feast.online_stores import code_online_store
@@ -131,6 +132,26 @@ class FeastOnlineTables:
         """
         for name in view_names:
             self._view(name)
+
+    def has_view(self, view_name: str) -> bool:
+        """Return whether a view is applied, by a fresh look at Feast's registry.
+
+        Args:
+            view_name: Name of a feature view.
+
+        Returns:
+            Whether it is there.
+
+        Raises:
+            ServiceUnavailableError: If the registry does not answer.
+        """
+        try:
+            self._view(view_name)
+        except ConfigError:
+            return False
+        except SQLAlchemyError as error:
+            raise ServiceUnavailableError(f"Feast's registry does not answer: {error}") from error
+        return True
 
     def check_reachable(self) -> None:
         """Read one user, there or not.

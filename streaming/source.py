@@ -28,10 +28,11 @@ from dataclasses import dataclass
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer
 from kafka.errors import CorruptRecordError, KafkaError
-from kafka.structs import OffsetAndMetadata, TopicPartition
+from kafka.structs import TopicPartition
 
 from qarm_feast.errors import QarmError, ServiceUnavailableError
 from qarm_feast.observability import STREAM_CONSUMER_LAG
+from streaming.acknowledgements import AcknowledgedVersions
 from streaming.clients import connect_consumer
 from streaming.config import StreamConfig
 from streaming.messages import Record, UnreadableRecord
@@ -73,6 +74,8 @@ class KafkaSource:
         self._keep_alive_seconds = self._consumer.config["max_poll_interval_ms"] / 1000 / 3
         self._waiting = WaitingRecords()
         self._last_poll = time.monotonic()
+        self._reported: set[TopicPartition] = set()
+        self._acknowledged = AcknowledgedVersions(self._consumer, config.item_topic, self._waiting)
         listener = _Listener(self._waiting, self._consumer)
         self._consumer.subscribe(config.topics, listener=listener)
 
@@ -117,12 +120,33 @@ class KafkaSource:
         if batch.assignment_number != self._waiting.assignment_number:
             raise BatchRevokedError(f"{len(batch.records)} records will be replayed")
 
+    def acknowledged(self) -> frozenset[str]:
+        """Return the codebook versions that the owners before have acknowledged.
+
+        Returns:
+            Versions, retired ones among them.
+
+        Raises:
+            ServiceUnavailableError: If the broker does not tell.
+        """
+        return self._acknowledged.earlier()
+
+    def announce(self, batch: Batch, versions: Iterable[str]) -> None:
+        """Acknowledge that ``batch`` and everything after it is written in these versions.
+
+        Args:
+            batch: What the last read returned.
+            versions: All codebook versions that are written.
+        """
+        if batch.assignment_number == self._waiting.assignment_number:
+            self._acknowledged.announce(batch.offsets, versions)
+
     def commit(self, batch: Batch) -> None:
         """Commit the batch's offsets; without success the batch is replayed, which is harmless."""
         if not batch.offsets or batch.assignment_number != self._waiting.assignment_number:
             return
         self._waiting.mark_stored(batch.offsets)
-        offsets = {tp: OffsetAndMetadata(offset) for tp, offset in batch.offsets.items()}
+        offsets = self._acknowledged.with_metadata(batch.offsets)
         try:
             self._consumer.commit(offsets, timeout_ms=_COMMIT_TIMEOUT_MS)
         except KafkaError as error:
@@ -197,7 +221,12 @@ class KafkaSource:
             self._consumer.resume(*self._consumer.assignment())
 
     def _report_lag(self) -> None:
-        for partition in self._consumer.assignment():
+        assignment = set(self._consumer.assignment())
+        for partition in self._reported - assignment:
+            # Another worker reports it now; both would add up to a lag that nobody has.
+            STREAM_CONSUMER_LAG.labels(partition.topic, str(partition.partition)).set(0)
+        self._reported = assignment
+        for partition in assignment:
             end = self._consumer.highwater(partition)
             stored = self._waiting.first_unstored.get(partition)
             if end is not None and stored is not None:

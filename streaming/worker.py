@@ -8,14 +8,14 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
 import pyarrow.compute as pc
 
-from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from qarm_feast.observability import (
     ITEM_FRESHNESS_SECONDS,
     STREAM_BATCH_ITEMS,
@@ -51,6 +51,7 @@ from streaming.source import Batch, BatchRevokedError
 logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 0.1
+_CODEBOOK_WAIT_SECONDS = 0.2
 
 
 class Source(Protocol):
@@ -69,8 +70,32 @@ class Source(Protocol):
         """Stay in the group; raise ``BatchRevokedError`` if the batch is another's now."""
         ...
 
+    def acknowledged(self) -> frozenset[str]:
+        """Return the codebook versions that earlier owners of the partitions have acknowledged."""
+        ...
+
+    def announce(self, batch: Batch, versions: Iterable[str]) -> None:
+        """Acknowledge that ``batch`` and all that follows is written in these versions."""
+        ...
+
     def commit(self, batch: Batch) -> None:
         """Mark the batch as stored."""
+        ...
+
+
+class Codebooks(Protocol):
+    """Which codebooks to write; ``streaming.codebook_watch.CodebookWatch``."""
+
+    def current(self) -> LiveCodebooks:
+        """Return the set to encode the next batch with; it may be empty."""
+        ...
+
+    def lagging(self, acknowledged: Iterable[str]) -> list[str]:
+        """Return the acknowledged versions that are to be written and are not in the set."""
+        ...
+
+    def stopped(self, versions: Iterable[str]) -> set[str]:
+        """Return which of the versions are not to be written any more."""
         ...
 
 
@@ -154,7 +179,7 @@ class Pipeline:
     source: Source
     sink: Sink
     dead_letters: DeadLetters
-    codebooks: LiveCodebooks
+    codebooks: Codebooks
 
 
 class StreamWorker:
@@ -171,6 +196,10 @@ class StreamWorker:
 
     A crash anywhere before 8 replays the batch: offline duplicates collapse on reading, the
     online stores' guards ignore what they have, and dead letters may come twice.
+
+    Between 1 and 2 the codebooks of the batch are taken and acknowledged, see
+    ``streaming.acknowledgements``. Before each try of 5 and 6, rows of versions that were retired
+    meanwhile are left out.
 
     Args:
         pipeline: Source, sink, dead letters, codebooks.
@@ -205,26 +234,55 @@ class StreamWorker:
             batch = self._pipeline.source.read()
             self._health.step()
             self._report_readiness()
-            if batch.records:
-                self.handle(batch)
+            self.handle(batch)
 
     def handle(self, batch: Batch) -> None:
         """Take one batch through steps 2 to 8; if it is revoked on the way, it is dropped."""
-        STREAM_BATCH_ITEMS.observe(len(batch.records))
-        start = time.monotonic()
         try:
-            rows, dead_letters = self._make_rows(batch)
-            # 5. Offline first: what is lost online can be materialized again.
-            self._write("offline", batch, lambda: self._pipeline.sink.write_offline(rows))
-            # 6. Online.
-            self._write("online", batch, lambda: self._pipeline.sink.write_online(rows))
-            # 7. Dead letters.
-            if dead_letters:
-                send = self._pipeline.dead_letters.send
-                self._write("dead_letters", batch, lambda: send(dead_letters))
+            live = self._codebooks_for(batch)
+            if live is None:
+                return
+            self._pipeline.source.announce(batch, live.codebooks)
+            if batch.records:
+                self._store(batch, live)
         except BatchRevokedError as error:
             logger.warning("batch_revoked %s", error)
-            return
+
+    def _codebooks_for(self, batch: Batch) -> LiveCodebooks | None:
+        """Wait for every version that is acknowledged already; None if draining comes first."""
+        told = ""
+        while fault := self._codebook_fault():
+            if self._drain.requested.is_set():
+                return None
+            if fault != told:
+                logger.warning("batch_waits records=%d for=%s", len(batch.records), fault)
+            told = fault
+            self._health.set_not_ready(fault)
+            self._wait(batch, _CODEBOOK_WAIT_SECONDS)
+        return self._pipeline.codebooks.current()
+
+    def _codebook_fault(self) -> str:
+        codebooks = self._pipeline.codebooks
+        try:
+            lagging = codebooks.lagging(self._pipeline.source.acknowledged())
+        except ServiceUnavailableError as error:
+            return str(error)
+        if lagging:
+            return f"codebook version {', '.join(lagging)} is acknowledged, but not loaded here yet"
+        return "" if codebooks.current().codebooks else "no codebook version can be loaded"
+
+    def _store(self, batch: Batch, live: LiveCodebooks) -> None:
+        STREAM_BATCH_ITEMS.observe(len(batch.records))
+        start = time.monotonic()
+        rows, dead_letters = self._make_rows(batch, live)
+        # 5. Offline first: what is lost online can be materialized again.
+        self._write_rows("offline", batch, rows, self._pipeline.sink.write_offline)
+        # 6. Online.
+        self._write_rows("online", batch, rows, self._pipeline.sink.write_online)
+        # 7. Dead letters.
+        if dead_letters:
+            send = self._pipeline.dead_letters.send
+            self._write("dead_letters", batch, lambda: send(dead_letters))
         # 8. Commit last: a crash before this line replays the batch, and writing is idempotent.
         self._pipeline.source.commit(batch)
         self._count(batch, rows, dead_letters)
@@ -235,14 +293,13 @@ class StreamWorker:
             time.monotonic() - start,
         )
 
-    def _make_rows(self, batch: Batch) -> tuple[BatchRows, list[DeadLetter]]:
+    def _make_rows(self, batch: Batch, live: LiveCodebooks) -> tuple[BatchRows, list[DeadLetter]]:
         created = self._clock()
         # 2. Decode.
         with STREAM_DECODE_SECONDS.time():
             item_records, items, interactions = self._decode(batch.records)
             item_rows = hash_rows(items.rows)
         # 3. Encode.
-        live = self._pipeline.codebooks
         with STREAM_ENCODE_SECONDS.time():
             encoded, refused = encode_rows(item_records, item_rows, live)
             self._pipeline.source.keep_alive(batch)
@@ -267,6 +324,31 @@ class StreamWorker:
         items = decode_items(item_records, settings.limits)
         interactions = decode_interactions(others, settings.task_names, settings.limits)
         return item_records, items, interactions
+
+    def _write_rows(
+        self, store: str, batch: Batch, rows: BatchRows, write: Callable[[BatchRows], None]
+    ) -> None:
+        """Write what is still to be written at each try."""
+
+        def write_unstopped() -> None:
+            unstopped = self._without_stopped(rows)
+            try:
+                write(unstopped)
+            except ConfigError as error:
+                if self._without_stopped(unstopped) is unstopped:
+                    raise
+                # Its view went right after the look at the registry; the next try leaves it out.
+                raise ServiceUnavailableError(str(error)) from error
+
+        self._write(store, batch, write_unstopped)
+
+    def _without_stopped(self, rows: BatchRows) -> BatchRows:
+        stopped = self._pipeline.codebooks.stopped(rows.codes)
+        if not stopped:
+            return rows
+        logger.info("rows_left_out versions=%s because=retired", ",".join(sorted(stopped)))
+        kept = {version: codes for version, codes in rows.codes.items() if version not in stopped}
+        return replace(rows, codes=kept)
 
     def _write(self, store: str, batch: Batch, write: Callable[[], None]) -> None:
         """Write, again and again while the store is away, without leaving the group."""

@@ -60,6 +60,23 @@ class StreamRepo:
         """Its section ``stream``."""
         return load_section(self.config_path, "stream", StreamConfig)
 
+    @property
+    def registry(self) -> CodebookRegistry:
+        """Its codebook registry."""
+        return CodebookRegistry(str(self.directory / "data" / "codebooks"))
+
+    def apply(self) -> None:
+        """Do what `feast apply` does; views of retired versions go."""
+        declared = list(declare_views(read_repository_facts(self.directory)).values())
+        store = open_feature_store(self.directory)
+        names = {view.name for view in declared}
+        gone = [
+            found
+            for found in (*store.list_feature_services(), *store.list_feature_views())
+            if found.name not in names
+        ]
+        store.apply(declared, objects_to_delete=gone, partial=False)
+
 
 @pytest.fixture
 def stream_repo(kafka_broker: KafkaBroker, tmp_path: Path) -> StreamRepo:
@@ -86,10 +103,9 @@ def stream_repo(kafka_broker: KafkaBroker, tmp_path: Path) -> StreamRepo:
     }
     (directory / "qarm.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     _write_interactions(directory / "data" / "input")
-    codebook = _publish_codebook(directory / "data" / "codebooks")
-    facts = read_repository_facts(directory)
-    open_feature_store(directory).apply(list(declare_views(facts).values()))
+    codebook = publish_codebook(directory, "v1")
     repo = StreamRepo(directory, codebook)
+    repo.apply()
     create_topics(repo.stream_config)
     return repo
 
@@ -138,10 +154,12 @@ def _write_interactions(input_dir: Path) -> None:
     pq.write_table(schema.empty_table(), input_dir / "interactions.parquet")
 
 
-def _publish_codebook(uri: Path) -> Codebook:
-    vectors_ND = np.random.default_rng(0).standard_normal((NUM_POOL_ITEMS, EMBEDDING_DIM))
+def publish_codebook(directory: Path, version: str, seed: int = 0) -> Codebook:
+    """Train and publish a version in a repository's codebook registry."""
+    uri = str(directory / "data" / "codebooks")
+    vectors_ND = np.random.default_rng(seed).standard_normal((NUM_POOL_ITEMS, EMBEDDING_DIM))
     codebook = Codebook.train(
-        "v1",
+        version,
         np.arange(NUM_POOL_ITEMS, dtype=np.int64),
         vectors_ND.astype(np.float32),
         config=QuantizerConfig(
@@ -150,6 +168,6 @@ def _publish_codebook(uri: Path) -> Codebook:
         encoder=EncoderFacts(ENCODER_VERSION, "0" * 64, None),
         created=datetime(2024, 1, 1, tzinfo=UTC),
     )
-    codebook.save(str(uri))
-    CodebookRegistry(str(uri)).publish("v1")
+    codebook.save(uri)
+    CodebookRegistry(uri).publish(version)
     return codebook

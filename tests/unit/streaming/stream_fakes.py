@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from qarm_feast.codebook import ItemCodes
 from streaming.messages import SCHEMA_VERSION, SCHEMA_VERSION_HEADER, Message
+from streaming.rows import LiveCodebooks
 
 NOW_MS = 1_700_000_000_000
 """Append time of every fake record."""
@@ -53,6 +54,24 @@ class SignCodebook:
         assert len(content_hashes_N) == len(item_ids_N) == len(x_ND)
         vq_NV = np.repeat(item_ids_N[:, None], 3, axis=1)
         return ItemCodes(item_ids_N, vq_NV, (x_ND[:, :2] > 0).astype(np.int64))
+
+
+@dataclass
+class FixedCodebooks:
+    """The codebooks of a worker, changed by hand."""
+
+    live: LiveCodebooks
+    lagging_versions: list[list[str]] = field(default_factory=list)
+    stopped_versions: set[str] = field(default_factory=set)
+
+    def current(self) -> LiveCodebooks:
+        return self.live
+
+    def lagging(self, acknowledged: Iterable[str]) -> list[str]:
+        return self.lagging_versions.pop(0) if self.lagging_versions else []
+
+    def stopped(self, versions: Iterable[str]) -> set[str]:
+        return self.stopped_versions & set(versions)
 
 
 class TitleEncoder:

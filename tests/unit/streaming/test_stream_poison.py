@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from stream_fakes import NOW, VERSIONED, FakeRecord, SignCodebook, TitleEncoder, png_of, record_of
+from stream_fakes import (
+    NOW,
+    VERSIONED,
+    FakeRecord,
+    FixedCodebooks,
+    SignCodebook,
+    TitleEncoder,
+    png_of,
+    record_of,
+)
 
 from qarm_feast.observability import STREAM_DEAD_LETTERS
 from qarm_feast.schema import TIMESTAMP
@@ -229,13 +238,16 @@ def test_letters_are_counted_by_reason() -> None:
     class Parts:
         """Source, sink and dead letters that take everything."""
 
-        def keep_alive(self, batch: Batch) -> None:
+        def acknowledged(self) -> frozenset[str]:
+            return frozenset()
+
+        def keep_alive(self, *arguments: object) -> None:
             pass
 
-        commit = write_offline = write_online = send = keep_alive
+        announce = commit = write_offline = write_online = send = keep_alive
 
     settings = WorkerSettings("items", ("is_like",), "is_like", limits=LIMITS)
-    parts = Pipeline(Parts(), Parts(), Parts(), LIVE)
+    parts = Pipeline(Parts(), Parts(), Parts(), FixedCodebooks(LIVE))
     worker = StreamWorker(parts, settings, WorkerHealth(), Drain(0.0))
     poison = [_json(image="/etc/passwd"), _json(title="a" * 20_000), _vectors([0.0, 0.0])]
     reasons = ("uri_not_allowed", "oversized", "embedding_zero")

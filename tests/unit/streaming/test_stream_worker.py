@@ -1,12 +1,19 @@
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import pytest
 from kafka.structs import TopicPartition
-from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, record_of
+from stream_fakes import (
+    NOW,
+    FakeRecord,
+    FixedCodebooks,
+    SignCodebook,
+    TitleEncoder,
+    record_of,
+)
 
-from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from streaming.columns import DeadLetter
 from streaming.health import WorkerHealth
 from streaming.messages import (
@@ -46,6 +53,7 @@ class FakeParts:
         self.calls: list[str] = []
         self.rows: BatchRows | None = None
         self.letters: list[DeadLetter] = []
+        self.announced: list[list[str]] = []
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -59,6 +67,14 @@ class FakeParts:
     def keep_alive(self, batch: Batch) -> None:
         if self.faults.get("keep_alive"):
             raise self.faults["keep_alive"].pop(0)
+
+    def acknowledged(self) -> frozenset[str]:
+        if self.faults.get("acknowledged"):
+            raise self.faults["acknowledged"].pop(0)
+        return frozenset()
+
+    def announce(self, batch: Batch, versions: Iterable[str]) -> None:
+        self.announced.append(list(versions))
 
     def commit(self, batch: Batch) -> None:
         self._note("commit")
@@ -75,10 +91,16 @@ class FakeParts:
         self.letters += letters
 
 
-def _worker(parts: FakeParts, drain: Drain | None = None) -> StreamWorker:
-    live = LiveCodebooks({"v1": SignCodebook("e1")}, lambda version: TitleEncoder())
+def _codebooks(*versions: str) -> FixedCodebooks:
+    codebooks = {version: SignCodebook("e1") for version in versions}
+    return FixedCodebooks(LiveCodebooks(codebooks, lambda version: TitleEncoder()))
+
+
+def _worker(
+    parts: FakeParts, drain: Drain | None = None, codebooks: FixedCodebooks | None = None
+) -> StreamWorker:
     return StreamWorker(
-        Pipeline(parts, parts, parts, live),
+        Pipeline(parts, parts, parts, codebooks or _codebooks("v1")),
         SETTINGS,
         WorkerHealth(),
         drain or Drain(timeout_seconds=0.0),
@@ -183,6 +205,98 @@ def test_draining_gives_up_on_a_store_that_stays_away() -> None:
         _worker(parts, drain).handle(parts.batch)
 
     assert "commit" not in parts.calls
+
+
+def test_a_batch_is_encoded_by_one_set_and_the_next_one_by_the_new_set() -> None:
+    parts = FakeParts(_records(), {})
+    codebooks = _codebooks("v1")
+    worker = _worker(parts, codebooks=codebooks)
+    original = parts.write_offline
+
+    def change_set(rows: BatchRows) -> None:
+        codebooks.live = _codebooks("v2", "v1").live
+        original(rows)
+
+    parts.write_offline = change_set  # type: ignore[method-assign]  # one call is watched
+
+    worker.handle(parts.batch)
+    first = parts.rows
+    worker.handle(parts.batch)
+
+    assert first is not None
+    assert parts.rows is not None
+    assert [list(first.codes), list(parts.rows.codes)] == [["v1"], ["v2", "v1"]]
+    assert parts.announced == [["v1"], ["v2", "v1"]]
+
+
+def test_an_idle_worker_announces_a_new_version_and_touches_no_store() -> None:
+    parts = FakeParts([], {})
+
+    _worker(parts, codebooks=_codebooks("v1", "v2")).handle(parts.batch)
+
+    assert parts.announced == [["v1", "v2"]]
+    assert parts.calls == []
+
+
+def test_a_batch_waits_for_a_version_that_an_owner_before_has_acknowledged() -> None:
+    parts = FakeParts(_records(), {"acknowledged": [ServiceUnavailableError("broker is away")]})
+    codebooks = _codebooks("v1")
+    codebooks.lagging_versions = [["v2"], ["v2"], []]
+
+    _worker(parts, codebooks=codebooks).handle(parts.batch)
+
+    assert codebooks.lagging_versions == []
+    assert parts.calls[-1] == "commit"
+
+
+def test_a_worker_that_drains_does_not_wait_for_a_version_and_commits_nothing() -> None:
+    drain = Drain(timeout_seconds=60)
+    drain.requested.set()
+    parts = FakeParts(_records(), {})
+    codebooks = _codebooks("v1")
+    codebooks.lagging_versions = [["v2"]]
+
+    _worker(parts, drain, codebooks).handle(parts.batch)
+
+    assert parts.calls == []
+    assert parts.announced == []
+
+
+def test_rows_of_a_version_that_is_retired_during_an_outage_are_left_out() -> None:
+    parts = FakeParts(_records(), {"write_online": [ServiceUnavailableError("away")]})
+    codebooks = _codebooks("v1", "v2")
+    written: list[list[str]] = []
+    original = parts.write_online
+
+    def retire(rows: BatchRows) -> None:
+        codebooks.stopped_versions = {"v1"}
+        written.append(list(rows.codes))
+        original(rows)
+
+    parts.write_online = retire  # type: ignore[method-assign]  # one call is watched
+
+    _worker(parts, codebooks=codebooks).handle(parts.batch)
+
+    assert written == [["v1", "v2"], ["v2"]]
+    assert parts.calls[-1] == "commit"
+
+
+def test_a_view_that_goes_with_its_version_stops_no_worker_and_a_missing_one_does() -> None:
+    codebooks = _codebooks("v1", "v2")
+    parts = FakeParts(_records(), {"write_online": [ConfigError("no view")]})
+    original = parts.write_online
+
+    def retire(rows: BatchRows) -> None:
+        codebooks.stopped_versions = {"v1"}
+        original(rows)
+
+    parts.write_online = retire  # type: ignore[method-assign]  # one call is watched
+    _worker(parts, codebooks=codebooks).handle(parts.batch)
+    bare = FakeParts(_records(), {"write_online": [ConfigError("no view")]})
+
+    assert parts.calls[-1] == "commit"
+    with pytest.raises(ConfigError):
+        _worker(bare).handle(bare.batch)
 
 
 def test_an_empty_read_touches_no_store() -> None:

@@ -1,0 +1,201 @@
+"""Codebook versions that come and go under a running worker: real broker, worker and stores."""
+
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from conftest import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo, publish_codebook
+from kafka import KafkaProducer
+from kafka.errors import CoordinatorNotAvailableError
+
+from examples.quickstart.kafka_admin import wait_until_drained
+from qarm_feast.codebook import Codebook
+from qarm_feast.offline_store import open_code_log
+from qarm_feast.online_stores import code_online_store
+from qarm_feast.registry import VersionState
+from qarm_feast.repo_paths import open_feature_store
+from streaming.acknowledgements import decode_acknowledgement
+from streaming.clients import connect_admin
+from streaming.messages import ItemEvent, encode_item_event
+
+pytestmark = pytest.mark.integration
+
+StartWorker = Callable[[str], "subprocess.Popen[bytes]"]
+WAIT_SECONDS = 60
+NUM_PARTITIONS = 4
+
+
+@dataclass
+class Flow:
+    """Events that flow until the block ends: vectors, and where each event lies."""
+
+    vectors_ND: list[np.ndarray] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+
+def test_versions_come_go_and_are_refused_while_events_flow(
+    stream_repo: StreamRepo, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_STREAM__CODEBOOK_POLL_SECONDS", "0.2")
+    worker = start_worker("worker")
+    with _events_flow(stream_repo) as flow:
+        _wait_for_offsets(stream_repo, lambda told: all("v1" in each for each in told.values()))
+
+        second = publish_codebook(stream_repo.directory, "v2", seed=1)
+        stream_repo.registry.set_state("v2", VersionState.LIVE)
+        _wait_for_log(stream_repo, "codebook_waits version=v2")
+        before_view = _first_offsets(stream_repo)
+        stream_repo.apply()
+        acknowledged = _wait_for_offsets(
+            stream_repo, lambda told: all("v2" in each for each in told.values())
+        )
+
+        stream_repo.registry.set_state("v2", VersionState.DEFAULT)
+        stream_repo.registry.set_state("v1", VersionState.RETIRED)
+        _wait_for_offsets(stream_repo, lambda told: all("v1" not in each for each in told.values()))
+        num_old_rows = _num_log_rows(stream_repo, "v1")
+        num_stored = _num_log_rows(stream_repo, "v2")
+        _wait_until(lambda: _num_log_rows(stream_repo, "v2") > num_stored + 50)
+
+        _publish_damaged(stream_repo, "v3")
+        port = _metrics_port(stream_repo)
+        _wait_until(lambda: _metric(port, "qarm_codebook_refresh_failed") == 1)
+        num_stored = _num_log_rows(stream_repo, "v2")
+        _wait_until(lambda: _num_log_rows(stream_repo, "v2") > num_stored + 50)
+        ready = urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").read()
+    wait_until_drained(stream_repo.stream_config, WAIT_SECONDS)
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(40) == 0
+    assert all("v2" not in each for each in before_view.values())
+    _assert_codes_after(stream_repo, second, flow, acknowledged)
+    assert _num_log_rows(stream_repo, "v1") == num_old_rows
+    assert ready == b"ok\n"
+    log = (stream_repo.directory / "worker.log").read_text()
+    assert log.count("codebook_refused version=v3") == 1
+
+
+def _assert_codes_after(
+    repo: StreamRepo, codebook: Codebook, flow: Flow, acknowledged: dict[int, dict[str, int]]
+) -> None:
+    x_ND = np.stack(flow.vectors_ND)
+    ids_N = np.arange(len(x_ND))
+    expected_NL = codebook.encode(ids_N, [""] * len(ids_N), x_ND).rq_NL
+    store = open_feature_store(repo.directory)
+    view = store.get_feature_view("item_codes_v2")
+    batch = code_online_store(store).read_columns(store.config, view, ids_N, ["rq_code"])
+    column = batch.columns["rq_code"]
+    codes = np.split(column.values, np.cumsum(column.lengths_N)[:-1])
+    after = [
+        number
+        for number, (partition, offset) in enumerate(flow.places)
+        if offset >= acknowledged[partition]["v2"]
+    ]
+    assert 100 < len(after) < len(flow.places)
+    assert [codes[number].tolist() for number in after] == expected_NL[after].tolist()
+
+
+@contextmanager
+def _events_flow(repo: StreamRepo) -> Iterator[Flow]:
+    """Send an item with a ready embedding every few milliseconds."""
+    config, flow, done = repo.stream_config, Flow(), threading.Event()
+    rng = np.random.default_rng(3)
+    with closing(KafkaProducer(bootstrap_servers=config.bootstrap_servers)) as producer:
+
+        def send() -> None:
+            while not done.wait(0.005):
+                vector_D = rng.standard_normal(EMBEDDING_DIM).astype(np.float32)
+                number = len(flow.vectors_ND)
+                event = ItemEvent(number, START + number, {}, vector_D, ENCODER_VERSION)
+                message = encode_item_event(event)
+                sent = producer.send(
+                    config.item_topic, message.value, message.key, message.headers
+                ).get(10)
+                flow.vectors_ND.append(vector_D)
+                flow.places.append((sent.partition, sent.offset))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            yield flow
+        finally:
+            done.set()
+            thread.join()
+
+
+def _publish_damaged(repo: StreamRepo, version: str) -> None:
+    codebook = publish_codebook(repo.directory, version, seed=2)
+    name = next(name for name in codebook.manifest.files if name.startswith("rq-"))
+    path = repo.directory / "data" / "codebooks" / version / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    repo.registry.set_state(version, VersionState.LIVE)
+    # Takes the retired version's view away as well, under the worker's feet.
+    repo.apply()
+
+
+def _first_offsets(repo: StreamRepo) -> dict[int, dict[str, int]]:
+    """What each partition's owner has acknowledged: first offset by codebook version."""
+    config = repo.stream_config
+    with closing(connect_admin(config)) as admin:
+        try:
+            stored = admin.list_group_offsets({config.consumer_group: None})[config.consumer_group]
+        except CoordinatorNotAvailableError:
+            # The broker makes the topic of offsets when the first group joins.
+            return {}
+    told: dict[int, dict[str, int]] = {}
+    for partition, offset in stored.items():
+        if partition.topic == config.item_topic:
+            found = decode_acknowledgement(offset.metadata)
+            told[partition.partition] = dict(found.first_offsets) if found else {}
+    return told
+
+
+def _wait_for_offsets(
+    repo: StreamRepo, is_right: Callable[[dict[int, dict[str, int]]], bool]
+) -> dict[int, dict[str, int]]:
+    found: dict[int, dict[str, int]] = {}
+
+    def look() -> bool:
+        found.clear()
+        found.update(_first_offsets(repo))
+        return len(found) == NUM_PARTITIONS and is_right(found)
+
+    _wait_until(look)
+    return found
+
+
+def _wait_until(is_done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_done():
+        assert time.monotonic() < deadline, "this did not happen in a minute"
+        time.sleep(0.1)
+
+
+def _wait_for_log(repo: StreamRepo, text: str) -> None:
+    _wait_until(lambda: text in (repo.directory / "worker.log").read_text())
+
+
+def _num_log_rows(repo: StreamRepo, version: str) -> int:
+    log = open_code_log(open_feature_store(repo.directory).config)
+    return int(log.read(f"item_codes_{version}").num_rows)
+
+
+def _metrics_port(repo: StreamRepo) -> int:
+    found = re.search(r"metrics_port=(\d+)", (repo.directory / "worker.log").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def _metric(port: int, name: str) -> float:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith(name + " ")))

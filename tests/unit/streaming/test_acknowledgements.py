@@ -1,0 +1,164 @@
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from kafka.errors import KafkaTimeoutError
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from qarm_feast.errors import ServiceUnavailableError
+from streaming.acknowledgements import (
+    AcknowledgedVersions,
+    Acknowledgement,
+    decode_acknowledgement,
+)
+
+ITEMS_0, ITEMS_1 = TopicPartition("items", 0), TopicPartition("items", 1)
+INTERACTIONS_0 = TopicPartition("interactions", 0)
+
+
+@dataclass
+class FakeConsumer:
+    """A group of one whose offsets stay; ``faults`` are raised by the next calls to the broker."""
+
+    positions: dict[TopicPartition, int]
+    generation: int = 1
+    stored: dict[TopicPartition, OffsetAndMetadata] = field(default_factory=dict)
+    faults: list[Exception] = field(default_factory=list)
+    num_commits: int = 0
+
+    def assignment(self) -> set[TopicPartition]:
+        return set(self.positions)
+
+    def group_metadata(self) -> SimpleNamespace:
+        return SimpleNamespace(generation_id=self.generation)
+
+    def position(self, partition: TopicPartition, timeout_ms: int) -> int:
+        return self.positions[partition]
+
+    def committed(
+        self, partition: TopicPartition, metadata: bool, timeout_ms: int
+    ) -> OffsetAndMetadata | None:
+        self._fail()
+        return self.stored.get(partition)
+
+    def commit(
+        self, offsets: Mapping[TopicPartition, OffsetAndMetadata], timeout_ms: int = 0
+    ) -> None:
+        self._fail()
+        self.num_commits += 1
+        self.stored |= offsets
+
+    def _fail(self) -> None:
+        if self.faults:
+            raise self.faults.pop(0)
+
+
+@dataclass
+class FakeMarks:
+    is_assigned: bool = True
+    assignment_number: int = 1
+    first_unstored: dict[TopicPartition, int] = field(default_factory=dict)
+
+
+def _start(
+    positions: Iterable[tuple[TopicPartition, int]],
+) -> tuple[FakeConsumer, FakeMarks, AcknowledgedVersions]:
+    consumer, marks = FakeConsumer(dict(positions)), FakeMarks()
+    return consumer, marks, AcknowledgedVersions(consumer, "items", marks)
+
+
+def _told(consumer: FakeConsumer, partition: TopicPartition) -> Acknowledgement | None:
+    return decode_acknowledgement(consumer.stored[partition].metadata)
+
+
+def test_an_idle_partition_acknowledges_its_position_at_once() -> None:
+    consumer, _, versions = _start([(ITEMS_0, 40), (INTERACTIONS_0, 7)])
+
+    versions.announce([], ["v1"])
+    versions.announce([], ["v1"])
+
+    assert consumer.stored[ITEMS_0].offset == 40
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 40}, 1)
+    assert INTERACTIONS_0 not in consumer.stored
+    assert consumer.num_commits == 1
+
+
+def test_a_partition_in_hand_acknowledges_its_first_offset_with_the_commit_of_the_batch() -> None:
+    consumer, marks, versions = _start([(ITEMS_0, 50), (ITEMS_1, 9)])
+    marks.first_unstored = {ITEMS_0: 40}
+
+    versions.announce([ITEMS_0], ["v1"])
+    before = dict(consumer.stored)
+    consumer.commit(versions.with_metadata({ITEMS_0: 50}))
+
+    assert set(before) == {ITEMS_1}
+    assert consumer.stored[ITEMS_0].offset == 50
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 40}, 1)
+
+
+def test_a_version_that_joins_keeps_the_others_first_offsets_and_one_that_goes_is_withdrawn() -> (
+    None
+):
+    consumer, marks, versions = _start([(ITEMS_0, 40)])
+    versions.announce([], ["v1"])
+    consumer.positions[ITEMS_0] = marks.first_unstored[ITEMS_0] = 60
+
+    versions.announce([], ["v1", "v2"])
+    both = _told(consumer, ITEMS_0)
+    versions.announce([], ["v2"])
+
+    assert both == Acknowledgement({"v1": 40, "v2": 60}, 1)
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v2": 60}, 1)
+
+
+def test_a_new_owner_reads_what_was_acknowledged_and_does_so_again_under_its_own_epoch() -> None:
+    consumer, marks, versions = _start([(ITEMS_0, 40)])
+    versions.announce([], ["v1", "v2"])
+    consumer.positions[ITEMS_0] = 70
+    consumer.generation, marks.assignment_number = 2, 2
+
+    earlier = versions.earlier()
+    versions.announce([], ["v1"])
+
+    assert earlier == {"v1", "v2"}
+    assert versions.earlier() == earlier
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 70}, 2)
+
+
+def test_an_acknowledgement_that_the_broker_does_not_take_is_sent_again() -> None:
+    consumer, _, versions = _start([(ITEMS_0, 40)])
+    consumer.faults = [KafkaTimeoutError()]
+
+    versions.announce([], ["v1"])
+    lost = dict(consumer.stored)
+    versions.announce([], ["v1"])
+
+    assert lost == {}
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 40}, 1)
+
+
+def test_a_broker_that_does_not_tell_the_earlier_ones_is_asked_again() -> None:
+    consumer, _, versions = _start([(ITEMS_0, 40)])
+    consumer.stored[ITEMS_0] = OffsetAndMetadata(40, Acknowledgement({"v1": 0}, 1).encode(), -1)
+    consumer.faults = [KafkaTimeoutError()]
+
+    with pytest.raises(ServiceUnavailableError, match="committed offsets of items"):
+        versions.earlier()
+
+    assert versions.earlier() == {"v1"}
+
+
+def test_without_an_assignment_nothing_is_asked_or_told() -> None:
+    consumer, marks, versions = _start([(ITEMS_0, 40)])
+    marks.is_assigned = False
+    consumer.faults = [AssertionError("the broker was asked")]
+
+    versions.announce([], ["v1"])
+
+    assert versions.earlier() == frozenset()
+
+
+@pytest.mark.parametrize("metadata", [None, "", "note of a tool", "[1]", '{"codebooks": [1]}'])
+def test_metadata_that_is_not_ours_acknowledges_nothing(metadata: str | None) -> None:
+    assert decode_acknowledgement(metadata) is None
