@@ -31,6 +31,7 @@ from qarm_feast.registry import (
     registry_folder,
     write_artifact,
 )
+from qarm_feast.training_reference import TrainingReference
 from qarm_feast.vector_source import (
     VectorsInMemory,
     VectorSource,
@@ -41,6 +42,7 @@ from qarm_feast.vector_source import (
 ItemIds = npt.NDArray[np.int64]
 _SUFFIX = ".safetensors"
 _INDEX_PART = "vq_index"
+_TRAINING_PART = "training"
 _INDEX_SUFFIX = ".faiss"
 
 
@@ -108,7 +110,8 @@ class ItemVectors:
 class Codebook:
     """Encodes items by its quantizers and its override table; see :meth:`encode`.
 
-    Immutable, and safe to share between threads.
+    Immutable, and safe to share between threads. ``training`` tells how its training set used the
+    codes; None in artifacts that were stored before this was kept.
     """
 
     def __init__(
@@ -117,11 +120,13 @@ class Codebook:
         rq: ResidualQuantizer,
         vq: NeighborQuantizer,
         overrides: Overrides,
+        training: TrainingReference | None = None,
     ) -> None:
         self.manifest = manifest
         self.rq = rq
         self.vq = vq
         self.overrides = overrides
+        self.training = training
 
     @property
     def version(self) -> str:
@@ -205,7 +210,7 @@ class Codebook:
         # Before the hours of k-means: what VQ refuses is known from the counts alone.
         pool_P = vq.pool_rows(len(ids_N))
         _check_pool_serves(len(pool_P), len(ids_N), vq.num_neighbors)
-        rq.train(take_unit_rows(source, order_N[rq.training_rows(len(ids_N))]))
+        training = _train_levels(rq, source, order_N[rq.training_rows(len(ids_N))])
         vq.set_pool(take_unit_rows(source, order_N[pool_P]), ids_N[pool_P])
         manifest = Manifest(
             version=version,
@@ -225,7 +230,7 @@ class Codebook:
             files={},
             created=created,
         )
-        return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes))).with_hashes()
+        return cls(manifest, rq, vq, Overrides.empty(len(rq.level_sizes)), training).with_hashes()
 
     @classmethod
     def load(cls, uri: str, version: str, placement: Placement = ON_CPU) -> "Codebook":
@@ -258,6 +263,7 @@ class Codebook:
                 content_hashes_MW=override_arrays["content_hashes"],
                 rq_ML=override_arrays["rq_codes"],
             ),
+            _load_training(folder, manifest),
         )
 
     def save(self, uri: str, *, replace: bool = False) -> None:
@@ -285,13 +291,14 @@ class Codebook:
             CodebookError: If a stored code lies outside its level.
         """
         self.rq.decode(overrides.rq_ML)
-        return Codebook(self.manifest, self.rq, self.vq, overrides).with_hashes()
+        return Codebook(self.manifest, self.rq, self.vq, overrides, self.training).with_hashes()
 
     def with_hashes(self) -> "Codebook":
         """Return the same codebook, its manifest naming its files and counting its overrides."""
         files = {name: sha256(payload) for name, payload in self.payloads().items()}
         update = {"files": files, "num_overrides": len(self.overrides)}
-        return Codebook(self.manifest.model_copy(update=update), self.rq, self.vq, self.overrides)
+        manifest = self.manifest.model_copy(update=update)
+        return Codebook(manifest, self.rq, self.vq, self.overrides, self.training)
 
     def encode(
         self, item_ids_N: ItemIds, content_hashes_N: Sequence[str], x_ND: Embeddings
@@ -343,6 +350,8 @@ class Codebook:
         # A file of its own: faiss reads it as it is.
         index = vq_arrays.pop("index", None)
         parts = {"rq": self.rq.arrays(), "vq": vq_arrays, "overrides": self.overrides.arrays()}
+        if self.training is not None:
+            parts[_TRAINING_PART] = self.training.arrays()
         payloads = {
             _file_name(part, _SUFFIX, payload): payload
             for part, payload in ((part, _dump_arrays(arrays)) for part, arrays in parts.items())
@@ -377,6 +386,15 @@ def _check_pool_serves(pool_size: int, num_items: int, num_neighbors: int) -> No
     )
 
 
+def _train_levels(
+    rq: ResidualQuantizer, source: VectorSource, rows_M: npt.NDArray[np.int64]
+) -> TrainingReference:
+    """Train on some rows of the source, which are let go before the pool is read."""
+    unit_MD = take_unit_rows(source, rows_M)
+    rq.train(unit_MD)
+    return TrainingReference.of(rq, unit_MD)
+
+
 def _dump_arrays(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
 
@@ -389,6 +407,12 @@ def _load_vq(folder: Path, manifest: Manifest, placement: Placement) -> Neighbor
         index=None if is_exact else _load_part(folder, _INDEX_PART, manifest),
         placement=placement,
     )
+
+
+def _load_training(folder: Path, manifest: Manifest) -> TrainingReference | None:
+    if not any(name.startswith(f"{_TRAINING_PART}-") for name in manifest.files):
+        return None
+    return TrainingReference.from_arrays(_load_arrays(folder, _TRAINING_PART, manifest))
 
 
 def _load_arrays(folder: Path, part: str, manifest: Manifest) -> dict[str, np.ndarray]:

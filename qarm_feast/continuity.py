@@ -48,6 +48,7 @@ from qarm_feast.quantizers.kmeans import cell_means, lloyd, plus_plus_start, sam
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
 from qarm_feast.quantizers.search import nearest, squared_distances
 from qarm_feast.quantizers.vq import NeighborQuantizer
+from qarm_feast.training_reference import TrainingReference
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,8 @@ def refresh_codebook(
     }
     overrides = _overrides(prepared.vectors, served_NL, rq.encode(prepared.vectors.x_ND))
     manifest = naive.manifest.model_copy(update=update)
-    return Codebook(manifest, rq, vq, overrides).with_hashes()
+    training = TrainingReference.of(rq, prepared.vectors.x_ND[prepared.is_train_N])
+    return Codebook(manifest, rq, vq, overrides, training).with_hashes()
 
 
 def held_codes(

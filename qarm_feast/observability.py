@@ -32,6 +32,9 @@ STREAM_DECODE_SECONDS = Histogram("qarm_stream_decode_seconds", "Decoding one ba
 STREAM_ENCODE_SECONDS = Histogram(
     "qarm_stream_encode_seconds", "Content to vectors and vectors to codes, one batch."
 )
+STREAM_DRIFT_SECONDS = Histogram(
+    "qarm_stream_drift_seconds", "Holding one batch's codes against the training set."
+)
 STREAM_WRITE_SECONDS = Histogram(
     "qarm_stream_write_seconds", "Writing one batch to one store.", ["store"]
 )
@@ -55,6 +58,21 @@ CODEBOOK_REFRESH_FAILED = Gauge(
     "qarm_codebook_refresh_failed",
     "1 while a version that should be written cannot be loaded, or the registry cannot be read; "
     "the worker goes on with the versions that it has.",
+)
+CODEBOOK_ERROR_RATIO = Gauge(
+    "qarm_codebook_quantization_error_ratio",
+    "Quantization error of the latest uploads after this level, by that of the training set.",
+    ["version", "level"],
+)
+CODEBOOK_CODE_DIVERGENCE = Gauge(
+    "qarm_codebook_code_divergence_bits",
+    "Jensen-Shannon divergence of the codes of the latest uploads and of the training set, 0 to 1.",
+    ["version", "level"],
+)
+CODEBOOK_DRIFT_ITEMS = Gauge(
+    "qarm_codebook_drift_items",
+    "Uploads in the window that the two drift figures are taken over; few make them noisy.",
+    ["version"],
 )
 
 

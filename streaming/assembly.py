@@ -183,6 +183,7 @@ def worker_settings(
         positive_label=label,
         limits=config.limits,
         max_retry_wait_seconds=config.max_retry_wait_seconds,
+        drift_window_items=config.drift_window_items,
     )
 
 

@@ -85,6 +85,11 @@ class StreamConfig(Section):
         gt=0,
         description="Time between two looks at the codebook registry while a worker runs.",
     )
+    drift_window_items: int = Field(
+        default=10_000,
+        gt=0,
+        description="Latest uploads that are held against each codebook's training set.",
+    )
     shutdown_timeout_seconds: float = Field(
         default=30.0, gt=0, description="After SIGTERM a worker has this long to drain."
     )

@@ -21,6 +21,7 @@ from qarm_feast.observability import (
     STREAM_BATCH_ITEMS,
     STREAM_DEAD_LETTERS,
     STREAM_DECODE_SECONDS,
+    STREAM_DRIFT_SECONDS,
     STREAM_ENCODE_SECONDS,
     STREAM_EVENTS,
     STREAM_RETRIES,
@@ -34,6 +35,7 @@ from streaming.columns import (
     decode_interactions,
     decode_items,
 )
+from streaming.drift import DriftMonitor
 from streaming.health import WorkerHealth
 from streaming.limits import DEFAULT_LIMITS, EventLimits
 from streaming.messages import Record
@@ -163,6 +165,7 @@ class WorkerSettings:
         positive_label: The flag that brings an item into the user's recent items.
         limits: Bounds that records must keep.
         max_retry_wait_seconds: Longest pause between two tries at a store that is down.
+        drift_window_items: Latest uploads that are held against a codebook's training set.
     """
 
     item_topic: str
@@ -170,6 +173,7 @@ class WorkerSettings:
     positive_label: str
     limits: EventLimits = DEFAULT_LIMITS
     max_retry_wait_seconds: float = 5.0
+    drift_window_items: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,7 @@ class StreamWorker:
         self._health = health
         self._drain = drain
         self._clock = clock
+        self._drift = DriftMonitor(settings.drift_window_items)
 
     def run(self) -> None:
         """Handle batches until draining is requested; the batch in hand is finished first.
@@ -305,6 +310,8 @@ class StreamWorker:
             self._pipeline.source.keep_alive(batch)
             # 4. Quantize.
             codes = quantize_rows(item_rows, encoded, live, created)
+        with STREAM_DRIFT_SECONDS.time():
+            self._drift.observe(live, encoded, codes)
         self._pipeline.source.keep_alive(batch)
         log_rows = interaction_log_rows(interactions.rows, self._settings.task_names, created)
         rows = BatchRows(

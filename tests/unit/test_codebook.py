@@ -46,7 +46,12 @@ def test_the_manifest_describes_what_was_trained(codebook: Codebook) -> None:
     assert (manifest.embedding_dim, manifest.num_training_items) == (DIM, NUM_ITEMS)
     assert manifest.behaviour_cutoff == ENCODER.behaviour_cutoff
     assert (manifest.parent, manifest.label_map, manifest.num_overrides) == (None, None, 0)
-    assert sorted(name.partition("-")[0] for name in manifest.files) == ["overrides", "rq", "vq"]
+    assert sorted(name.partition("-")[0] for name in manifest.files) == [
+        "overrides",
+        "rq",
+        "training",
+        "vq",
+    ]
 
 
 def test_more_neighbours_than_the_pool_serves_are_refused_before_rq_trains(
@@ -85,6 +90,36 @@ def test_a_loaded_codebook_gives_the_same_codes(codebook: Codebook, tmp_path: Pa
     assert before.vq_NV.shape == (400, 5)
     np.testing.assert_array_equal(after.rq_NL, before.rq_NL)
     np.testing.assert_array_equal(after.vq_NV, before.vq_NV)
+
+
+def test_a_codebook_remembers_how_its_training_set_used_the_codes(
+    codebook: Codebook, tmp_path: Path
+) -> None:
+    item_ids_N, x_ND = _items()
+    rq_NL = codebook.encode(item_ids_N, [""] * len(item_ids_N), x_ND).rq_NL
+    codebook.save(str(tmp_path))
+
+    training = Codebook.load(str(tmp_path), "v1").training
+
+    assert training is not None
+    for level, counts_K in enumerate(training.counts):
+        np.testing.assert_array_equal(counts_K, np.bincount(rq_NL[:, level], minlength=8))
+    unit_ND = x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
+    for level, error in enumerate(training.errors_L):
+        left_ND = unit_ND - codebook.decode_rq(rq_NL[:, : level + 1])
+        assert error == pytest.approx((left_ND**2).mean(), rel=1e-5)
+
+
+def test_an_artifact_from_before_the_training_reference_loads_without_one(
+    codebook: Codebook, tmp_path: Path
+) -> None:
+    old = Codebook(codebook.manifest, codebook.rq, codebook.vq, codebook.overrides).with_hashes()
+    old.save(str(tmp_path))
+
+    loaded = Codebook.load(str(tmp_path), "v1")
+
+    assert loaded.training is None
+    assert loaded.with_hashes().manifest == old.manifest
 
 
 def test_the_same_items_in_another_order_give_the_same_bytes(

@@ -52,7 +52,7 @@ def test_the_index_is_a_file_of_the_artifact_and_gives_the_same_codes(
     loaded = Codebook.load(str(tmp_path), "v1")
 
     assert sorted(name.partition("-")[0] for name in loaded.manifest.files) == [
-        "overrides", "rq", "vq", "vq_index",
+        "overrides", "rq", "training", "vq", "vq_index",
     ]  # fmt: skip
     before = codebook.encode(items.item_ids_N, items.content_hashes_N, items.x_ND)
     after = loaded.encode(items.item_ids_N, items.content_hashes_N, items.x_ND)

@@ -44,6 +44,7 @@ class SignCodebook:
     """RQ code: the signs of the first two numbers; VQ code: the item id three times."""
 
     embedding_dim = 2
+    training = None
 
     def __init__(self, encoder_version: str = "e1") -> None:
         self.manifest = FakeManifest(encoder_version)
