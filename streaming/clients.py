@@ -3,9 +3,12 @@
 May import: kafka-python.
 """
 
+import logging
+import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -24,6 +27,8 @@ from streaming.messages import Message
 _BOOTSTRAP_TIMEOUT_MS = 10_000
 _PROBE_SECONDS = 0.25
 _SEND_SECONDS = 30.0
+_BOOTSTRAP_FAULT = re.compile(r"^Bootstrap connection to \S+ failed: (.*?)( \(backoff .*)?$")
+_MAX_REASONS = 3
 _OWN_OPTIONS = {
     "bootstrap_servers": "set stream.bootstrap_servers",
     "group_id": "set stream.consumer_group",
@@ -159,15 +164,47 @@ def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> A
     # kafka-python leaks sockets and a thread when its constructor finds nobody.
     if "proxy_url" not in options:
         _wait_for_listener(servers, options["bootstrap_timeout_ms"] / 1000)
+    with _client_warnings() as warnings:
+        try:
+            return client_type(bootstrap_servers=servers, **options)
+        except (KafkaConfigurationError, AssertionError, ValueError, TypeError) as error:
+            raise ConfigError(f"stream.kafka_options do not work: {error}") from error
+        except (KafkaError, OSError) as error:
+            protocol = options.get("security_protocol", "PLAINTEXT")
+            raise ServiceUnavailableError(
+                f"{config.bootstrap_servers} answers, but gives no Kafka session with "
+                f"security_protocol={protocol} ({warnings.reasons() or error}); look at "
+                "stream.kafka_options (security_protocol, ssl_*, sasl_*) and the broker's log"
+            ) from error
+
+
+class _BootstrapFaults(logging.Handler):
+    """Keeps why connections failed: the client says it in its log and nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        # A refused password shows as such or as a lost connection, from try to try.
+        self._reasons: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _BOOTSTRAP_FAULT.search(record.getMessage())
+        if found and len(self._reasons) < _MAX_REASONS:
+            self._reasons[found[1]] = None
+
+    def reasons(self) -> str:
+        """Return the different reasons in the order in which they came first."""
+        return "; ".join(self._reasons)
+
+
+@contextmanager
+def _client_warnings() -> Iterator[_BootstrapFaults]:
+    handler = _BootstrapFaults()
+    client_logger = logging.getLogger("kafka")
+    client_logger.addHandler(handler)
     try:
-        return client_type(bootstrap_servers=servers, **options)
-    except (KafkaConfigurationError, AssertionError, ValueError, TypeError) as error:
-        raise ConfigError(f"stream.kafka_options do not work: {error}") from error
-    except (KafkaError, OSError) as error:
-        raise ServiceUnavailableError(
-            f"no Kafka broker answers at {config.bootstrap_servers} ({error}); "
-            "start it, or set stream.bootstrap_servers"
-        ) from error
+        yield handler
+    finally:
+        client_logger.removeHandler(handler)
 
 
 def _begin(producer: KafkaProducer, topic: str, message: Message) -> Any:

@@ -104,7 +104,8 @@ class StreamConfig(Section):
     )
     kafka_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Passed as they are to every Kafka client (security_protocol, ssl_cafile ...).",
+        description="Passed as they are to every Kafka client (security_protocol, ssl_cafile ...); "
+        "file names absolute, the password as QARM_STREAM__KAFKA_OPTIONS__SASL_PLAIN_PASSWORD.",
     )
 
     @property

@@ -45,9 +45,7 @@ logger.server.level = info
 _PROPERTIES = {
     "process.roles": "broker,controller",
     "node.id": "1",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "controller.listener.names": "CONTROLLER",
-    "inter.broker.listener.name": "PLAINTEXT",
     # One node holds the only replica of everything.
     "offsets.topic.replication.factor": "1",
     "offsets.topic.num.partitions": "4",
@@ -72,6 +70,13 @@ _PROPERTIES = {
 class KafkaBroker:
     """One local Kafka node that lives as long as its ``with`` block.
 
+    Args:
+        directory: Everything that the node writes.
+        jars_dir: Kafka's jars.
+        properties: Further broker settings; they win over ours.
+        protocol: What clients speak: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL. The last three
+            need their settings in ``properties``.
+
     Example:
         >>> with KafkaBroker(Path("runs/broker")) as broker:
         ...     print(broker.bootstrap_servers)
@@ -82,8 +87,10 @@ class KafkaBroker:
         directory: Path,
         jars_dir: Path = JARS_DIR,
         properties: dict[str, str] | None = None,
+        protocol: str = "PLAINTEXT",
     ) -> None:
         self.directory = directory.resolve()
+        self._protocol = protocol
         self._jars_dir = jars_dir
         self._extra_properties = dict(properties or {})
         self._port, self._controller_port = _free_ports(2)
@@ -167,8 +174,12 @@ class KafkaBroker:
         )
         controller = f"{_LISTENER}:{self._controller_port}"
         properties = _PROPERTIES | {
-            "listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://{controller}",
-            "advertised.listeners": f"PLAINTEXT://{self.bootstrap_servers}",
+            "listeners": f"{self._protocol}://{self.bootstrap_servers},CONTROLLER://{controller}",
+            "advertised.listeners": f"{self._protocol}://{self.bootstrap_servers}",
+            "listener.security.protocol.map": (
+                f"{self._protocol}:{self._protocol},CONTROLLER:PLAINTEXT"
+            ),
+            "inter.broker.listener.name": self._protocol,
             "controller.quorum.bootstrap.servers": controller,
             "log.dirs": str(self.directory / "data"),
         }
