@@ -6,6 +6,7 @@ Library code only calls ``logging.getLogger(__name__)``; entry points call
 
 import json
 import logging
+import re
 import sys
 from typing import Literal
 
@@ -13,6 +14,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from pydantic import Field
 
 from qarm_feast.config import Section
+
+_TEMPLATE_VALUE = re.compile(r"(?:(\w+)=)?%[-+# 0-9.]*[diouxXeEfFgGcrsa]")
 
 STREAM_EVENTS = Counter(
     "qarm_stream_events",
@@ -29,8 +32,9 @@ STREAM_BATCH_ITEMS = Histogram(
     buckets=(1, 4, 16, 64, 256, 1024, 2048, 4096, 16384),
 )
 STREAM_DECODE_SECONDS = Histogram("qarm_stream_decode_seconds", "Decoding one batch.")
-STREAM_ENCODE_SECONDS = Histogram(
-    "qarm_stream_encode_seconds", "Content to vectors and vectors to codes, one batch."
+STREAM_ENCODE_SECONDS = Histogram("qarm_stream_encode_seconds", "Content to vectors, one batch.")
+STREAM_QUANTIZE_SECONDS = Histogram(
+    "qarm_stream_quantize_seconds", "Vectors to the codes of every version, one batch."
 )
 STREAM_DRIFT_SECONDS = Histogram(
     "qarm_stream_drift_seconds", "Holding one batch's codes against the training set."
@@ -97,10 +101,21 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **_fields_of(record),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
+        return json.dumps(entry, default=str)
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """Return the event's name, and the values that its template names: ``items=%d``."""
+    arguments = record.args if isinstance(record.args, tuple) else ()
+    names = _TEMPLATE_VALUE.findall(str(record.msg))
+    if not arguments or len(names) != len(arguments):
+        return {}
+    fields = {name: value for name, value in zip(names, arguments, strict=True) if name}
+    return {"event": str(record.msg).partition(" ")[0], "fields": fields}
 
 
 def configure_logging(config: ObservabilityConfig) -> None:

@@ -24,7 +24,8 @@ from streaming.worker import Drain, StreamWorker
 logger = logging.getLogger(__name__)
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LAST_BATCH_GRACE_SECONDS = 5.0
+LAST_BATCH_GRACE_SECONDS = 5.0
+"""After the time to drain the batch in hand gets so long before the process is ended."""
 
 
 def run_worker(config_path: str, metrics_port: int | None = None) -> None:
@@ -82,6 +83,6 @@ def _drain_on_signals(drain: Drain) -> Iterator[None]:
 def _end_late_drain(drain: Drain) -> None:
     """End the process when a batch takes longer than the time to drain; it will be replayed."""
     drain.requested.wait()
-    time.sleep(drain.timeout_seconds + _LAST_BATCH_GRACE_SECONDS)
+    time.sleep(drain.timeout_seconds + LAST_BATCH_GRACE_SECONDS)
     logger.error("drain_timed_out seconds=%.0f", drain.timeout_seconds)
     os._exit(ServiceUnavailableError.exit_code)

@@ -24,6 +24,7 @@ from qarm_feast.observability import (
     STREAM_DRIFT_SECONDS,
     STREAM_ENCODE_SECONDS,
     STREAM_EVENTS,
+    STREAM_QUANTIZE_SECONDS,
     STREAM_RETRIES,
     STREAM_WRITE_SECONDS,
 )
@@ -307,8 +308,9 @@ class StreamWorker:
         # 3. Encode.
         with STREAM_ENCODE_SECONDS.time():
             encoded, refused = encode_rows(item_records, item_rows, live)
-            self._pipeline.source.keep_alive(batch)
-            # 4. Quantize.
+        self._pipeline.source.keep_alive(batch)
+        # 4. Quantize.
+        with STREAM_QUANTIZE_SECONDS.time():
             codes = quantize_rows(item_rows, encoded, live, created)
         with STREAM_DRIFT_SECONDS.time():
             self._drift.observe(live, encoded, codes)

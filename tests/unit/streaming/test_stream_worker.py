@@ -315,3 +315,24 @@ def test_an_empty_read_touches_no_store() -> None:
     _worker(parts, drain).run()
 
     assert parts.calls == ["read", "read", "read"]
+
+
+def test_no_log_line_holds_a_payload(caplog: pytest.LogCaptureFixture) -> None:
+    marker = "my-private-title"
+    event = encode_item_event(ItemEvent(1, NOW, {"title": marker}))
+    records = [
+        record_of(event),
+        FakeRecord(marker.encode(), marker.encode()),
+        record_of(event._replace(key=marker.encode())),
+        record_of(event._replace(headers=[("schema_version", marker.encode())])),
+    ]
+    away = [ServiceUnavailableError("away")]
+    parts = FakeParts(records, {"write_online": away, "send": [OSError(28, "full")]})
+
+    with caplog.at_level("DEBUG"):
+        _worker(parts).handle(parts.batch)
+
+    assert [letter.reason for letter in parts.letters]
+    assert "batch_stored records=4 dead_letters=3" in caplog.text
+    assert "write_failed store=online" in caplog.text
+    assert marker not in caplog.text
