@@ -341,6 +341,9 @@ class StreamWorker:
 
         def write_unstopped() -> None:
             unstopped = self._without_stopped(rows)
+            if unstopped is not rows:
+                # Withdrawn: should the version be made live again, this batch is a hole in it.
+                self._pipeline.source.announce(batch, unstopped.codes)
             try:
                 write(unstopped)
             except ConfigError as error:

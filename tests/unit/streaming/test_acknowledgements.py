@@ -162,3 +162,18 @@ def test_without_an_assignment_nothing_is_asked_or_told() -> None:
 @pytest.mark.parametrize("metadata", [None, "", "note of a tool", "[1]", '{"codebooks": [1]}'])
 def test_metadata_that_is_not_ours_acknowledges_nothing(metadata: str | None) -> None:
     assert decode_acknowledgement(metadata) is None
+
+
+def test_a_version_left_out_of_a_batch_starts_anew_behind_it() -> None:
+    consumer, marks, versions = _start([(ITEMS_0, 50)])
+    marks.first_unstored = {ITEMS_0: 40}
+    versions.announce([ITEMS_0], ["v1", "v2"])
+
+    versions.announce([ITEMS_0], ["v2"])
+    marks.first_unstored = {ITEMS_0: 50}
+    consumer.commit(versions.with_metadata({ITEMS_0: 50}))
+    without = _told(consumer, ITEMS_0)
+    versions.announce([], ["v1", "v2"])
+
+    assert without == Acknowledgement({"v2": 40}, 1)
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 50, "v2": 40}, 1)

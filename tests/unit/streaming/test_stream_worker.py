@@ -278,6 +278,7 @@ def test_rows_of_a_version_that_is_retired_during_an_outage_are_left_out() -> No
     _worker(parts, codebooks=codebooks).handle(parts.batch)
 
     assert written == [["v1", "v2"], ["v2"]]
+    assert parts.announced == [["v1", "v2"], ["v2"]]
     assert parts.calls[-1] == "commit"
 
 
