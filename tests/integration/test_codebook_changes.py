@@ -5,10 +5,12 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,17 +72,51 @@ def test_versions_come_go_and_are_refused_while_events_flow(
         _wait_until(lambda: _metric(port, "qarm_codebook_refresh_failed") == 1)
         num_stored = _num_log_rows(stream_repo, "v2")
         _wait_until(lambda: _num_log_rows(stream_repo, "v2") > num_stored + 50)
-        ready = urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").read()
+        ready = _readiness(port)
     wait_until_drained(stream_repo.stream_config, WAIT_SECONDS)
     worker.send_signal(signal.SIGTERM)
 
     assert worker.wait(40) == 0
     assert all("v2" not in each for each in before_view.values())
+    assert sum(each["v2"] for each in acknowledged.values()) > 0
     _assert_codes_after(stream_repo, second, flow, acknowledged)
     assert _num_log_rows(stream_repo, "v1") == num_old_rows
     assert ready == b"ok\n"
     log = (stream_repo.directory / "worker.log").read_text()
     assert log.count("codebook_refused version=v3") == 1
+
+
+def test_a_new_owner_waits_for_an_acknowledged_version_that_it_cannot_load(
+    stream_repo: StreamRepo, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_STREAM__CODEBOOK_POLL_SECONDS", "0.2")
+    second = publish_codebook(stream_repo.directory, "v2", seed=1)
+    stream_repo.registry.set_state("v2", VersionState.LIVE)
+    stream_repo.apply()
+    first_owner = start_worker("first")
+    with _events_flow(stream_repo) as flow:
+        acknowledged = _wait_for_offsets(
+            stream_repo, lambda told: all("v2" in each for each in told.values())
+        )
+        _wait_until(lambda: len(flow.places) > 100)
+    wait_until_drained(stream_repo.stream_config, WAIT_SECONDS)
+    first_owner.send_signal(signal.SIGTERM)
+    assert first_owner.wait(40) == 0
+
+    path = _damage(stream_repo, second)
+    with _events_flow(stream_repo, len(flow.places)) as more:
+        start_worker("worker")
+        _wait_for_log(stream_repo, "metrics_port=")
+        port = _metrics_port(stream_repo)
+        _wait_until(lambda: b"v2 is acknowledged" in _readiness(port))
+    stored = _num_log_rows(stream_repo, "v1")
+    _flip_last_byte(path)
+    wait_until_drained(stream_repo.stream_config, WAIT_SECONDS)
+
+    assert stored == len(flow.places)
+    flow.vectors_ND += more.vectors_ND
+    flow.places += more.places
+    _assert_codes_after(stream_repo, second, flow, acknowledged)
 
 
 def _assert_codes_after(
@@ -99,12 +135,12 @@ def _assert_codes_after(
         for number, (partition, offset) in enumerate(flow.places)
         if offset >= acknowledged[partition]["v2"]
     ]
-    assert 100 < len(after) < len(flow.places)
+    assert len(after) > 100
     assert [codes[number].tolist() for number in after] == expected_NL[after].tolist()
 
 
 @contextmanager
-def _events_flow(repo: StreamRepo) -> Iterator[Flow]:
+def _events_flow(repo: StreamRepo, first_item: int = 0) -> Iterator[Flow]:
     """Send an item with a ready embedding every few milliseconds."""
     config, flow, done = repo.stream_config, Flow(), threading.Event()
     rng = np.random.default_rng(3)
@@ -113,7 +149,7 @@ def _events_flow(repo: StreamRepo) -> Iterator[Flow]:
         def send() -> None:
             while not done.wait(0.005):
                 vector_D = rng.standard_normal(EMBEDDING_DIM).astype(np.float32)
-                number = len(flow.vectors_ND)
+                number = first_item + len(flow.vectors_ND)
                 event = ItemEvent(number, START + number, {}, vector_D, ENCODER_VERSION)
                 message = encode_item_event(event)
                 sent = producer.send(
@@ -132,15 +168,31 @@ def _events_flow(repo: StreamRepo) -> Iterator[Flow]:
 
 
 def _publish_damaged(repo: StreamRepo, version: str) -> None:
-    codebook = publish_codebook(repo.directory, version, seed=2)
-    name = next(name for name in codebook.manifest.files if name.startswith("rq-"))
-    path = repo.directory / "data" / "codebooks" / version / name
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    _damage(repo, publish_codebook(repo.directory, version, seed=2))
     repo.registry.set_state(version, VersionState.LIVE)
     # Takes the retired version's view away as well, under the worker's feet.
     repo.apply()
+
+
+def _damage(repo: StreamRepo, codebook: Codebook) -> Path:
+    name = next(name for name in codebook.manifest.files if name.startswith("rq-"))
+    path = repo.directory / "data" / "codebooks" / codebook.version / name
+    _flip_last_byte(path)
+    return path
+
+
+def _flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _readiness(port: int) -> bytes:
+    try:
+        return bytes(urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.read()
 
 
 def _first_offsets(repo: StreamRepo) -> dict[int, dict[str, int]]:
