@@ -1,7 +1,12 @@
+from typing import ClassVar
+
+import pytest
 from kafka.structs import TopicPartition
+from prometheus_client import REGISTRY
 from stream_fakes import FakeRecord
 
-from streaming.source import WaitingRecords
+from streaming.config import StreamConfig
+from streaming.source import KafkaSource, WaitingRecords
 
 P0, P1 = TopicPartition("items", 0), TopicPartition("items", 1)
 
@@ -79,3 +84,45 @@ def test_each_revocation_makes_older_batches_foreign() -> None:
     waiting.assign([P0])
 
     assert waiting.take().assignment_number != before.assignment_number
+
+
+class LaggingConsumer:
+    """One record on each partition of the items, with nine more behind it."""
+
+    config: ClassVar[dict[str, int]] = {"max_poll_interval_ms": 300_000}
+
+    def __init__(self) -> None:
+        self.partitions = {P0, P1}
+
+    def subscribe(self, topics: object, listener: object) -> None:
+        pass
+
+    def assignment(self) -> set[TopicPartition]:
+        return self.partitions
+
+    def highwater(self, partition: TopicPartition) -> int:
+        return 10
+
+    def poll(self, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[FakeRecord]]:
+        return {partition: _records(partition.partition, 0) for partition in self.partitions}
+
+
+def test_a_partition_that_another_worker_took_has_no_lag_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = LaggingConsumer()
+    monkeypatch.setattr("streaming.source.connect_consumer", lambda config, timeout: consumer)
+    source = KafkaSource(StreamConfig(max_batch_size=1))
+
+    def lags() -> list[float | None]:
+        source.read()
+        labels = [{"topic": "items", "partition": number} for number in "01"]
+        return [
+            REGISTRY.get_sample_value("qarm_stream_consumer_lag_messages", each) for each in labels
+        ]
+
+    before = lags()
+    consumer.partitions = {P0}
+
+    assert before == [10, 10]
+    assert lags() == [10, 0]
