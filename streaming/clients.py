@@ -39,6 +39,7 @@ _OWN_OPTIONS = {
     "enable_idempotence": "a dead letter too large must not end the producer",
 }
 """What ``kafka_options`` must not touch, and why."""
+_TEXT_OPTIONS = ("sasl_plain_username", "sasl_plain_password", "ssl_password")
 _LETTER_HEADER_BYTES = 65_536
 """Room for what a dead letter adds to its record."""
 
@@ -252,6 +253,13 @@ def _options_of(client_type: Any, options: dict[str, Any]) -> dict[str, Any]:
     taken = [f"{name} ({why})" for name, why in _OWN_OPTIONS.items() if name in options]
     if taken:
         raise ConfigError(f"stream.kafka_options must not hold {', '.join(taken)}")
+    # A password of digits comes as a number, and a number is not the text that it was.
+    numbers = [name for name in _TEXT_OPTIONS if isinstance(options.get(name), int | float)]
+    if numbers:
+        raise ConfigError(
+            f"stream.kafka_options has {', '.join(numbers)} as a number or a bool; put the text "
+            'in double quotes, which are part of the value in the environment, too: "12345"'
+        )
     known = set().union(
         *(client.DEFAULT_CONFIG for client in (KafkaConsumer, KafkaProducer, KafkaAdminClient))
     )

@@ -197,13 +197,13 @@ class CodebookWatch:
     def poll(self) -> None:
         """Look once at the registry, and make a new set if another one is wanted."""
         try:
-            states = self._read_states()
+            wanted = self._wanted(self._read_states())
         except QarmError as error:
             self._report({"registry": error})
             return
         found: dict[str, Codebook] = {}
         faults: dict[str, QarmError] = {}
-        for version in self._wanted(states):
+        for version in wanted:
             try:
                 found[version] = self._live.codebooks.get(version) or self._open(version, found)
             except QarmError as error:

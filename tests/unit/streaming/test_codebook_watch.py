@@ -10,7 +10,12 @@ from prometheus_client import REGISTRY
 from stream_fakes import SignCodebook, TitleEncoder
 
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
-from qarm_feast.errors import CodebookError, ConfigError, CorruptArtifactError
+from qarm_feast.errors import (
+    CodebookError,
+    ConfigError,
+    CorruptArtifactError,
+    ServiceUnavailableError,
+)
 from qarm_feast.quantizers import RqConfig, VqConfig
 from qarm_feast.registry import CodebookRegistry, VersionState
 from streaming.codebook_watch import CodebookWatch, EncoderCache, VersionParts
@@ -195,6 +200,23 @@ def test_an_unreadable_registry_keeps_the_old_set_and_raises_the_alert(fault: Ex
 
     assert _versions(watch) == ["v1"]
     assert (raised, _alert()) == (1, 0)
+
+
+def test_views_that_nobody_tells_of_keep_the_old_set_and_raise_the_alert() -> None:
+    registry = FakeRegistry(v1=DEFAULT)
+    watch = _watch(registry)
+    watch.load_first()
+    registry.add("v2", LIVE)
+
+    def has_view(version: str) -> bool:
+        raise ServiceUnavailableError("Feast's registry does not answer")
+
+    watch._parts = VersionParts(registry, has_view, registry.load)
+
+    watch.poll()
+
+    assert _versions(watch) == ["v1"]
+    assert _alert() == 1
 
 
 def test_a_registry_that_is_suddenly_empty_retires_nothing() -> None:

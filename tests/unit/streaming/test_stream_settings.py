@@ -83,6 +83,35 @@ def test_kafka_options_that_cannot_work_are_refused(
         connect_admin(config)
 
 
+def test_a_password_comes_by_the_environment_beside_the_options_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text("stream: {kafka_options: {sasl_mechanism: PLAIN}}\n")
+    monkeypatch.setenv("QARM_STREAM__KAFKA_OPTIONS__SASL_PLAIN_PASSWORD", "pass: #1")
+
+    config = load_section(path, "stream", StreamConfig)
+
+    assert config.kafka_options == {"sasl_mechanism": "PLAIN", "sasl_plain_password": "pass: #1"}
+
+
+def test_a_password_of_digits_is_refused_without_its_value_and_taken_in_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text('stream: {bootstrap_servers: "127.0.0.1:1"}\n')
+    variable = "QARM_STREAM__KAFKA_OPTIONS__SASL_PLAIN_PASSWORD"
+    monkeypatch.setenv(variable, "73519")
+
+    with pytest.raises(ConfigError, match="sasl_plain_password as a number") as refused:
+        connect_admin(load_section(path, "stream", StreamConfig))
+    monkeypatch.setenv(variable, '"73519"')
+    quoted = load_section(path, "stream", StreamConfig)
+
+    assert "73519" not in str(refused.value)
+    assert quoted.kafka_options == {"sasl_plain_password": "73519"}
+
+
 def test_command_line_has_these_verbs_and_options() -> None:
     options = {
         command.name: sorted(
