@@ -18,7 +18,8 @@
 // row a floor rises: no vector whose score plus its bound lies below it can be among the k nearest.
 //
 // choose: the k nearest of each row, in no order, for a k that is a large share of all.
-// Scores well above or below the k-th are settled by the bound alone; the rule decides the rest.
+// Scores well above or below the k-th are settled by the bound alone, most others by a float32 distance
+// with a bound of its own; the rule decides the rest.
 //
 // cell_sums: float64 sums of the rows of each cell, in the order that kmeans.py defines.
 //
@@ -91,22 +92,36 @@ Norms round_vector(const float* x_D, const float* centre_D, int64_t dim, uint16_
   return norms;
 }
 
-// The canonical squared distance: fold_sum of base.py, in the same order.
+constexpr int64_t kHalfLanes = 8;
+
+__m512d square_of(const float* x_D, const float* c_D, int64_t left) {
+  const __mmask8 mask = left >= kHalfLanes ? 0xff : (1u << left) - 1;
+  const __m512d x = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, x_D));
+  const __m512d difference = _mm512_sub_pd(x, _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, c_D)));
+  return _mm512_mul_pd(difference, difference);
+}
+
+// The canonical squared distance: fold_sum of base.py, in the same order. Columns past the last are
+// zero, and adding zero to a square changes no bit. The work space holds dim rounded up to 8.
 float canonical_distance(const float* __restrict x_D, const float* __restrict c_D, int64_t dim,
                          double* __restrict terms_D) {
-  for (int64_t d = 0; d < dim; ++d) {
-    const double difference = static_cast<double>(x_D[d]) - static_cast<double>(c_D[d]);
-    terms_D[d] = difference * difference;
-  }
-  for (int64_t width = dim; width > 1;) {
-    int64_t cut = 1;
+  int64_t width = (dim + kHalfLanes - 1) / kHalfLanes * kHalfLanes;
+  for (int64_t d = 0; d < width; d += kHalfLanes)
+    _mm512_storeu_pd(terms_D + d, square_of(x_D + d, c_D + d, dim - d));
+  while (width > kHalfLanes) {
+    int64_t cut = kHalfLanes;
     while (2 * cut < width) cut *= 2;
-    const double* __restrict upper = terms_D + cut;
-    for (int64_t d = 0; d < width - cut; ++d) terms_D[d] += upper[d];
+    for (int64_t d = 0; d < width - cut; d += kHalfLanes)
+      _mm512_storeu_pd(terms_D + d, _mm512_add_pd(_mm512_loadu_pd(terms_D + d), _mm512_loadu_pd(terms_D + cut + d)));
     width = cut;
   }
-  return static_cast<float>(terms_D[0]);
+  const __m512d last = _mm512_loadu_pd(terms_D);
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(last), _mm512_extractf64x4_pd(last, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return static_cast<float>(_mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two))));
 }
+
+int64_t terms_size(int64_t dim) { return (dim + kHalfLanes - 1) / kHalfLanes * kHalfLanes; }
 
 // Run one part per thread; a thread that cannot be started is run here.
 template <typename Part>
@@ -216,43 +231,88 @@ struct Decided {
   }
 };
 
+// One whose distance is known roughly, and where it stands.
+struct Rough {
+  float distance;
+  int32_t place;
+  bool operator<(const Rough& other) const { return distance < other.distance; }
+};
+
 __mmask16 lanes_of(int64_t left) { return left >= kLanes ? 0xffff : (1u << left) - 1; }
 
-// The k-th greatest value: a histogram leaves the few that share its bin. Both vectors are work space.
-float kth_greatest(const float* values, int64_t count, int64_t k, std::vector<int32_t>& bins,
-                   std::vector<float>& picked) {
-  constexpr int32_t kLastBin = 1023;
+std::pair<float, float> range_of(const float* values, int64_t count) {
   __m512 low = _mm512_set1_ps(values[0]), high = low;
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512 value = _mm512_mask_loadu_ps(low, lanes_of(count - i), values + i);
-    low = _mm512_min_ps(low, value);
+    low = _mm512_min_ps(low, _mm512_mask_loadu_ps(low, lanes_of(count - i), values + i));
     high = _mm512_max_ps(high, _mm512_mask_loadu_ps(high, lanes_of(count - i), values + i));
   }
-  const float least = _mm512_reduce_min_ps(low), factor = kLastBin / (_mm512_reduce_max_ps(high) - least);
-  // Values that are all about equal, or too far apart, have no bins.
-  const bool is_flat = !(factor > 0 && factor <= std::numeric_limits<float>::max());
-  picked.clear();
-  if (is_flat) {
-    picked.assign(values, values + count);
-  } else {
-    std::array<int32_t, kLastBin + 1> sizes{};
-    bins.resize(count + kLanes);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const __m512 value = _mm512_maskz_loadu_ps(lanes_of(count - i), values + i);
-      const __m512 place = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_set1_ps(least)), _mm512_set1_ps(factor));
-      _mm512_storeu_si512(&bins[i], _mm512_min_epi32(_mm512_cvttps_epi32(place), _mm512_set1_epi32(kLastBin)));
-    }
-    for (int64_t i = 0; i < count; ++i) ++sizes[bins[i]];
-    int32_t bin = kLastBin;
-    for (; k > sizes[bin]; --bin) k -= sizes[bin];
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const __m512i found = _mm512_loadu_si512(&bins[i]);
-      unsigned left = _mm512_mask_cmpeq_epi32_mask(lanes_of(count - i), found, _mm512_set1_epi32(bin));
-      for (; left; left &= left - 1) picked.push_back(values[i + __builtin_ctz(left)]);
+  return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
+}
+
+// The squared distance in float32, off by less than rough_of(dim) times either.
+float rough_distance(const float* x_D, const float* c_D, int64_t dim) {
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const __mmask16 mask = lanes_of(dim - d);
+    const __m512 difference = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x_D + d), _mm512_maskz_loadu_ps(mask, c_D + d));
+    __m512& sum = sums[d / kLanes % 2];
+    sum = _mm512_fmadd_ps(difference, difference, sum);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+}
+
+void prefetch(const float* c_D, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += kLanes) _mm_prefetch(c_D + d, _MM_HINT_T0);
+}
+
+// A sum, moved on by more than its own rounding.
+float moved(float value, float step) {
+  return value + step * (1 + 1e-6f) + std::copysign(std::fabs(value) * 1e-6f, step);
+}
+
+float rough_of(int64_t dim) { return static_cast<float>((dim + 8) * 0x1p-23); }
+
+// Of vectors whose rough distances are up to `distance` and beyond this, the former are surely nearer.
+float beyond(float distance, int64_t dim) { return distance * (1 + 3 * rough_of(dim)) + kTiny; }
+
+// How many values are at least `limit`.
+int64_t count_from(const float* values, int64_t count, float limit) {
+  int64_t found = 0;
+  const __m512 limits = _mm512_set1_ps(limit);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 value = _mm512_maskz_loadu_ps(lanes_of(count - i), values + i);
+    found += __builtin_popcount(_mm512_mask_cmp_ps_mask(lanes_of(count - i), value, limits, _CMP_GE_OQ));
+  }
+  return found;
+}
+
+// The k-th greatest value: halving the range leaves few. `picked` is work space.
+float kth_greatest(const float* values, int64_t count, int64_t k, std::vector<float>& picked) {
+  constexpr int64_t kFew = 2 * kLanes;
+  constexpr int kMostHalvings = 32;
+  auto [low, top] = range_of(values, count);
+  float high = std::numeric_limits<float>::infinity();
+  int64_t above = 0, from_low = count;  // values from `high` on, and from `low` on
+  for (int halving = 0; halving < kMostHalvings && from_low - above > kFew; ++halving) {
+    const float middle = low / 2 + top / 2;
+    const int64_t from_middle = count_from(values, count, middle);
+    if (from_middle >= k) {
+      low = middle;
+      from_low = from_middle;
+    } else {
+      high = top = middle;
+      above = from_middle;
     }
   }
-  std::nth_element(picked.begin(), picked.begin() + (k - 1), picked.end(), std::greater<float>());
-  return picked[k - 1];
+  picked.clear();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 value = _mm512_maskz_loadu_ps(lanes_of(count - i), values + i);
+    unsigned left = _mm512_mask_cmp_ps_mask(lanes_of(count - i), value, _mm512_set1_ps(low), _CMP_GE_OQ);
+    left &= _mm512_cmp_ps_mask(value, _mm512_set1_ps(high), _CMP_LT_OQ);
+    for (; left; left &= left - 1) picked.push_back(values[i + __builtin_ctz(left)]);
+  }
+  std::nth_element(picked.begin(), picked.begin() + (k - above - 1), picked.end(), std::greater<float>());
+  return picked[k - above - 1];
 }
 
 // What one thread needs to search its rows.
@@ -269,7 +329,7 @@ class Searcher {
         scores_(block_rows_ * width_),
         peaks_(block_rows_ * width_ / kVectors),
         bounds_T_(num_tiles_),
-        terms_D_(set.dim) {}
+        terms_D_(terms_size(set.dim)) {}
 
   void search(float* x_ND, int64_t num_rows, int64_t* codes_N, bool subtract) {
     for (int64_t start = 0; start < num_rows; start += block_rows_) {
@@ -297,41 +357,53 @@ class Searcher {
   }
 
  private:
-  // What lies surely above the k-th is taken, what lies surely below is not; the rule decides the rest.
+  // With t the k-th greatest score, what lies more than twice the bound above t is surely taken, what
+  // lies as much below it is surely not; distances decide the rest.
   void choose_row(const float* x_D, int64_t row, int64_t k, int64_t* codes_k) {
     const int64_t count = set_.num_centroids;
     const float* scores = &scores_[row * width_];
     set_bounds(norms_[row]);
-    lowers_.resize(width_);
-    uppers_.resize(width_);
-    for (int64_t first = 0; first < width_; first += kLanes) {
-      const __m512 score = _mm512_loadu_ps(scores + first), bound = _mm512_set1_ps(bounds_T_[first / kTile]);
-      _mm512_storeu_ps(&lowers_[first], _mm512_sub_ps(score, bound));
-      _mm512_storeu_ps(&uppers_[first], _mm512_add_ps(score, bound));
-    }
-    const float floor = kth_greatest(lowers_.data(), count, k, bins_, picked_);
-    const float ceiling = k < count ? kth_greatest(uppers_.data(), count, k + 1, bins_, picked_)
-                                    : -std::numeric_limits<float>::infinity();
+    const float bound = *std::max_element(bounds_T_.begin(), bounds_T_.end());
+    const float kth = kth_greatest(scores, count, k, picked_);
+    const __m512 ceiling = _mm512_set1_ps(moved(kth, 2 * bound)), floor = _mm512_set1_ps(moved(kth, -2 * bound));
     int64_t taken = 0;
     open_.clear();
-    taken_.resize(k + kLanes);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t first = 0; first < width_; first += kLanes) {
-      // Lanes past the last centroid are minus infinity, below every floor.
-      const __mmask16 sure = _mm512_cmp_ps_mask(_mm512_loadu_ps(&lowers_[first]), _mm512_set1_ps(ceiling), _CMP_GT_OQ);
-      const __mmask16 high = _mm512_cmp_ps_mask(_mm512_loadu_ps(&uppers_[first]), _mm512_set1_ps(floor), _CMP_GE_OQ);
+    taken_.resize(count + kLanes);
+    __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t first = 0; first < count; first += kLanes) {
+      const __m512 score = _mm512_loadu_ps(scores + first);
+      const __mmask16 sure = _mm512_mask_cmp_ps_mask(lanes_of(count - first), score, ceiling, _CMP_GT_OQ);
+      const __mmask16 high = _mm512_mask_cmp_ps_mask(lanes_of(count - first), score, floor, _CMP_GE_OQ);
       // Without a branch: about every fourth lane is taken, which no processor could foresee.
-      const __m512i codes = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first)));
       _mm512_storeu_si512(&taken_[taken], _mm512_maskz_compress_epi32(sure, codes));
       taken += __builtin_popcount(sure);
       for (unsigned left = high & ~sure; left; left &= left - 1) {
-        const int64_t code = first + __builtin_ctz(left);
-        open_.push_back({distance(x_D, code), code});
+        const int32_t code = static_cast<int32_t>(first + __builtin_ctz(left));
+        open_.push_back({0, code});
+        prefetch(centroid(code), set_.dim);
       }
+      codes = _mm512_add_epi32(codes, _mm512_set1_epi32(kLanes));
     }
     std::copy_n(taken_.begin(), taken, codes_k);
-    std::nth_element(open_.begin(), open_.begin() + (k - taken), open_.end());
-    for (int64_t i = 0; taken < k; ++i) codes_k[taken++] = open_[i].number;
+    for (Rough& open : open_) open.distance = rough_distance(x_D, centroid(open.place), set_.dim);
+    order_open(x_D, k - taken);
+    for (int64_t i = 0; taken < k; ++i) codes_k[taken++] = open_[i].place;
+  }
+
+  // Put the k nearest of the open ones first.
+  void order_open(const float* x_D, int64_t k) {
+    if (k == 0 || k == static_cast<int64_t>(open_.size())) return;
+    std::nth_element(open_.begin(), open_.begin() + (k - 1), open_.end());
+    const float last = open_[k - 1].distance, limit = beyond(last, set_.dim);
+    const auto is_nearer = [&](const Rough& open) { return beyond(open.distance, set_.dim) < last; };
+    const auto is_undecided = [&](const Rough& open) { return open.distance <= limit; };
+    const auto first = std::partition(open_.begin(), open_.begin() + k, is_nearer);
+    const auto end = std::partition(open_.begin() + k, open_.end(), is_undecided);
+    if (end == open_.begin() + k) return;
+    for (auto open = first; open != end; ++open) open->distance = distance(x_D, open->place);
+    std::sort(first, end, [](const Rough& a, const Rough& b) {
+      return a.distance != b.distance ? a.distance < b.distance : a.place < b.place;
+    });
   }
 
   static int64_t block_rows(int64_t width) {
@@ -403,17 +475,19 @@ class Searcher {
     }
   }
 
+  const float* centroid(int64_t number) const { return set_.centroids_KD + number * set_.dim; }
+
   float distance(const float* x_D, int64_t candidate) {
-    return canonical_distance(x_D, set_.centroids_KD + candidate * set_.dim, set_.dim, terms_D_.data());
+    return canonical_distance(x_D, centroid(candidate), set_.dim, terms_D_.data());
   }
 
   const Centroids& set_;
   int64_t pairs_, num_tiles_, width_, block_rows_;
   std::vector<uint32_t> rounded_;
   std::vector<Norms> norms_;
-  std::vector<float> scores_, peaks_, bounds_T_, lowers_, uppers_, picked_;
-  std::vector<int32_t> bins_, taken_;
-  std::vector<Decided> open_;
+  std::vector<float> scores_, peaks_, bounds_T_, picked_;
+  std::vector<Rough> open_;
+  std::vector<int32_t> taken_;
   std::vector<double> terms_D_;
 };
 
@@ -547,8 +621,17 @@ struct RowBounds {
 struct TopRow {
   double square;  // |x'|^2
   std::vector<Candidate> candidates;
-  std::vector<Decided> best;  // decided by the rule so far, at most k, ascending
+  std::vector<Rough> measured;  // the k nearest so far, and what may be as near; places are slots
 };
+
+// Drop what is surely not among the k nearest, of k or more; return the distance beyond which it lies.
+float keep_nearest(std::vector<Rough>& measured, int64_t k, int64_t dim) {
+  std::nth_element(measured.begin(), measured.begin() + (k - 1), measured.end());
+  const float limit = beyond(measured[k - 1].distance, dim);
+  const auto is_out = [limit](const Rough& one) { return one.distance > limit; };
+  measured.erase(std::remove_if(measured.begin() + k, measured.end(), is_out), measured.end());
+  return limit;
+}
 
 // One tile of a list, as the scoring wants it.
 struct TileView {
@@ -652,7 +735,7 @@ class TopSearcher {
         bytes_(std::min(num_rows, kTopBlockRows) * quads_),
         bounds_(std::min(num_rows, kTopBlockRows)),
         rows_(std::min(num_rows, kTopBlockRows)),
-        terms_D_(set.dim) {}
+        terms_D_(terms_size(set.dim)) {}
 
   // probes_NI: the lists of each row; null for all lists.
   void search(const float* x_ND, int64_t num_rows, const int64_t* probes_NI, int64_t num_probes,
@@ -664,8 +747,7 @@ class TopSearcher {
       scan(rows, probes_NI ? probes_NI + start * num_probes : nullptr, num_probes);
       for (int64_t row = 0; row < rows; ++row) {
         raise_floor(row);
-        decide(row);
-        write(rows_[row], numbers_Nk + (start + row) * k_, distances_Nk + (start + row) * k_);
+        decide(row, numbers_Nk + (start + row) * k_, distances_Nk + (start + row) * k_);
       }
     }
   }
@@ -683,7 +765,7 @@ class TopSearcher {
                     -std::numeric_limits<float>::infinity()};
     top.square = scaled.square;
     top.candidates.clear();
-    top.best.clear();
+    top.measured.clear();
   }
 
   // List by list, so that the rows that probe one share its tiles while they are in the cache.
@@ -742,10 +824,9 @@ class TopSearcher {
 
   void thin_out(int64_t row) {
     raise_floor(row);
-    // A floor from true distances lets fewer in from now on.
-    decide_likeliest(row);
-    // The bound alone cannot thin out many that are about equally near: then the rule has to.
-    if (rows_[row].candidates.size() > most_ / 2) decide(row);
+    measure_likeliest(row);
+    // The bound alone cannot thin out many that are about equally near.
+    if (rows_[row].candidates.size() > most_ / 2) measure(row, rows_[row].candidates.size());
   }
 
   // The k-th greatest lower end of a score is a floor; drop what cannot reach it.
@@ -766,61 +847,63 @@ class TopSearcher {
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), is_out), candidates.end());
   }
 
-  // Let the rule order the candidates and what it has kept before, and keep k.
-  void decide(int64_t row) {
-    decide_likeliest(row);
-    decide_last(row, static_cast<int64_t>(rows_[row].candidates.size()));
-  }
-
-  // The k likeliest come first: their true distances exclude about half of the others.
-  void decide_likeliest(int64_t row) {
+  // The k likeliest come first: their distances exclude about half of the others.
+  void measure_likeliest(int64_t row) {
     std::vector<Candidate>& candidates = rows_[row].candidates;
     if (static_cast<int64_t>(candidates.size()) <= k_) return;
     const auto is_likelier = [](const Candidate& a, const Candidate& b) { return a.lower < b.lower; };
     std::nth_element(candidates.begin(), candidates.end() - k_, candidates.end(), is_likelier);
-    decide_last(row, k_);
+    measure(row, k_);
     drop(row);
   }
 
-  void decide_last(int64_t row, int64_t count) {
+  // Replace the last candidates by their rough distances, and keep of these what may be among the k.
+  void measure(int64_t row, size_t count) {
     TopRow& top = rows_[row];
     const size_t first = top.candidates.size() - count;
     for (size_t i = first; i < top.candidates.size(); ++i) {
-      const float* c_D = vector_of(top.candidates[i]);
-      for (int64_t d = 0; d < set_.dim; d += kLanes) _mm_prefetch(c_D + d, _MM_HINT_T0);
+      prefetch(vector_of(top.candidates[i].slot), set_.dim);
     }
     for (size_t i = first; i < top.candidates.size(); ++i) {
-      const Candidate& candidate = top.candidates[i];
-      const float distance = canonical_distance(x_BD_ + row * set_.dim, vector_of(candidate), set_.dim, terms_D_.data());
-      top.best.push_back({distance, number_of(candidate)});
+      const int32_t slot = top.candidates[i].slot;
+      top.measured.push_back({rough_distance(x_BD_ + row * set_.dim, vector_of(slot), set_.dim), slot});
     }
     top.candidates.resize(first);
-    std::sort(top.best.begin(), top.best.end());
-    if (static_cast<int64_t>(top.best.size()) < k_) return;
-    top.best.resize(k_);
-    // Of a farther vector the score is below (|x'|^2 - d^2) / 2; gamma covers the roundings.
-    const double last = top.best.back().distance;
+    if (static_cast<int64_t>(top.measured.size()) < k_) return;
+    const float limit = keep_nearest(top.measured, k_, set_.dim);
+    // Of a vector beyond the limit the score is below (|x'|^2 - d^2) / 2; gamma covers the roundings.
+    const double last = limit;
     const double floor = (top.square - last) / 2 - gamma_of(set_.dim) * (top.square + last) - kTiny;
     bounds_[row].floor = std::max(bounds_[row].floor, static_cast<float>(floor - std::fabs(floor) * 1e-6));
   }
 
-  const float* vector_of(const Candidate& candidate) const {
-    const int64_t list = set_.list_T[candidate.slot / kTile];
-    return set_.vectors_I[list] + (candidate.slot - set_.first_tile_I[list] * kTile) * set_.dim;
-  }
-
-  int64_t number_of(const Candidate& candidate) const {
-    const int64_t list = set_.list_T[candidate.slot / kTile];
-    const int64_t place = candidate.slot - set_.first_tile_I[list] * kTile;
-    return set_.numbers_I[list] ? set_.numbers_I[list][place] : place;
-  }
-
-  void write(const TopRow& top, int64_t* numbers_k, float* distances_k) const {
-    const int64_t count = static_cast<int64_t>(top.best.size());
-    for (int64_t i = 0; i < k_; ++i) {
-      numbers_k[i] = i < count ? top.best[i].number : -1;
-      distances_k[i] = i < count ? top.best[i].distance : std::numeric_limits<float>::infinity();
+  // Let the rule order what is left.
+  void decide(int64_t row, int64_t* numbers_k, float* distances_k) {
+    measure_likeliest(row);
+    measure(row, rows_[row].candidates.size());
+    decided_.clear();
+    for (const Rough& measured : rows_[row].measured) {
+      const float* c_D = vector_of(measured.place);
+      const float distance = canonical_distance(x_BD_ + row * set_.dim, c_D, set_.dim, terms_D_.data());
+      decided_.push_back({distance, number_of(measured.place)});
     }
+    std::sort(decided_.begin(), decided_.end());
+    const int64_t count = static_cast<int64_t>(decided_.size());
+    for (int64_t i = 0; i < k_; ++i) {
+      numbers_k[i] = i < count ? decided_[i].number : -1;
+      distances_k[i] = i < count ? decided_[i].distance : std::numeric_limits<float>::infinity();
+    }
+  }
+
+  const float* vector_of(int64_t slot) const {
+    const int64_t list = set_.list_T[slot / kTile];
+    return set_.vectors_I[list] + (slot - set_.first_tile_I[list] * kTile) * set_.dim;
+  }
+
+  int64_t number_of(int64_t slot) const {
+    const int64_t list = set_.list_T[slot / kTile];
+    const int64_t place = slot - set_.first_tile_I[list] * kTile;
+    return set_.numbers_I[list] ? set_.numbers_I[list][place] : place;
   }
 
   const Lists& set_;
@@ -832,6 +915,7 @@ class TopSearcher {
   std::vector<int32_t> probing_;
   std::vector<int64_t> ends_;
   std::vector<float> lowers_;
+  std::vector<Decided> decided_;
   std::vector<double> terms_D_;
   const float* x_BD_ = nullptr;
 };

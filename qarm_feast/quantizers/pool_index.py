@@ -45,8 +45,10 @@ Rows = npt.NDArray[np.int64]
 
 POINTS_PER_LIST = 39
 """Fewest distinct vectors per list when the number of lists is left to the data."""
-_LIST_ITERATIONS = 10
-_TRAINING_POINTS_PER_LIST = 64
+_FIRST_LIST_ITERATIONS = 10
+_FEW_POINTS_PER_LIST = 64
+_LAST_LIST_ITERATIONS = 4
+_MANY_POINTS_PER_LIST = 256
 _NUM_SPARE = 4
 """Candidates beyond those wanted: they show in most cases that no other can be nearer."""
 _PAIRS_PER_BLOCK = 1 << 16
@@ -484,10 +486,13 @@ def _auto_num_lists(num_distinct: int) -> int:
 
 def _coarse_centroids(x_PD: Embeddings, rows_U: Rows, num_lists: int, seed: int) -> Embeddings:
     generator = np.random.default_rng(seed)
-    sample = sample_rows(len(rows_U), _TRAINING_POINTS_PER_LIST * num_lists, generator)
+    sample = sample_rows(len(rows_U), _FEW_POINTS_PER_LIST * num_lists, generator)
     points_RD = x_PD[rows_U[sample]]
     start_ID = points_RD[sample_rows(len(points_RD), num_lists, generator)]
-    return lloyd(points_RD, start_ID, _LIST_ITERATIONS)
+    centroids_ID = lloyd(points_RD, start_ID, _FIRST_LIST_ITERATIONS)
+    # Fitted to more of the vectors that will lie in the lists: fewer lists for the same recall.
+    sample = sample_rows(len(rows_U), _MANY_POINTS_PER_LIST * num_lists, generator)
+    return lloyd(x_PD[rows_U[sample]], centroids_ID, _LAST_LIST_ITERATIONS)
 
 
 def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddings) -> None:

@@ -51,7 +51,7 @@ configuration builds one kind of search.
 """
 MAX_EF_SEARCH = 4096
 _NUM_RECALL_QUERIES = 1024
-_NUM_BISECTIONS = 3
+_NUM_BISECTIONS = 4
 _ROWS_PER_BLOCK = 1 << 16
 
 
