@@ -125,11 +125,16 @@ class CodeLog:
         part.parent.mkdir(parents=True, exist_ok=True)
         # Dataset readers, Feast's own too, skip names that begin with a dot.
         temporary = part.with_name(f".{part.stem}-{uuid.uuid4().hex}.tmp")
-        with open(temporary, "wb") as sink:
-            # Codes hardly repeat within a part: a dictionary makes it larger and slower to write.
-            pq.write_table(table, sink, compression="zstd", use_dictionary=False)
-            sink.flush()
-            os.fsync(sink.fileno())
+        try:
+            with open(temporary, "wb") as sink:
+                # Codes hardly repeat within a part: a dictionary makes it larger and slower.
+                pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+                sink.flush()
+                os.fsync(sink.fileno())
+        except BaseException:
+            # A writer tries again for as long as a disk is full: it must not litter it.
+            temporary.unlink(missing_ok=True)
+            raise
         os.replace(temporary, part)
         sync_folder(part.parent)
         if part.parent not in self._durable_days:

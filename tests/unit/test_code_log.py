@@ -1,6 +1,8 @@
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,6 +47,25 @@ def test_a_created_log_without_appends_reads_as_an_empty_table_with_its_schema(
 
     assert log.read("codes").num_rows == 0
     assert log.read("codes").schema == schema.CODE_ROWS
+
+
+def test_a_part_that_does_not_fit_on_the_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(tmp_path)
+    log.append("codes", rows(1), written_at=NOON)
+
+    def write_half(table: pa.Table, sink: BinaryIO, **options: object) -> None:
+        sink.write(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        log.append("codes", rows(2), written_at=NOON)
+
+    names = [path.name for path in (tmp_path / "codes" / "written_date=2026-01-31").iterdir()]
+    assert len(names) == 1
+    assert names[0].startswith("part-")
 
 
 def test_reading_a_log_that_was_never_created_is_an_error_that_names_it(tmp_path: Path) -> None:
