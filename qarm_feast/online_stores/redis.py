@@ -48,6 +48,7 @@ _ROWS_PER_CALL = 200
 _CALLS_PER_CHECK = 50
 _CALLS_AHEAD = 8
 _KEYS_PER_ROUND_TRIP = 10_000
+_SOCKET_TIMEOUT_SECONDS = 5.0
 _Call = tuple[list[bytes], list[Any]]
 """Keys and arguments of one script call."""
 
@@ -228,6 +229,15 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         present_N = np.array([time is not None for time in times], dtype=np.bool_)
         blobs = dict(zip(names, map(list, columns), strict=True))
         return decode_batch(layout, feature_names, blobs, present_N)
+
+    @staticmethod
+    def _parse_connection_string(connection_string: str) -> tuple[list[Any], dict[str, Any]]:
+        """Return stock Feast's nodes and options, and a time limit unless one is given.
+
+        Without it a server that takes a request and never answers holds its caller for ever.
+        """
+        nodes, options = RedisOnlineStore._parse_connection_string(connection_string)
+        return nodes, {"socket_timeout": _SOCKET_TIMEOUT_SECONDS, **options}
 
     @contextmanager
     def _client_of(self, config: RepoConfig) -> Iterator[Any]:

@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -427,6 +429,29 @@ def test_a_redis_that_is_down_is_named_without_its_password(tmp_path: Path) -> N
         with pytest.raises(ServiceUnavailableError, match=f"127.0.0.1:{port}.*redis-server") as hit:
             attempt()
         assert "secret" not in str(hit.value)
+
+
+def test_a_redis_that_hangs_is_given_up_unless_the_connection_string_says_when() -> None:
+    store = CodeRedisOnlineStore()
+
+    _, options = store._parse_connection_string("127.0.0.1:6379")
+    _, own_options = store._parse_connection_string("127.0.0.1:6379,socket_timeout=30")
+
+    assert options == {"socket_timeout": 5.0}
+    assert own_options == {"socket_timeout": 30}
+
+
+def test_a_redis_that_takes_a_write_and_never_answers_is_an_unavailable_service(
+    tmp_path: Path,
+) -> None:
+    store = CodeRedisOnlineStore()
+    with closing(socket.create_server(("127.0.0.1", 0))) as deaf:
+        place = {"connection_string": f"127.0.0.1:{deaf.getsockname()[1]},socket_timeout=0.05"}
+        config = RepoConfig(**make_settings(tmp_path, REDIS_TYPE, place))
+        store._get_client(config.online_store).set_retry(Retry(NoBackoff(), 0))
+
+        with pytest.raises(ServiceUnavailableError, match="does not answer"):
+            store.write_table(config, code_view(), code_rows([(1, 1, "a", [1, 1])]))
 
 
 def test_a_redis_cluster_takes_every_key_in_its_own_slot(tmp_path: Path) -> None:
