@@ -29,6 +29,8 @@ _PROBE_SECONDS = 0.25
 _SEND_SECONDS = 30.0
 _BOOTSTRAP_FAULT = re.compile(r"^Bootstrap connection to \S+ failed: (.*?)( \(backoff .*)?$")
 _MAX_REASONS = 3
+_RECONNECT_BACKOFF_MAX_MS = 1_000
+"""kafka-python's own 30 s would keep a worker away long after a broker has come back."""
 _OWN_OPTIONS = {
     "bootstrap_servers": "set stream.bootstrap_servers",
     "group_id": "set stream.consumer_group",
@@ -160,6 +162,7 @@ def connect_admin(config: StreamConfig) -> KafkaAdminClient:
 
 
 def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> Any:
+    fixed = {"reconnect_backoff_max_ms": _RECONNECT_BACKOFF_MAX_MS, **fixed}
     options = fixed | _options_of(client_type, config.kafka_options)
     servers = config.bootstrap_servers.split(",")
     # kafka-python leaks sockets and a thread when its constructor finds nobody.

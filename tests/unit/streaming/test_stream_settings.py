@@ -1,11 +1,15 @@
+import socket
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import click
 import pytest
+from kafka import KafkaAdminClient
 
 from qarm_feast.config import load_section
 from qarm_feast.errors import ConfigError
+from streaming import clients
 from streaming.cli import check, dlq, main, qarm_stream, run
 from streaming.clients import connect_admin
 from streaming.config import StreamConfig
@@ -110,6 +114,28 @@ def test_a_password_of_digits_is_refused_without_its_value_and_taken_in_quotes(
 
     assert "73519" not in str(refused.value)
     assert quoted.kafka_options == {"sasl_plain_password": "73519"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 1_000), ({"reconnect_backoff_max_ms": 7}, 7)]
+)
+def test_a_client_looks_for_a_broker_that_is_gone_every_second_unless_told_otherwise(
+    options: dict[str, object], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RecordingClient:
+        DEFAULT_CONFIG = KafkaAdminClient.DEFAULT_CONFIG
+
+        def __init__(self, **options: object) -> None:
+            self.options = options
+
+    monkeypatch.setattr(clients, "KafkaAdminClient", RecordingClient)
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        config = StreamConfig(bootstrap_servers=address, kafka_options=options)
+
+        client = connect_admin(config)
+
+    assert client.options["reconnect_backoff_max_ms"] == expected
 
 
 def test_command_line_has_these_verbs_and_options() -> None:
