@@ -296,6 +296,7 @@ def decode_arrow(record: Record) -> pa.Table:
         table = pa.ipc.open_stream(record.value or b"").read_all()
         table.validate(full=True)
         names = table.column_names
+    # pyarrow passes column names on unchecked: one that is no UTF-8 shows when it is read.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise EventError(Reason.UNDECODABLE, f"not an Arrow IPC stream: {error}") from error
     twice = sorted(name for name, count in Counter(names).items() if count > 1)

@@ -196,6 +196,16 @@ def test_arrow_record_must_have_no_key() -> None:
         decode_arrow(record_of(message._replace(key=b"1")))
 
 
+def test_an_arrow_column_name_that_is_no_text_is_refused() -> None:
+    message = encode_arrow(pa.table({"title": ["a"]}))
+    damaged = (message.value or b"").replace(b"title", b"tit\xf5e")
+
+    with pytest.raises(EventError, match="not an Arrow IPC stream") as refused:
+        decode_arrow(record_of(message._replace(value=damaged)))
+
+    assert refused.value.reason == "undecodable"
+
+
 def test_damaged_arrow_stream_is_refused_wherever_it_is_cut() -> None:
     message = encode_arrow(pa.table({"title": ["a", "bb"], "embedding": [[1.0], [2.0, 3.0]]}))
     assert message.value is not None
