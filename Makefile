@@ -7,6 +7,7 @@ PYTHON := $(firstword $(shell for each in python3 python3.11 python3.12; do \
 	then echo $$each; fi; done) python3)
 endif
 DATA ?=
+SEED ?=
 CACHE := .cache
 # The uv on the PATH, unless it is older than pyproject.toml asks for, or a shim without a uv behind it.
 UV := $(shell uv python dir >/dev/null 2>&1 && command -v uv || echo $(CACHE)/uv/bin/uv)
@@ -14,7 +15,7 @@ UV := $(shell uv python dir >/dev/null 2>&1 && command -v uv || echo $(CACHE)/uv
 export UV_PYTHON_DOWNLOADS := never
 RUN := $(UV) run --frozen --extra cpu
 
-.PHONY: quickstart test check bench setup prerequisites environment clean-run
+.PHONY: quickstart test fault-test check bench setup prerequisites environment clean-run
 # Prerequisites are checked first, also under `make -j`.
 .NOTPARALLEL:
 
@@ -23,6 +24,10 @@ quickstart: setup $(CACHE)/packages/.complete
 
 test: setup $(CACHE)/packages/.complete
 	@$(RUN) pytest
+
+# Broker, workers and stores are killed, stopped and filled for at most 15 minutes; one table.
+fault-test: setup
+	@$(RUN) python -W ignore -m tests.fault $(if $(SEED),--seed $(SEED))
 
 check: environment
 	$(RUN) ruff format --check .

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo, publish_codebook
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
@@ -27,6 +26,7 @@ from qarm_feast.repo_paths import open_feature_store
 from streaming.acknowledgements import decode_acknowledgement
 from streaming.clients import connect_admin
 from streaming.messages import ItemEvent, encode_item_event
+from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo, publish_codebook
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import MessageSizeTooLargeError
 
@@ -40,6 +39,7 @@ from streaming.config import StreamConfig
 from streaming.messages import ItemEvent, Message, encode_arrow, encode_item_event
 from streaming.sink import DeadLetterTopic
 from streaming.source import KafkaSource
+from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
 
 from examples.quickstart.broker import KafkaBroker
 from examples.quickstart.kafka_admin import create_topics, wait_until_drained
@@ -18,6 +17,7 @@ from qarm_feast.online_stores import code_online_store
 from qarm_feast.repo_paths import open_feature_store
 from streaming.clients import connect_producer
 from streaming.messages import ItemEvent, encode_item_event
+from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
 
 pytestmark = pytest.mark.integration
 
