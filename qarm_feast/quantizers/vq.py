@@ -37,15 +37,15 @@ MAX_EXACT_POOL_SIZE = 131_072
 """Largest pool that ``search: auto`` searches exactly.
 
 benchmarks/quantize.py prints what each search takes, as ``vq_speedup_vs_own_exact``. With the
-compiled kernels, on one thread, vectors ``low_rank``, batches of 2048, ivf_flat was 1.4 times as
-fast as the exact search over 100,000 rows and 2.1 times over 1,000,000: below this size lists gain
+compiled kernels, on one thread, vectors ``low_rank``, batches of 2048, ivf_flat was 1.5 times as
+fast as the exact search over 100,000 rows and 2.7 times over 1,000,000: below this size lists gain
 too little for what they miss and for the seconds that they take to build.
 """
 MAX_AUTO_PROBED_SHARE = 1 / 2
 """Share of the lists above which ``search: auto`` goes back to the exact search.
 
-With the compiled kernels a quarter of the lists of 1,000,000 rows took .47 of the time of the exact
-search (``low_rank``, benchmarks/quantize.py), so half of them would take all of it. The share
+With the compiled kernels 960 of 4096 lists of 1,000,000 rows took .37 of the time of the exact
+search (``low_rank``, benchmarks/quantize.py), so half of them would take about .8 of it. The share
 does not depend on the machine, though faiss's scan, without the kernels, takes longer per row: one
 configuration builds one kind of search.
 """
