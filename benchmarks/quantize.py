@@ -35,6 +35,7 @@ from benchmarks.quantize_vq import VECTORS as VQ_VECTORS
 from benchmarks.quantize_vq import vq_figures
 from qarm_feast.quantizers import ResidualQuantizer
 from qarm_feast.quantizers.base import Embeddings, fold_sum
+from qarm_feast.quantizers.devices import Gpu
 from qarm_feast.quantizers.faiss_search import FaissSearch
 from qarm_feast.quantizers.kmeans import lloyd, plus_plus_start
 from qarm_feast.quantizers.native import kernels
@@ -185,7 +186,8 @@ def gpu_section(scale: Scale, device: str = "cuda") -> Outcome:
     for name, generate in GENERATORS.items():
         x_ND = generate(scale.num_items, EMBEDDING_DIM, seed=0)
         centroids_KD = _codebooks(x_ND, max(ENCODE_TARGETS))[0]
-        on_torch, on_faiss = NearestSearch(centroids_KD, device), FaissSearch(centroids_KD, device)
+        on_torch = NearestSearch(centroids_KD, device)
+        on_faiss = FaissSearch(centroids_KD, Gpu() if device == "cuda" else None)
         arms = {
             "gemm": lambda x=x_ND, c=centroids_KD: _device_product(x, c, device),
             "torch": lambda x=x_ND, search=on_torch: search.search(x),

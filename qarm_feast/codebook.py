@@ -20,7 +20,7 @@ from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
-from qarm_feast.quantizers.devices import ON_CPU, Device, GpuBackend, Placement
+from qarm_feast.quantizers.devices import ON_CPU, Device, Gpu, GpuBackend, Placement
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds, level_sizes
 from qarm_feast.quantizers.vq import NeighborQuantizer, VqConfig
 from qarm_feast.registry import (
@@ -53,12 +53,24 @@ class QuantizerConfig(Section):
     vq: VqConfig = Field(default=VqConfig(), description="Neighbour quantizer.")
     device: Device = Field(
         default="auto",
-        description="Where vectors get their codes: cpu, cuda (the first GPU), or auto: cuda if "
+        description="Where vectors get their codes: cpu, cuda (a GPU), or auto: cuda if "
         "the backend sees a GPU. Training, and the search of an hnsw pool, are on the CPU.",
     )
     gpu_backend: GpuBackend = Field(
         default="faiss",
         description="What drives the GPU: faiss (an ivf_flat pool needs it), or torch.",
+    )
+    gpu_number: int = Field(default=0, ge=0, description="Which GPU, from 0.")
+    gpu_scratch_mib: int | None = Field(
+        default=None,
+        ge=0,
+        description="Memory that faiss sets aside on the GPU for searches, MiB; null leaves it to "
+        "faiss (about 1.5 GiB). Processes that share a GPU share its memory.",
+    )
+    enable_cpu_fallback: bool = Field(
+        default=False,
+        description="Whether the processor takes over when the GPU fails (same codes, slower); "
+        "else the process stops, nothing half-written.",
     )
 
     @model_validator(mode="after")
@@ -73,7 +85,8 @@ class QuantizerConfig(Section):
     @property
     def placement(self) -> Placement:
         """Where a process with this configuration searches."""
-        return Placement(self.device, self.gpu_backend)
+        gpu = Gpu(self.gpu_number, self.gpu_scratch_mib)
+        return Placement(self.device, self.gpu_backend, gpu, self.enable_cpu_fallback)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ QarmError (1)
 │   └── LeakError (4)            a training row that has seen the future
 ├── GateRefusedError (5)         a quality gate said no
 └── ServiceUnavailableError (6)  a broker or a store that does not answer
+    └── GpuLostError (6)         a GPU that fails while a process uses it
 
 2 or 3: what options, ``qarm.yaml`` and the environment alone decide is 2 (a version name that is
 illegal, sizes that contradict each other); what takes a look at the vectors, an artifact or the
@@ -137,3 +138,7 @@ class ServiceUnavailableError(QarmError):
     """A broker or a store did not answer in time."""
 
     exit_code = 6
+
+
+class GpuLostError(ServiceUnavailableError):
+    """A search on a GPU failed, and the processor may not take over."""

@@ -63,6 +63,11 @@ CODEBOOK_REFRESH_FAILED = Gauge(
     "1 while a version that should be written cannot be loaded, or the registry cannot be read; "
     "the worker goes on with the versions that it has.",
 )
+GPU_LOST = Gauge(
+    "qarm_gpu_lost",
+    "1 once the GPU has failed in a search of codes; the processor has taken over, or the process "
+    "ends (quantizer.enable_cpu_fallback).",
+)
 CODEBOOK_ERROR_RATIO = Gauge(
     "qarm_codebook_quantization_error_ratio",
     "Quantization error of the latest uploads after this level, by that of the training set.",

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import pyarrow.compute as pc
 
-from qarm_feast.errors import ConfigError, ServiceUnavailableError
+from qarm_feast.errors import ConfigError, GpuLostError, ServiceUnavailableError
 from qarm_feast.observability import (
     ITEM_FRESHNESS_SECONDS,
     STREAM_BATCH_ITEMS,
@@ -243,7 +243,14 @@ class StreamWorker:
             self.handle(batch)
 
     def handle(self, batch: Batch) -> None:
-        """Take one batch through steps 2 to 8; if it is revoked on the way, it is dropped."""
+        """Take one batch through steps 2 to 8; if it is revoked on the way, it is dropped.
+
+        Args:
+            batch: What :meth:`Source.read` gave.
+
+        Raises:
+            GpuLostError: If the GPU fails and the processor may not take over; not ready any more.
+        """
         try:
             live = self._codebooks_for(batch)
             if live is None:
@@ -253,6 +260,10 @@ class StreamWorker:
                 self._store(batch, live)
         except BatchRevokedError as error:
             logger.warning("batch_revoked %s", error)
+        except GpuLostError as error:
+            # No process gets a lost GPU back: nothing is committed, and the next owner replays.
+            self._health.set_not_ready(str(error))
+            raise
 
     def _codebooks_for(self, batch: Batch) -> LiveCodebooks | None:
         """Wait for every version that is acknowledged already; None if draining comes first."""

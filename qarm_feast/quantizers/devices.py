@@ -8,6 +8,7 @@ May import: torch, the nearest search. The one file that imports faiss.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from qarm_feast.errors import ConfigError, MissingDependencyError
+from qarm_feast.errors import ConfigError, GpuLostError, MissingDependencyError
+from qarm_feast.observability import GPU_LOST
 from qarm_feast.quantizers.base import Codes, Embeddings
 from qarm_feast.quantizers.search import NearestSearch
+
+logger = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
 GpuBackend = Literal["faiss", "torch"]
@@ -34,11 +38,33 @@ class Search(Protocol):
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """One of the machine's GPUs.
+
+    Attributes:
+        number: Its number, from 0.
+        scratch_mib: Memory that faiss sets aside there for searches, MiB; None: faiss's own choice.
+    """
+
+    number: int = 0
+    scratch_mib: int | None = None
+
+
+@dataclass(frozen=True)
 class Placement:
-    """The device of a process's searches, and what drives a GPU."""
+    """The device of a process's searches, and what drives a GPU.
+
+    Attributes:
+        device: See ``quantizer.device``.
+        gpu_backend: See ``quantizer.gpu_backend``.
+        gpu: Which GPU.
+        enable_cpu_fallback: Whether the CPU takes over when the GPU is lost.
+    """
 
     device: Device = "cpu"
     gpu_backend: GpuBackend = "faiss"
+    gpu: Gpu = Gpu()
+    enable_cpu_fallback: bool = False
 
     def open(self, centroids_KD: Embeddings) -> Search:
         """Return a search of the centroids on this device; codes do not depend on it.
@@ -55,12 +81,33 @@ class Placement:
         """
         if not self.has_gpu():
             return NearestSearch(centroids_KD)
+        return GuardedSearch(self._open_on_gpu(centroids_KD), self, centroids_KD)
+
+    def _open_on_gpu(self, centroids_KD: Embeddings) -> Search:
         if self.gpu_backend == "torch":
-            return NearestSearch(centroids_KD, "cuda")
+            return NearestSearch(centroids_KD, f"cuda:{self.gpu.number}")
         # Imports this module: only a process that has a GPU gets here.
         from qarm_feast.quantizers.faiss_search import FaissSearch
 
-        return FaissSearch(centroids_KD)
+        return FaissSearch(centroids_KD, gpu=self.gpu)
+
+    def gpu_lost(self, error: RuntimeError) -> None:
+        """Say that the GPU has failed, and whether the CPU may take over.
+
+        Args:
+            error: What the backend raised.
+
+        Raises:
+            GpuLostError: If the CPU may not.
+        """
+        GPU_LOST.set(1)
+        number, reason = self.gpu.number, str(error).strip().partition("\n")[0]
+        if not self.enable_cpu_fallback:
+            raise GpuLostError(
+                f"GPU {number} failed in a search of codes ({reason}); start the process again, or "
+                "set quantizer.enable_cpu_fallback to let the processor take over"
+            ) from error
+        logger.error("gpu_lost number=%d reason=%s; the processor takes over", number, reason)
 
     def has_gpu(self) -> bool:
         """Return whether searches run on a GPU.
@@ -73,19 +120,54 @@ class Placement:
         """
         if self.device == "cpu":
             return False
-        is_there = torch.cuda.is_available()
-        if is_there and self.gpu_backend == "faiss":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if num_gpus and self.gpu_backend == "faiss":
             faiss = load_faiss()
-            is_there = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-        if self.device == "cuda" and not is_there:
+            has_builds = hasattr(faiss, "StandardGpuResources")
+            num_gpus = min(num_gpus, faiss.get_num_gpus()) if has_builds else 0
+        if num_gpus and self.gpu.number >= num_gpus:
+            raise ConfigError(
+                f"quantizer.gpu_number is {self.gpu.number}, but {self.gpu_backend} sees "
+                f"{num_gpus} GPU(s), numbered from 0; lower it"
+            )
+        if self.device == "cuda" and not num_gpus:
             raise ConfigError(
                 f"quantizer.device is cuda, but {self.gpu_backend} sees no GPU; set it to auto or "
                 'cpu, or install the builds for GPUs with `pip install "qarm-feast[gpu]"`'
             )
-        return is_there
+        return num_gpus > 0
 
 
 ON_CPU = Placement()
+
+
+class GuardedSearch:
+    """A search on a GPU; where that is lost, the processor's, or an error that says so.
+
+    The codes are the same bits. Both backends report a lost or exhausted GPU as ``RuntimeError``,
+    and neither changes its input before it has the codes.
+    """
+
+    def __init__(self, search: Search, placement: Placement, centroids_KD: Embeddings) -> None:
+        self._search = search
+        self._placement = placement
+        self._centroids_KD = centroids_KD
+
+    def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
+        """Return the k nearest centroids of each row, int64 ``[N, k]``, nearest first."""
+        return self._guarded(lambda search: search.search(x_ND, k))
+
+    def subtract_nearest(self, residual_ND: Embeddings) -> Codes:
+        """Replace each row by what its nearest centroid leaves over; return those, ``[N]``."""
+        return self._guarded(lambda search: search.subtract_nearest(residual_ND))
+
+    def _guarded(self, call: Callable[[Search], Codes]) -> Codes:
+        try:
+            return call(self._search)
+        except RuntimeError as error:
+            self._placement.gpu_lost(error)
+            self._search = NearestSearch(self._centroids_KD)
+        return call(self._search)
 
 
 class GpuOwner:
@@ -93,21 +175,23 @@ class GpuOwner:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qarm-faiss-gpu")
-        self._resources: Any = None
+        self._resources: dict[Gpu, Any] = {}
 
     def run(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Return what ``call`` returns in that thread; callers wait for each other."""
         return self._thread.submit(call, *arguments).result()
 
-    def copy_to_gpu(self, index: Any) -> Any:
-        """Return the first GPU's copy of a faiss index; all copies share their scratch memory."""
-        return self.run(self._copy, index)
+    def copy_to_gpu(self, index: Any, gpu: Gpu) -> Any:
+        """Return a GPU's copy of a faiss index; all copies there share their scratch memory."""
+        return self.run(self._copy, index, gpu)
 
-    def _copy(self, index: Any) -> Any:
+    def _copy(self, index: Any, gpu: Gpu) -> Any:
         faiss = load_faiss()
-        if self._resources is None:
-            self._resources = faiss.StandardGpuResources()
-        return faiss.index_cpu_to_gpu(self._resources, 0, index)
+        if gpu not in self._resources:
+            self._resources[gpu] = faiss.StandardGpuResources()
+            if gpu.scratch_mib is not None:
+                self._resources[gpu].setTempMemory(gpu.scratch_mib * 2**20)
+        return faiss.index_cpu_to_gpu(self._resources[gpu], gpu.number, index)
 
 
 @functools.cache

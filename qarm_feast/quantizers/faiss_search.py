@@ -9,14 +9,12 @@ M short-listed centroids per item, k nearest wanted.
 May import: NumPy, faiss through ``devices``.
 """
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Codes, Embeddings, check_embeddings
-from qarm_feast.quantizers.devices import gpu_owner, load_faiss
+from qarm_feast.quantizers.devices import Gpu, gpu_owner, load_faiss
 from qarm_feast.quantizers.search import NearestSearch
 
 MAX_GPU_NEIGHBORS = 2048
@@ -28,14 +26,14 @@ _SMALLEST_DISTANCE = 1e-30
 
 
 class FaissSearch:
-    """Searches one set of centroids with a faiss index on one device.
+    """Searches one set of centroids with a faiss index on a GPU, or on the processor (``None``).
 
     The interface of :class:`NearestSearch`, with its codes. Safe to share between threads, which
     wait for each other. Owns the index and, on a GPU, its memory until :meth:`close`.
     """
 
-    def __init__(self, centroids_KD: Embeddings, device: Literal["cpu", "cuda"] = "cuda") -> None:
-        self._exact = NearestSearch(centroids_KD, device)
+    def __init__(self, centroids_KD: Embeddings, gpu: Gpu | None) -> None:
+        self._exact = NearestSearch(centroids_KD, "cpu" if gpu is None else f"cuda:{gpu.number}")
         self._shape = centroids_KD.shape
         stride = -(-len(centroids_KD) // _ROWS_PER_BLOCK)
         self._centre_D = np.median(centroids_KD[::stride], axis=0).astype(np.float32)
@@ -43,7 +41,7 @@ class FaissSearch:
         self._largest_square = float(np.square(centred_KD.astype(np.float64)).sum(axis=1).max())
         index = load_faiss().IndexFlatL2(centred_KD.shape[1])
         index.add(np.ascontiguousarray(centred_KD))
-        self._index = index if device == "cpu" else gpu_owner().copy_to_gpu(index)
+        self._index = index if gpu is None else gpu_owner().copy_to_gpu(index, gpu)
 
     def search(self, x_ND: Embeddings, k: int = 1) -> Codes:
         """Return the k nearest centroids of each row.

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings, fold_sum
-from qarm_feast.quantizers.devices import ON_CPU, Placement, gpu_owner, load_faiss
+from qarm_feast.quantizers.devices import ON_CPU, Gpu, Placement, gpu_owner, load_faiss
 from qarm_feast.quantizers.kmeans import lloyd, sample_rows
 from qarm_feast.quantizers.native import MAX_TOP_DIM, NativeTop, kernels
 from qarm_feast.quantizers.search import NearestSearch, squared_distances
@@ -234,7 +234,8 @@ class _Lists:
         # By default only faiss's own choice of lists is spread over threads.
         index.parallel_mode = _PARALLEL_OVER_QUERIES
         self._coarse = NearestSearch(index.quantizer.reconstruct_n(0, index.nlist))
-        self._gpu_copy = _GpuCopy(index) if placement.has_gpu() else None
+        self._placement = placement
+        self._gpu_copy = _GpuCopy(index, placement.gpu) if placement.has_gpu() else None
         self._native = self._native_lists() if self._gpu_copy is None else None
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
@@ -299,7 +300,11 @@ class _Lists:
         num_wanted = min(num_wanted, self._index.ntotal)
         fits_gpu = max(num_wanted, lists_BI.shape[1]) <= _MAX_GPU_CANDIDATES
         if self._gpu_copy is not None and fits_gpu:
-            return self._gpu_copy.scan(x_BD, lists_BI, num_wanted)
+            try:
+                return self._gpu_copy.scan(x_BD, lists_BI, num_wanted)
+            except RuntimeError as error:
+                self._placement.gpu_lost(error)
+                self._gpu_copy = None
         return _scan(self._index, x_BD, lists_BI, num_wanted)
 
 
@@ -328,8 +333,8 @@ class _Graph:
 class _GpuCopy:
     """A GPU's copy of an IVF-Flat index, asked by the one thread that owns it."""
 
-    def __init__(self, index: Any) -> None:
-        self._gpu_index = gpu_owner().copy_to_gpu(index)
+    def __init__(self, index: Any, gpu: Gpu) -> None:
+        self._gpu_index = gpu_owner().copy_to_gpu(index, gpu)
 
     def scan(self, x_BD: Embeddings, lists_BI: Codes, num_wanted: int) -> tuple[Embeddings, Codes]:
         """Return what :func:`_scan` does, up to float32 rounding."""

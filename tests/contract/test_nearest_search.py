@@ -16,6 +16,7 @@ from benchmarks.generators import clustered, iid, low_rank
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.quantizers import native, search
 from qarm_feast.quantizers.base import Codes, Embeddings, fold_sum
+from qarm_feast.quantizers.devices import Gpu
 from qarm_feast.quantizers.faiss_search import FaissSearch
 from qarm_feast.quantizers.search import NearestSearch
 
@@ -31,9 +32,9 @@ class Search(Protocol):
 BACKENDS: dict[str, Callable[[Embeddings], Search]] = {
     "native": NearestSearch,
     "torch": NearestSearch,
-    "faiss": functools.partial(FaissSearch, device="cpu"),
+    "faiss": functools.partial(FaissSearch, gpu=None),
     "torch-cuda": functools.partial(NearestSearch, device="cuda"),
-    "faiss-cuda": functools.partial(FaissSearch, device="cuda"),
+    "faiss-cuda": functools.partial(FaissSearch, gpu=Gpu()),
 }
 
 
@@ -157,7 +158,7 @@ def test_bad_input_is_refused(build: Callable[[Embeddings], Search]) -> None:
 
 
 def test_a_closed_faiss_search_says_so() -> None:
-    closing = FaissSearch(np.eye(3, dtype=np.float32), device="cpu")
+    closing = FaissSearch(np.eye(3, dtype=np.float32), gpu=None)
     closing.close()
 
     with pytest.raises(AttributeError, match="_index"):
@@ -167,4 +168,4 @@ def test_a_closed_faiss_search_says_so() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_a_faiss_search_on_a_gpu_without_one_is_an_error() -> None:
     with pytest.raises(CodebookError, match="torch finds no GPU"):
-        FaissSearch(np.eye(3, dtype=np.float32), device="cuda")
+        FaissSearch(np.eye(3, dtype=np.float32), gpu=Gpu())

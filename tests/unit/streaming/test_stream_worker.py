@@ -13,7 +13,8 @@ from stream_fakes import (
     record_of,
 )
 
-from qarm_feast.errors import ConfigError, ServiceUnavailableError
+from qarm_feast.codebook import ItemCodes
+from qarm_feast.errors import ConfigError, GpuLostError, ServiceUnavailableError
 from streaming.columns import DeadLetter
 from streaming.health import WorkerHealth
 from streaming.messages import (
@@ -160,6 +161,24 @@ def test_a_store_that_is_away_is_tried_again_until_it_is_back(step: str) -> None
 
     assert parts.calls.count(step) == 3
     assert parts.calls[-1] == "commit"
+
+
+def test_a_lost_gpu_turns_readiness_off_and_nothing_is_written_or_committed() -> None:
+    class LostCodebook(SignCodebook):
+        def encode(self, *_: object) -> ItemCodes:
+            raise GpuLostError("GPU 0 failed")
+
+    live = LiveCodebooks({"v1": LostCodebook("e1")}, lambda version: TitleEncoder())
+    parts, health = FakeParts(_records(), {}), WorkerHealth()
+    pipeline = Pipeline(parts, parts, parts, FixedCodebooks(live))
+    worker = StreamWorker(pipeline, SETTINGS, health, Drain(timeout_seconds=0.0))
+    health.set_ready()
+
+    with pytest.raises(GpuLostError):
+        worker.handle(parts.batch)
+
+    assert health.not_ready_reason() == "GPU 0 failed"
+    assert parts.calls == []
 
 
 def test_a_batch_revoked_during_an_outage_is_dropped_without_a_commit() -> None:
