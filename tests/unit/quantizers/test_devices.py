@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +63,27 @@ def test_codes_do_not_depend_on_the_device(backend: GpuBackend) -> None:
     on_gpu = Placement("cuda", backend).open(centroids_KD).search(x_ND)
 
     np.testing.assert_array_equal(on_gpu, NearestSearch(centroids_KD).search(x_ND))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_two_processes_share_one_gpu(backend: GpuBackend) -> None:
+    script = (
+        "import numpy as np\n"
+        "from qarm_feast.quantizers.devices import Gpu, Placement\n"
+        "x_ND = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32)\n"
+        f"on_gpu = Placement('cuda', {backend!r}, Gpu(0, scratch_mib=64)).open(x_ND[:40])\n"
+        "for _ in range(50): codes_N1 = on_gpu.search(x_ND)\n"
+        "print(codes_N1[:, 0].tolist())\n"
+    )
+    command = [sys.executable, "-c", script]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=300)[0] for process in both]
+
+    x_ND = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32)
+    expected = NearestSearch(x_ND[:40]).search(x_ND)[:, 0].tolist()
+    assert printed == [f"{expected}\n"] * 2
 
 
 def test_one_thread_runs_every_call_of_the_gpu_owner() -> None:
