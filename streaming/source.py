@@ -175,25 +175,38 @@ class KafkaSource:
         room = max(1, self._config.max_batch_size - self._waiting.num_records)
         try:
             polled = self._consumer.poll(timeout_ms=round(wait_seconds * 1000), max_records=room)
-        except CorruptRecordError as error:
-            polled = self._step_over(error)
         except KafkaError as error:
-            if not error.retriable:
-                raise self._away(error) from error
-            logger.warning("poll_failed error=%r", error)
-            time.sleep(_POLL_SECONDS)
-            return
+            place = self._unreadable_place(error)
+            if place is None:
+                self._try_later(error)
+                return
+            polled = self._step_over(place, error)
         self._last_poll = time.monotonic()
         self._waiting.add(polled, self._last_poll)
 
-    def _step_over(self, error: CorruptRecordError) -> dict[TopicPartition, list[Record]]:
-        """Return a stand-in for the record that cannot be read, and go on behind it."""
-        # Only the client's own state tells which partition it was. Without a seek away from it,
-        # the next poll of kafka-python 3.0.12 goes round in it for ever.
+    def _unreadable_place(self, error: KafkaError) -> TopicPartition | None:
+        """Return the partition whose next record the client cannot take apart, if it is that."""
+        if not isinstance(error, CorruptRecordError):
+            return None
+        # Only the client's own state tells which partition it was: the one that it is reading.
+        # None, or one that is read to its end, means that the broker's whole answer is damaged;
+        # that may be another partition's, and a step there would lose a good record.
         part = self._consumer._fetcher._next_partition_records
-        if part is None:
+        return part.topic_partition if part else None
+
+    def _try_later(self, error: KafkaError) -> None:
+        # A damaged answer holds up its own partition only; the broker may have a good copy later.
+        if not (error.retriable or isinstance(error, CorruptRecordError)):
             raise self._away(error) from error
-        place = part.topic_partition
+        logger.warning("poll_failed error=%r", error)
+        time.sleep(_POLL_SECONDS)
+
+    def _step_over(
+        self, place: TopicPartition, error: KafkaError
+    ) -> dict[TopicPartition, list[Record]]:
+        """Return a stand-in for the record that cannot be read, and go on behind it."""
+        # Without a seek away from it, the next poll of kafka-python 3.0.12 goes round in it for
+        # ever.
         offset = self._consumer.position(place)
         self._consumer.seek(place, offset + 1)
         logger.warning(

@@ -1,10 +1,15 @@
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from kafka.consumer.fetcher import Fetcher
+from kafka.errors import CorruptRecordError, KafkaError, TopicAuthorizationFailedError
+from kafka.record import MemoryRecords
 from kafka.structs import TopicPartition
 from prometheus_client import REGISTRY
 from stream_fakes import FakeRecord
 
+from qarm_feast.errors import ServiceUnavailableError
 from streaming.config import StreamConfig
 from streaming.source import KafkaSource, WaitingRecords
 
@@ -126,3 +131,70 @@ def test_a_partition_that_another_worker_took_has_no_lag_here(
 
     assert before == [10, 10]
     assert lags() == [10, 0]
+
+
+class DamagedConsumer(LaggingConsumer):
+    """Each poll fails on a damaged record or answer; ``reading`` is what the client looks at."""
+
+    def __init__(self, reading: object) -> None:
+        super().__init__()
+        self._fetcher = SimpleNamespace(_next_partition_records=reading)
+        self.positions = {P0: 5, P1: 9}
+        self.fault: KafkaError = CorruptRecordError()
+
+    def position(self, partition: TopicPartition) -> int:
+        return self.positions[partition]
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        self.positions[partition] = offset
+
+    def poll(self, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[FakeRecord]]:
+        raise self.fault
+
+
+def _part(partition: TopicPartition, *, is_drained: bool) -> Fetcher.PartitionRecords:
+    """The client's own class, because its truth tells whether it is read to the end."""
+    part = Fetcher.PartitionRecords(0, partition, MemoryRecords(b""))
+    if is_drained:
+        part.drain()
+    return part
+
+
+def _source_of(consumer: object, monkeypatch: pytest.MonkeyPatch) -> KafkaSource:
+    monkeypatch.setattr("streaming.source.connect_consumer", lambda config, timeout: consumer)
+    monkeypatch.setattr("streaming.source._POLL_SECONDS", 0.01)
+    return KafkaSource(StreamConfig(max_batch_size=1))
+
+
+def test_a_record_that_the_client_cannot_read_is_stepped_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = DamagedConsumer(_part(P1, is_drained=False))
+
+    batch = _source_of(consumer, monkeypatch).read()
+
+    assert [(r.partition, r.offset) for r in batch.records] == [(1, 9)]
+    assert batch.offsets == {P1: 10}
+    assert consumer.positions == {P0: 5, P1: 10}
+
+
+@pytest.mark.parametrize("reading", [None, _part(P1, is_drained=True)])
+def test_a_damaged_answer_costs_no_record_of_the_partition_that_was_read_before(
+    reading: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = DamagedConsumer(reading)
+
+    batch = _source_of(consumer, monkeypatch).read()
+
+    assert batch.records == []
+    assert consumer.positions == {P0: 5, P1: 9}
+
+
+def test_a_broker_that_refuses_this_member_ends_the_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = DamagedConsumer(None)
+    consumer.fault = TopicAuthorizationFailedError()
+
+    with pytest.raises(ServiceUnavailableError, match="run `qarm-stream check`"):
+        _source_of(consumer, monkeypatch).read()
