@@ -123,8 +123,9 @@ class ReplayReport:
         """
         if self.refused:
             raise DataError(
-                f"{self.refused.total()} dead letters cannot be replayed; `qarm-stream dlq list` "
-                "shows them, their records lie at the topic, partition and offset it names"
+                f"{self.refused.total()} dead letters were not replayed; once the reason given is "
+                "mended, run `qarm-stream dlq replay --offsets LETTER` with the places that "
+                "`qarm-stream dlq list` shows: --reason does not come back to them"
             )
 
 
@@ -410,7 +411,7 @@ def refusal_of(letter: StoredLetter, topics: Sequence[str], max_replays: int) ->
     if letter.num_replays >= max_replays:
         return f"replayed {letter.num_replays} times, stream.max_replays is {max_replays}"
     if not letter.is_whole:
-        return "its value is not in the letter"
+        return "its value is not in the letter, it lies at the topic, partition and offset listed"
     return None
 
 

@@ -25,6 +25,7 @@ _HEADERS = (
 _MAX_DETAIL_CHARACTERS = 500
 _MAX_STUB_KEY_BYTES = 1024
 _MAX_ID_CHARACTERS = 20
+_MAX_COUNT_DIGITS = 9
 _NULL_BYTES = -1
 
 
@@ -114,7 +115,6 @@ def parse_letter(record: Record) -> StoredLetter | None:
         fields = {name: (value or b"").decode() for name, value in ours}
         source = (fields["topic"], int(fields["partition"]), int(fields["offset"]))
         value_bytes = int(fields["value_bytes"])
-        num_replays = int(dict(own).get(REPLAYS) or b"0")
     except ValueError:
         return None
     return StoredLetter(
@@ -127,7 +127,7 @@ def parse_letter(record: Record) -> StoredLetter | None:
         value=record.value,
         headers=[(name, value or b"") for name, value in own if name != REPLAYS],
         value_bytes=value_bytes,
-        num_replays=num_replays,
+        num_replays=_count_of(dict(own).get(REPLAYS)),
     )
 
 
@@ -150,6 +150,12 @@ def _letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
         b"%d" % (_NULL_BYTES if letter.value is None else len(letter.value)),
     )
     return list(zip(_HEADERS, values, strict=True))
+
+
+def _count_of(text: bytes | None) -> int:
+    """Return the number of replays; what a producer wrote there must not hide its letter."""
+    is_count = text is not None and text.isdigit() and len(text) <= _MAX_COUNT_DIGITS
+    return int(text or b"0") if is_count else 0
 
 
 def _shown_key(key: bytes | None) -> str:

@@ -134,11 +134,19 @@ def test_row_shows_ids_and_sizes_but_no_payload() -> None:
         letter_message(_letter()).headers[:-1],
         [*letter_message(_letter()).headers, ("more", b"")],
         [*letter_message(_letter()).headers[:-1], ("value_bytes", b"many")],
-        [("replays", b"x"), *letter_message(_letter()).headers],
     ],
 )
 def test_record_of_another_form_is_no_letter(headers: list[tuple[str, bytes]]) -> None:
     assert parse_letter(FakeRecord(b"1", b"", headers)) is None
+
+
+@pytest.mark.parametrize("text", [b"x", b"", None, b"-5", b"9" * 5000, "²".encode()])
+def test_a_producers_own_header_of_that_name_does_not_hide_its_letter(text: bytes | None) -> None:
+    letter = parse_letter(_stored(letter_message(_letter(headers=[*OWN, ("replays", text)]))))
+
+    assert letter is not None
+    assert letter.num_replays == 0
+    assert replay_message(letter).headers == [*OWN, ("replays", b"1")]
 
 
 class FakeAnswer:
