@@ -22,7 +22,7 @@ from pydantic import (
     ValidationInfo,
     create_model,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from qarm_feast.errors import ConfigError
 
@@ -94,7 +94,7 @@ def read_yaml(config_path: str | Path) -> dict[str, Any]:
     problems = [
         f"  - {name}: no such section; {_offer(str(name), SECTIONS)}"
         if name not in SECTIONS
-        else f"  - {name}: is {keys!r}, it must be a mapping of keys ({{}} for the defaults)"
+        else f"  - {name}: is {_shown(keys)}, it must be a mapping of keys ({{}} for the defaults)"
         for name, keys in content.items()
         if name not in SECTIONS or not isinstance(keys, dict)
     ]
@@ -155,8 +155,13 @@ def _fault(section_type: type[Section], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden" and known:
         return f"no such key; {_offer(str(key), known)}"
     # Of a whole section only the message: its value is every key that it has.
-    got = f" (got {problem.get('input')!r})" if problem["loc"] else ""
-    return f"{problem['msg']}{got}"
+    if not problem["loc"]:
+        return str(problem["msg"])
+    field = section_type.model_fields.get(str(problem["loc"][0]))
+    got = problem.get("input")
+    # A field that may hold a password is declared with repr=False.
+    shown = repr(got) if field is None or field.repr else f"a {type(got).__name__}"
+    return f"{problem['msg']} (got {shown})"
 
 
 def _known_keys(section_type: type[BaseModel], parents: Iterable[int | str]) -> list[str]:
@@ -167,6 +172,11 @@ def _known_keys(section_type: type[BaseModel], parents: Iterable[int | str]) -> 
             return []
         section_type = inner
     return list(section_type.model_fields)
+
+
+def _shown(keys: Any) -> str:
+    # A list may hold the whole section, passwords among it.
+    return "a list" if isinstance(keys, list) else repr(keys)
 
 
 def _offer(name: str, known: Sequence[str]) -> str:
@@ -221,11 +231,20 @@ def _variable_paths() -> Iterator[tuple[str, list[str]]]:
 
 def _environment_values(name: str) -> dict[str, Any]:
     section: dict[str, Any] = {name: (dict[str, Any], {})}
-    environment = create_model("_SectionEnvironment", __base__=_Environment, **section)
+    create_environment = create_model("_SectionEnvironment", __base__=_Environment, **section)
+    try:
+        environment = create_environment()
+    except SettingsError:
+        # Without the cause, which holds the value: it may be a password.
+        variable = f"{_ENV_PREFIX}{name}".upper()
+        raise ConfigError(
+            f"the value of {variable} is not JSON; give it as one object, or set single keys as "
+            f"{variable}{_ENV_DELIMITER}KEY"
+        ) from None
     # A variable is text; a list or a number in it is written as it would stand in the file.
     return {
         key: _parse(value, f"QARM_{name}__{key}".upper()) if isinstance(value, str) else value
-        for key, value in getattr(environment(), name).items()
+        for key, value in getattr(environment, name).items()
     }
 
 

@@ -104,6 +104,7 @@ class StreamConfig(Section):
     )
     kafka_options: dict[str, Any] = Field(
         default_factory=dict,
+        repr=False,
         description="Passed as they are to every Kafka client (security_protocol, ssl_cafile ...); "
         "file names absolute, the password as QARM_STREAM__KAFKA_OPTIONS__SASL_PLAIN_PASSWORD.",
     )

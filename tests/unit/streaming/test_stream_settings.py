@@ -117,6 +117,35 @@ def test_a_password_of_digits_is_refused_without_its_value_and_taken_in_quotes(
 
 
 @pytest.mark.parametrize(
+    ("text", "variable", "value"),
+    [
+        ("stream: {kafka_options: [{sasl_plain_password: s3cret}]}", "", ""),
+        ("stream: [{kafka_options: {sasl_plain_password: s3cret}}]", "", ""),
+        ("{}", "QARM_STREAM__KAFKA_OPTIONS", "s3cret"),
+        ("{}", "QARM_STREAM", '{"kafka_options": {"sasl_plain_password": "s3cret"'),
+    ],
+)
+def test_options_of_the_wrong_form_are_refused_without_the_password_in_them(
+    text: str, variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "qarm.yaml"
+    path.write_text(text)
+    if variable:
+        monkeypatch.setenv(variable, value)
+
+    with pytest.raises(ConfigError, match=variable or "stream") as refused:
+        load_section(path, "stream", StreamConfig)
+
+    assert "s3cret" not in str(refused.value)
+
+
+def test_a_section_that_is_shown_shows_no_password() -> None:
+    config = StreamConfig(kafka_options={"sasl_plain_password": "s3cret"})
+
+    assert "s3cret" not in repr(config)
+
+
+@pytest.mark.parametrize(
     ("options", "expected"), [({}, 1_000), ({"reconnect_backoff_max_ms": 7}, 7)]
 )
 def test_a_client_looks_for_a_broker_that_is_gone_every_second_unless_told_otherwise(
