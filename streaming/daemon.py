@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -71,18 +70,22 @@ def _drain_on_signals(drain: Drain) -> Iterator[None]:
         drain.requested.set()
 
     before = {number: signal.signal(number, request) for number in _STOP_SIGNALS}
-    watchdog = threading.Thread(target=_end_late_drain, args=(drain,), daemon=True)
+    is_over = threading.Event()
+    watchdog = threading.Thread(target=_end_late_drain, args=(drain, is_over), daemon=True)
     watchdog.start()
     try:
         yield
     finally:
+        is_over.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end_late_drain(drain: Drain) -> None:
+def _end_late_drain(drain: Drain, is_over: threading.Event) -> None:
     """End the process when a batch takes longer than the time to drain; it will be replayed."""
     drain.requested.wait()
-    time.sleep(drain.timeout_seconds + LAST_BATCH_GRACE_SECONDS)
+    # A process that runs a worker among other things lives on after it has drained.
+    if is_over.wait(drain.timeout_seconds + LAST_BATCH_GRACE_SECONDS):
+        return
     logger.error("drain_timed_out seconds=%.0f", drain.timeout_seconds)
     os._exit(ServiceUnavailableError.exit_code)
