@@ -63,6 +63,8 @@ class VersionParts:
 class EncoderCache:
     """Encoders by version, loaded with the first content event: ready embeddings need none.
 
+    The worker may ask for one at the moment in which the watching thread forgets it.
+
     Args:
         load: Loads an encoder; takes seconds.
     """
@@ -73,9 +75,10 @@ class EncoderCache:
 
     def get(self, version: str) -> Encoder:
         """Return an encoder, loaded if need be."""
-        if version not in self._loaded:
-            self._loaded[version] = self._load(version)
-        return self._loaded[version]
+        encoder = self._loaded.get(version)
+        if encoder is None:
+            encoder = self._loaded[version] = self._load(version)
+        return encoder
 
     def prepare(self, version: str) -> None:
         """Load an encoder beside the stream, if content events come at all."""

@@ -19,6 +19,7 @@ from qarm_feast.errors import (
 from qarm_feast.quantizers import RqConfig, VqConfig
 from qarm_feast.registry import CodebookRegistry, VersionState
 from streaming.codebook_watch import CodebookWatch, EncoderCache, VersionParts
+from streaming.rows import Encoder
 
 DEFAULT, LIVE, STAGED, RETIRED = (
     VersionState.DEFAULT,
@@ -376,3 +377,18 @@ def test_the_thread_survives_what_nobody_thought_of() -> None:
 
     assert _versions(watch) == ["v1", "v2"]
     assert _alert() == 0
+
+
+class ForgottenAtOnce(dict[str, Encoder]):
+    """What the cache's dict is when the other thread takes out each entry as soon as it is in."""
+
+    def __setitem__(self, version: str, encoder: Encoder) -> None:
+        pass
+
+
+def test_an_encoder_that_the_other_thread_forgets_meanwhile_is_given_all_the_same() -> None:
+    encoder = TitleEncoder()
+    cache = EncoderCache(lambda version: encoder)
+    cache._loaded = ForgottenAtOnce()
+
+    assert cache.get("e1") is encoder
