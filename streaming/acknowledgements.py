@@ -153,6 +153,15 @@ class AcknowledgedVersions:
             for partition, offset in offsets.items()
         }
 
+    def forget(self, partitions: Iterable[TopicPartition]) -> None:
+        """Note that a commit of these partitions failed, so that the next call tells them again.
+
+        Args:
+            partitions: Partitions of either topic.
+        """
+        for partition in partitions:
+            self._first_offsets.pop(partition, None)
+
     def _follow_assignment(self) -> None:
         if self._assignment_number != self._marks.assignment_number:
             self._assignment_number = self._marks.assignment_number
@@ -200,7 +209,5 @@ class AcknowledgedVersions:
         try:
             self._consumer.commit(self.with_metadata(offsets), timeout_ms=_TIMEOUT_MS)
         except KafkaError as error:
-            # Forgotten, so that the next call tries again.
-            for partition in offsets:
-                del self._first_offsets[partition]
+            self.forget(offsets)
             logger.warning("acknowledge_failed partitions=%d error=%r", len(offsets), error)

@@ -150,7 +150,9 @@ class KafkaSource:
         try:
             self._consumer.commit(offsets, timeout_ms=_COMMIT_TIMEOUT_MS)
         except KafkaError as error:
-            # A later batch commits past this one, or its next owner replays it.
+            # A later batch commits past this one, or its next owner replays it. A partition of
+            # items that is idle by then is acknowledged by its position.
+            self._acknowledged.forget(batch.offsets)
             logger.warning("commit_failed records=%d error=%r", len(batch.records), error)
 
     def close(self) -> None:

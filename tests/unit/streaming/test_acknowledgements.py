@@ -138,6 +138,19 @@ def test_an_acknowledgement_that_the_broker_does_not_take_is_sent_again() -> Non
     assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 40}, 1)
 
 
+def test_an_idle_partition_whose_batch_was_not_committed_is_acknowledged_behind_it() -> None:
+    consumer, marks, versions = _start([(ITEMS_0, 50), (INTERACTIONS_0, 7)])
+    marks.first_unstored = {ITEMS_0: 40}
+    versions.announce([ITEMS_0, INTERACTIONS_0], ["v1"])
+
+    versions.forget([ITEMS_0, INTERACTIONS_0])
+    marks.first_unstored = {ITEMS_0: 50}
+    versions.announce([], ["v1"])
+
+    assert consumer.stored[ITEMS_0].offset == 50
+    assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 50}, 1)
+
+
 def test_a_broker_that_does_not_tell_the_earlier_ones_is_asked_again() -> None:
     consumer, _, versions = _start([(ITEMS_0, 40)])
     consumer.stored[ITEMS_0] = OffsetAndMetadata(40, Acknowledgement({"v1": 0}, 1).encode(), -1)

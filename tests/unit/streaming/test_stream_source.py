@@ -1,15 +1,23 @@
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from kafka import ConsumerRebalanceListener
 from kafka.consumer.fetcher import Fetcher
-from kafka.errors import CorruptRecordError, KafkaError, TopicAuthorizationFailedError
+from kafka.errors import (
+    CorruptRecordError,
+    KafkaError,
+    KafkaTimeoutError,
+    TopicAuthorizationFailedError,
+)
 from kafka.record import MemoryRecords
-from kafka.structs import TopicPartition
+from kafka.structs import OffsetAndMetadata, TopicPartition
 from prometheus_client import REGISTRY
 from stream_fakes import FakeRecord
 
 from qarm_feast.errors import ServiceUnavailableError
+from streaming.acknowledgements import Acknowledgement, decode_acknowledgement
 from streaming.config import StreamConfig
 from streaming.source import KafkaSource, WaitingRecords
 
@@ -160,10 +168,12 @@ def _part(partition: TopicPartition, *, is_drained: bool) -> Fetcher.PartitionRe
     return part
 
 
-def _source_of(consumer: object, monkeypatch: pytest.MonkeyPatch) -> KafkaSource:
+def _source_of(
+    consumer: object, monkeypatch: pytest.MonkeyPatch, item_topic: str = "item-events"
+) -> KafkaSource:
     monkeypatch.setattr("streaming.source.connect_consumer", lambda config, timeout: consumer)
     monkeypatch.setattr("streaming.source._POLL_SECONDS", 0.01)
-    return KafkaSource(StreamConfig(max_batch_size=1))
+    return KafkaSource(StreamConfig(max_batch_size=1, item_topic=item_topic))
 
 
 def test_a_record_that_the_client_cannot_read_is_stepped_over(
@@ -188,6 +198,57 @@ def test_a_damaged_answer_costs_no_record_of_the_partition_that_was_read_before(
 
     assert batch.records == []
     assert consumer.positions == {P0: 5, P1: 9}
+
+
+class ForgetfulConsumer(LaggingConsumer):
+    """Serves one record of partition 1, and fails the first commit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = {P0: 0, P1: 0}
+        self.listener: ConsumerRebalanceListener
+        self.polled = [{P1: _records(1, 0)}]
+        self.stored: dict[TopicPartition, OffsetAndMetadata] = {}
+        self.faults: list[KafkaError] = []
+
+    def subscribe(self, topics: object, listener: ConsumerRebalanceListener) -> None:
+        self.listener = listener
+
+    def group_metadata(self) -> SimpleNamespace:
+        return SimpleNamespace(generation_id=1)
+
+    def position(self, partition: TopicPartition, timeout_ms: int) -> int:
+        return self.positions[partition]
+
+    def poll(self, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[FakeRecord]]:
+        found = self.polled.pop() if self.polled else {}
+        self.positions |= {partition: 1 for partition in found}
+        return found
+
+    def commit(self, offsets: Mapping[TopicPartition, OffsetAndMetadata], timeout_ms: int) -> None:
+        if self.faults:
+            raise self.faults.pop()
+        self.stored |= offsets
+
+
+def test_a_commit_that_failed_is_made_good_when_nothing_follows_on_its_partition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = ForgetfulConsumer()
+    source = _source_of(consumer, monkeypatch, item_topic="items")
+    consumer.listener.on_partitions_assigned([P0, P1])
+    batch = source.read()
+    source.announce(batch, ["v1"])
+    consumer.faults = [KafkaTimeoutError()]
+
+    source.commit(batch)
+    before = dict(consumer.stored)
+    source.announce(source.read(), ["v1"])
+
+    assert set(before) == {P0}
+    assert consumer.stored[P1].offset == 1
+    found = decode_acknowledgement(consumer.stored[P1].metadata)
+    assert found == Acknowledgement({"v1": 1}, owner_epoch=1)
 
 
 def test_a_broker_that_refuses_this_member_ends_the_reading(
