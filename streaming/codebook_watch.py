@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 10.0
+_STOPPED = (VersionState.RETIRED, VersionState.PURGED)
 
 
 class VersionStates(Protocol):
@@ -176,8 +177,7 @@ class CodebookWatch:
         live = self._live.codebooks
         missing = sorted(version for version in acknowledged if version not in live)
         if missing:
-            written = written_versions(self._read_states_if_possible())
-            missing = [version for version in missing if version in written]
+            missing = self._not_stopped(missing)
         if missing or not live:
             self._wake.set()
         return missing
@@ -261,6 +261,15 @@ class CodebookWatch:
         if self._faults and not faults:
             logger.info("codebooks_in_order versions=%s", ",".join(self._live.codebooks))
         self._faults = faults
+
+    def _not_stopped(self, versions: Iterable[str]) -> list[str]:
+        """Return which versions are to be written, or may be: that is not known at the moment."""
+        try:
+            written = written_versions(self._read_states())
+        except QarmError:
+            # What was staged at the last look may be live by now: its acknowledgement says so.
+            return [version for version in versions if self._states.get(version) not in _STOPPED]
+        return [version for version in versions if version in written]
 
     def _read_states(self) -> Mapping[str, VersionState]:
         try:

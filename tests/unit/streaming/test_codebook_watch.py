@@ -379,6 +379,22 @@ def test_the_thread_survives_what_nobody_thought_of() -> None:
     assert _alert() == 0
 
 
+def test_an_acknowledged_version_is_waited_for_while_the_registry_cannot_be_read() -> None:
+    registry = FakeRegistry(v1=DEFAULT, v2=STAGED, v3=RETIRED)
+    watch = _watch(registry)
+    watch.load_first()
+    registry.add("v2", LIVE)
+    registry.states_fault = OSError("not mounted")
+
+    during = watch.lagging(["v1", "v2", "v3", "v4"])
+    registry.states_fault = None
+    after = watch.lagging(["v1", "v2", "v3", "v4"])
+
+    # Nobody can know of v2 and v4 whether they are live; v4 turns out to be in no registry.
+    assert during == ["v2", "v4"]
+    assert after == ["v2"]
+
+
 class ForgottenAtOnce(dict[str, Encoder]):
     """What the cache's dict is when the other thread takes out each entry as soon as it is in."""
 
