@@ -36,6 +36,7 @@ from streaming.letters import StoredLetter, parse_letter, replay_message
 from streaming.messages import Message, Record
 
 _POLL_MS = 500
+_TIMEOUT_MS = 10_000
 _STALL_SECONDS = 30.0
 _NO_ROOM = "its topic has no room for it, see max.message.bytes"
 
@@ -241,7 +242,7 @@ class LetterReader:
             return
         entries = {tp: OffsetAndMetadata(offset) for tp, offset in offsets.items()}
         try:
-            self._consumer.commit(entries)
+            self._consumer.commit(entries, timeout_ms=_TIMEOUT_MS)
         except KafkaError as error:
             raise self._away(error) from error
 
@@ -257,7 +258,10 @@ class LetterReader:
         self._consumer.assign(partitions)
         starts = self._consumer.beginning_offsets(partitions)
         for tp, start in starts.items():
-            committed = self._consumer.committed(tp) if self._group else None
+            # Without a limit the client asks a broker that is gone for ever.
+            committed = (
+                self._consumer.committed(tp, timeout_ms=_TIMEOUT_MS) if self._group else None
+            )
             self._consumer.seek(tp, max(start, committed or 0))
         ends: dict[TopicPartition, int] = self._consumer.end_offsets(partitions)
         return ends

@@ -2,11 +2,13 @@ import json
 from collections.abc import Iterator, Sequence
 
 import pytest
+from kafka.errors import KafkaTimeoutError
 from kafka.structs import TopicPartition
 from stream_fakes import NOW_MS, FakeRecord
 
-from qarm_feast.errors import DataError
+from qarm_feast.errors import DataError, ServiceUnavailableError
 from streaming.columns import DeadLetter
+from streaming.config import StreamConfig
 from streaming.dlq import (
     LetterFilter,
     OffsetRange,
@@ -14,6 +16,7 @@ from streaming.dlq import (
     parse_range,
     parse_since,
     refusal_of,
+    replay_reasons,
     send_back,
     summarize,
 )
@@ -165,3 +168,38 @@ def test_arguments_become_times_and_ranges() -> None:
     assert parse_since("2023-11-14T22:13:20Z") == NOW_MS
     assert parse_range("3:10-20") == OffsetRange(3, 10, 20)
     assert parse_range("3:10") == OffsetRange(3, 10, 10)
+
+
+class SilentConsumer:
+    """Knows the topic, but its broker does not answer any more."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def partitions_for_topic(self, topic: str) -> set[int]:
+        return {0}
+
+    def assign(self, partitions: Sequence[TopicPartition]) -> None:
+        pass
+
+    def beginning_offsets(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 0)
+
+    def committed(self, partition: TopicPartition, timeout_ms: int | None = None) -> int:
+        assert timeout_ms is not None, "it would wait for ever"
+        raise KafkaTimeoutError
+
+    def close(self, autocommit: bool) -> None:
+        self.is_closed = True
+
+
+def test_a_replay_does_not_wait_for_ever_for_a_broker_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = SilentConsumer()
+    monkeypatch.setattr("streaming.dlq.connect_reader", lambda config, group: consumer)
+
+    with pytest.raises(ServiceUnavailableError, match="run `qarm-stream check`"):
+        replay_reasons(StreamConfig(), ["undecodable"], is_dry_run=True)
+
+    assert consumer.is_closed
