@@ -175,20 +175,33 @@ class KafkaSource:
 
     def _poll(self, wait_seconds: float) -> None:
         room = max(1, self._config.max_batch_size - self._waiting.num_records)
+        polled: dict[TopicPartition, list[Record]] = {}
         try:
             polled = self._consumer.poll(timeout_ms=round(wait_seconds * 1000), max_records=room)
+            fault = self._fault_kept_back()
         except KafkaError as error:
-            place = self._unreadable_place(error)
-            if place is None:
-                self._try_later(error)
-                return
-            polled = self._step_over(place, error)
+            fault = error
+        place = self._unreadable_place(fault)
+        if fault is not None and place is not None:
+            polled.setdefault(place, []).append(self._step_over(place, fault))
+        elif fault is not None and not polled:
+            self._try_later(fault)
+            return
         self._last_poll = time.monotonic()
         self._waiting.add(polled, self._last_poll)
 
-    def _unreadable_place(self, error: KafkaError) -> TopicPartition | None:
+    def _fault_kept_back(self) -> KafkaError | None:
+        """Return what the client found behind the records of this poll and keeps for the next one.
+
+        A poll with everything paused would drop it, and then the client (kafka-python 3.0.12) goes
+        round in that record for ever.
+        """
+        kept = self._consumer._fetcher._next_in_line_exception_metadata
+        return None if kept is None else kept.exception
+
+    def _unreadable_place(self, fault: KafkaError | None) -> TopicPartition | None:
         """Return the partition whose next record the client cannot take apart, if it is that."""
-        if not isinstance(error, CorruptRecordError):
+        if not isinstance(fault, CorruptRecordError):
             return None
         # Only the client's own state tells which partition it was: the one that it is reading.
         # None, or one that is read to its end, means that the broker's whole answer is damaged;
@@ -203,23 +216,18 @@ class KafkaSource:
         logger.warning("poll_failed error=%r", error)
         time.sleep(_POLL_SECONDS)
 
-    def _step_over(
-        self, place: TopicPartition, error: KafkaError
-    ) -> dict[TopicPartition, list[Record]]:
+    def _step_over(self, place: TopicPartition, fault: KafkaError) -> UnreadableRecord:
         """Return a stand-in for the record that cannot be read, and go on behind it."""
-        # Without a seek away from it, the next poll of kafka-python 3.0.12 goes round in it for
-        # ever.
         offset = self._consumer.position(place)
         self._consumer.seek(place, offset + 1)
+        kind = type(fault).__name__
         logger.warning(
             "record_unreadable topic=%s partition=%d offset=%d error=%s",
-            *(place.topic, place.partition, offset, type(error).__name__),
+            *(place.topic, place.partition, offset, kind),
         )
-        fault = type(error).__name__
-        stand_in = UnreadableRecord(
-            place.topic, place.partition, offset, round(time.time() * 1000), fault
+        return UnreadableRecord(
+            place.topic, place.partition, offset, round(time.time() * 1000), kind
         )
-        return {place: [stand_in]}
 
     def _away(self, error: KafkaError) -> ServiceUnavailableError:
         return ServiceUnavailableError(

@@ -422,14 +422,14 @@ def test_dead_letters_are_listed_and_sent_back_once(
     )
 
 
-def test_record_that_the_client_cannot_read_is_stepped_over(stream_repo: StreamRepo) -> None:
-    class BrokenName(str):
-        """A header's name that is no UTF-8 on the wire; the broker does not look."""
+class BrokenName(str):
+    """A header's name that is no UTF-8 on the wire; the broker does not look."""
 
-        def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-            return b"\xff\xfe"
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return b"\xff\xfe"
 
-    config = stream_repo.stream_config
+
+def _send_four_with_a_broken_one(config: StreamConfig) -> None:
     headers = {2: [(BrokenName("name"), b"")]}
     with closing(KafkaProducer(bootstrap_servers=config.bootstrap_servers)) as producer:
         for number in range(4):
@@ -437,6 +437,11 @@ def test_record_that_the_client_cannot_read_is_stepped_over(stream_repo: StreamR
             producer.send(
                 config.item_topic, b"%d" % number, headers=headers.get(number), partition=1
             ).get(30)
+
+
+def test_record_that_the_client_cannot_read_is_stepped_over(stream_repo: StreamRepo) -> None:
+    config = stream_repo.stream_config
+    _send_four_with_a_broken_one(config)
     seen: list[tuple[int, bytes | None]] = []
     deadline = time.monotonic() + 60
 
@@ -447,6 +452,31 @@ def test_record_that_the_client_cannot_read_is_stepped_over(stream_repo: StreamR
             seen += [(record.offset, record.value) for record in batch.records]
 
     assert seen == [(0, b"0"), (1, b"1"), (2, None), (3, b"3")]
+
+
+def test_record_that_cannot_be_read_does_not_hang_a_worker_that_waits_for_a_store_before_it(
+    stream_repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A batch that closes by its bytes, so right where the client has met the broken record.
+    config = stream_repo.stream_config.model_copy(update={"max_batch_bytes": 1})
+    _send_four_with_a_broken_one(config)
+    offsets: list[int] = []
+
+    def read_all() -> None:
+        with closing(KafkaSource(config)) as source:
+            monkeypatch.setattr(source, "_keep_alive_seconds", 0.0)
+            while len(offsets) < 4:
+                batch = source.read()
+                if batch.records:
+                    source.keep_alive(batch)
+                source.commit(batch)
+                offsets.extend(record.offset for record in batch.records)
+
+    reader = threading.Thread(target=read_all, daemon=True)
+    reader.start()
+    reader.join(60)
+
+    assert offsets == [0, 1, 2, 3]
 
 
 def _refused(config: StreamConfig, offset: int, message: Message, reason: str) -> DeadLetter:

@@ -106,6 +106,9 @@ class LaggingConsumer:
 
     def __init__(self) -> None:
         self.partitions = {P0, P1}
+        self._fetcher = SimpleNamespace(
+            _next_partition_records=None, _next_in_line_exception_metadata=None
+        )
 
     def subscribe(self, topics: object, listener: object) -> None:
         pass
@@ -146,7 +149,7 @@ class DamagedConsumer(LaggingConsumer):
 
     def __init__(self, reading: object) -> None:
         super().__init__()
-        self._fetcher = SimpleNamespace(_next_partition_records=reading)
+        self._fetcher._next_partition_records = reading
         self.positions = {P0: 5, P1: 9}
         self.fault: KafkaError = CorruptRecordError()
 
