@@ -358,7 +358,8 @@ def _history_view(
         source=source,
         online=name == RECENT_ITEMS_VIEW,
         tags=tags,
-        description="A user's latest positives, newest first; times in microseconds UTC",
+        description="A user's latest positives, newest first; times in microseconds UTC; after an "
+        "erasure of the user the last item is -1, at the erasure's time",
     )
 
 

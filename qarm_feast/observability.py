@@ -19,7 +19,7 @@ _TEMPLATE_VALUE = re.compile(r"(?:(\w+)=)?%[-+# 0-9.]*[diouxXeEfFgGcrsa]")
 
 STREAM_EVENTS = Counter(
     "qarm_stream_events",
-    "Events by outcome: item, takedown, interaction (stored), dead_letter (refused).",
+    "Events by outcome: item, takedown, interaction, erasure (stored), dead_letter (refused).",
     ["outcome"],
 )
 STREAM_DEAD_LETTERS = Counter(

@@ -34,6 +34,12 @@ class PositiveEvents:
         is_new_E[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
         return cls(*(column[is_new_E] for column in columns))
 
+    def take(self, is_kept_E: npt.NDArray[np.bool_]) -> "PositiveEvents":
+        """Return the events marked true, in their order."""
+        return PositiveEvents(
+            self.user_ids_E[is_kept_E], self.times_E[is_kept_E], self.item_ids_E[is_kept_E]
+        )
+
 
 @dataclass(frozen=True)
 class HistorySlices:

@@ -20,6 +20,8 @@ SPLITS = ("train", "valid", "test")
 
 ABSENT_CODE = -1
 """Fills the code lists of a deleted item: Feast has no empty list, and no code is negative."""
+ERASURE_MARK = -1
+"""Stands for an item where a user's history was erased; no interaction may name it."""
 
 CODE_ROWS = pa.schema(
     [
@@ -45,7 +47,14 @@ RECENT_ITEM_ROWS = pa.schema(
     ]
 )
 """Rows of ``user_recent_items``: latest positives, newest first; ``item_timestamps`` are
-microseconds since the epoch, UTC; ``event_timestamp`` is the newest of them."""
+microseconds since the epoch, UTC; ``event_timestamp`` is the newest of them. After an erasure
+the list ends in ``ERASURE_MARK`` with the erasure's time; see :mod:`qarm_feast.erasure`."""
+
+USER_ERASURE_ROWS = pa.schema(
+    [(USER_ID, pa.int64()), (EVENT_TIMESTAMP, TIMESTAMP), (CREATED, TIMESTAMP)]
+)
+"""Rows of ``user_erasure_log``: what the user did up to ``event_timestamp`` counts no more; the
+raw rows of it stay in the interaction log until a compaction, which is not built yet."""
 
 CONTENT_LOG_ROWS = pa.schema(
     [
@@ -93,3 +102,4 @@ TRAIN_ITEMS_VIEW = "user_train_items"
 USER_PROFILE_VIEW = "user_profile"
 CONTENT_LOG = "item_content_log"
 INTERACTION_LOG = "interaction_log"
+USER_ERASURE_LOG = "user_erasure_log"

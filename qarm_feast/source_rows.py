@@ -20,10 +20,11 @@ import pyarrow.dataset as pads
 
 from qarm_feast import view_tags
 from qarm_feast.code_log import CodeLog
+from qarm_feast.erasure import outlives_erasure, read_marks
 from qarm_feast.errors import DataError
 from qarm_feast.point_in_time import TIME, latest_rows, microseconds, rows_as_of
 from qarm_feast.recent_items import HistorySlices, PositiveEvents, histories_as_of, newest_first
-from qarm_feast.schema import ITEM_ID, TIMESTAMP, USER_ID
+from qarm_feast.schema import ERASURE_MARK, ITEM_ID, TIMESTAMP, USER_ID
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -185,7 +186,11 @@ class FeatureRows(SourceRows):
 
 
 class RecentItemLists(SourceRows):
-    """Lists of a user's latest positives; each event makes a new row of the view."""
+    """Lists of a user's latest positives; each event makes a new row of the view.
+
+    What an erasure in the log beside the source covers is in no list. Joins do not show the
+    erasure itself; pulls do, as an item ``ERASURE_MARK``, so that it reaches online stores.
+    """
 
     def as_of(
         self, keys: Sequence[str], features: Sequence[str], labels: pa.Table, ttl_us: int
@@ -193,7 +198,8 @@ class RecentItemLists(SourceRows):
         """See :meth:`SourceRows.as_of`; ``keys`` is the user's key."""
         if self.schema() is None:
             return None
-        events = self._positives(TimeRange(end=pc.max(labels[TIME]).as_py()))
+        events = self._events(TimeRange(end=pc.max(labels[TIME]).as_py()))
+        events = events.take(events.item_ids_E != ERASURE_MARK)
         users, times = labels[keys[0]], labels[TIME]
         times_N = times.fill_null(_NO_TIME).to_numpy()
         user_ids_N = users.fill_null(0).to_numpy()
@@ -207,14 +213,14 @@ class RecentItemLists(SourceRows):
         return _lists(events, shown).select(list(features))
 
     def latest(self, keys: Sequence[str], columns: Sequence[str], times: TimeRange) -> pa.Table:
-        """Return the newest list of each user with a positive in the range, older events too."""
-        events = self._positives(times)
+        """Return the newest list of each user with an event in the range, older events too."""
+        events = self._events(times)
         is_last_E = np.append(events.user_ids_E[1:] != events.user_ids_E[:-1], True)
         return self._lists_at(events, is_last_E[: len(events.times_E)], columns, times)
 
     def all(self, columns: Sequence[str], times: TimeRange) -> pa.Table:
-        """See :meth:`SourceRows.all`: a row per user and time of a positive."""
-        events = self._positives(times)
+        """See :meth:`SourceRows.all`: a row per user and time of an event."""
+        events = self._events(times)
         is_same_user_E = events.user_ids_E[1:] == events.user_ids_E[:-1]
         is_same_E = is_same_user_E & (events.times_E[1:] == events.times_E[:-1])
         is_last_E = np.append(~is_same_E, True)
@@ -234,6 +240,9 @@ class RecentItemLists(SourceRows):
         """Return the lists as of the events marked, those before the range left out."""
         if times.start is not None:
             is_asked_E = is_asked_E & (events.times_E >= times.start)
+        if times.end is not None:
+            # An erasure counts before its time as well, but is told only at its time.
+            is_asked_E = is_asked_E & (events.times_E <= times.end)
         user_ids, times_us = events.user_ids_E[is_asked_E], events.times_E[is_asked_E]
         slices = histories_as_of(events, user_ids, times_us, self._history_length)
         table = _lists(events, slices)
@@ -241,22 +250,27 @@ class RecentItemLists(SourceRows):
         table = table.append_column(self.time_column, pa.array(times_us).cast(TIMESTAMP))
         return table.select([*columns, self.time_column])
 
-    def _positives(self, times: TimeRange) -> PositiveEvents:
+    def _events(self, times: TimeRange) -> PositiveEvents:
+        """Return the positives that outlive the user's erasures, and those as marks."""
+        marks = read_marks(CodeLog(self.path.parent))
+        pairs = [np.concatenate(both) for both in zip(self._positives(times), marks, strict=True)]
+        outlives_E = outlives_erasure(*pairs)
+        return PositiveEvents.sort(*(column[outlives_E] for column in pairs))
+
+    def _positives(self, times: TimeRange) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Read the positives up to the end of the range; a list reaches back before its start."""
         schema = self.schema()
         if schema is None:
-            return PositiveEvents(*np.empty((3, 0), dtype=np.int64))
-        wanted = [pads.field(self._positive_label(schema))]
+            return (np.empty(0, np.int64),) * 3
+        # A row that names the mark was no erasure: the stream refuses it, other writers may not.
+        wanted = [pads.field(self._positive_label(schema)), pads.field(ITEM_ID) != ERASURE_MARK]
         if view_tags.SPLIT in self.tags:
             wanted.append(pads.field("split") == self.tags[view_tags.SPLIT])
         before_end = self._within(TimeRange(end=times.end))
         where = _all_of([*wanted, *([] if before_end is None else [before_end])])
         table = self._read([USER_ID, ITEM_ID, self.time_column], where)
-        return PositiveEvents.sort(
-            table[USER_ID].to_numpy(),
-            microseconds(table[self.time_column]).to_numpy(),
-            table[ITEM_ID].to_numpy(),
-        )
+        times_us = microseconds(table[self.time_column])
+        return table[USER_ID].to_numpy(), times_us.to_numpy(), table[ITEM_ID].to_numpy()
 
     def _positive_label(self, schema: pa.Schema) -> str:
         tasks: list[str] = [column.name for column in schema if column.type == pa.bool_()]

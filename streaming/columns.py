@@ -20,6 +20,7 @@ from qarm_feast.errors import EventError
 from qarm_feast.schema import (
     CONTENT_BINARY_COLUMNS,
     CONTENT_TEXT_COLUMNS,
+    ERASURE_MARK,
     EVENT_TIMESTAMP,
     ITEM_ID,
     SPLITS,
@@ -38,6 +39,7 @@ from streaming.messages import (
     ItemEvent,
     Record,
     UnreadableRecord,
+    UserErasure,
     check_record_size,
     check_unpacked_size,
     content_type,
@@ -95,10 +97,11 @@ class DecodedItems(NamedTuple):
 
 
 class DecodedInteractions(NamedTuple):
-    """Good rows (``user_id item_id <tasks> split event_timestamp``) and the dead letters."""
+    """Good rows (``user_id item_id <tasks> split event_timestamp``), dead letters, erasures."""
 
     rows: pa.Table
     dead_letters: list[DeadLetter]
+    erasures: list[UserErasure]
 
 
 def decode_items(records: Sequence[Record], limits: EventLimits = DEFAULT_LIMITS) -> DecodedItems:
@@ -143,9 +146,10 @@ def decode_interactions(
         limits: Bounds that records must keep.
 
     Returns:
-        Rows, and the dead letters.
+        Rows, the dead letters, and the erasures of users.
     """
     events: list[InteractionEvent] = []
+    erasures: list[UserErasure] = []
     tables: list[pa.Table] = []
     dead_letters: list[DeadLetter] = []
     for record in records:
@@ -155,12 +159,16 @@ def decode_interactions(
                 rows, faults = _interaction_rows(table, task_names, record.timestamp, limits)
                 dead_letters += _row_letters(record, table, faults)
                 tables.append(rows)
+                continue
+            event = decode_interaction_event(record, task_names, limits)
+            if isinstance(event, UserErasure):
+                erasures.append(event)
             else:
-                events.append(decode_interaction_event(record, task_names, limits))
+                events.append(event)
         except Exception as error:  # noqa: BLE001  # one record must not stop the others; logged
             dead_letters.append(_refused(record, error))
     tables.append(_interaction_table(events, task_names))
-    return DecodedInteractions(pa.concat_tables(tables), dead_letters)
+    return DecodedInteractions(pa.concat_tables(tables), dead_letters, erasures)
 
 
 def letters_of_rows(
@@ -344,6 +352,8 @@ def _interaction_rows(
 ) -> tuple[pa.Table, _RowFaults]:
     names = (USER_ID, ITEM_ID)
     faults = _check_ids_and_times(table, names, append_ms, limits.max_future_seconds)
+    is_mark = pc.fill_null(pc.equal(table[ITEM_ID], ERASURE_MARK), False)
+    faults.add(Reason.RESERVED_ID, is_mark)
     for name in task_names:
         faults.add(Reason.MISSING_FIELD, pc.is_null(_typed_column(table, name, pa.bool_())))
     if SPLIT in table.column_names:

@@ -26,7 +26,7 @@ class Reason(StrEnum):
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_TOO_LARGE = "image_too_large"
     URI_NOT_ALLOWED = "uri_not_allowed"
-    ERASURE_UNSUPPORTED = "erasure_unsupported"
+    RESERVED_ID = "reserved_id"
     DECODER_FAULT = "decoder_fault"
     """A bug of ours: the decoder raised something else; the log holds the place."""
 

@@ -11,6 +11,7 @@ Interaction events (all task flags are there, ``split`` is optional)::
 
     key      b"7"                                  the user id, decimal ASCII
     value    {"user_id": 7, "item_id": 42, "event_timestamp": ..., "is_like": true}
+    null value = erasure of all that the user did up to the header ``event_timestamp``
 
 ``event_timestamp`` is an integer: microseconds since the epoch, UTC. ISO-8601 text with an
 offset is read as well. Every further field of an item event is content: text, a number or a bool;
@@ -42,6 +43,7 @@ from qarm_feast.errors import EventError
 from qarm_feast.schema import (
     CONTENT_BINARY_COLUMNS,
     CONTENT_TEXT_COLUMNS,
+    ERASURE_MARK,
     EVENT_TIMESTAMP,
     ITEM_ID,
     SPLITS,
@@ -144,6 +146,13 @@ class InteractionEvent(NamedTuple):
     split: str = ""
 
 
+class UserErasure(NamedTuple):
+    """All that a user did up to ``event_timestamp``, itself included, counts no more."""
+
+    user_id: int
+    event_timestamp: int
+
+
 def check_record_size(record: Record, max_bytes: int) -> None:
     """Refuse a record that is too large to be looked at.
 
@@ -204,7 +213,8 @@ def decode_item_event(record: Record, limits: EventLimits = DEFAULT_LIMITS) -> I
         EventError: If the record breaks the contract.
     """
     if record.value is None:
-        return _decode_takedown(record, limits.max_future_seconds)
+        item_id, timestamp = _tombstone(record, limits.max_future_seconds)
+        return ItemEvent(item_id, timestamp, content={}, is_deleted=True)
     fields = _json_fields(record.value)
     item_id = _integer(fields, ITEM_ID)
     _check_key(record, item_id)
@@ -225,12 +235,12 @@ def decode_item_event(record: Record, limits: EventLimits = DEFAULT_LIMITS) -> I
 
 def decode_interaction_event(
     record: Record, task_names: tuple[str, ...], limits: EventLimits = DEFAULT_LIMITS
-) -> InteractionEvent:
-    """Return the event of a JSON record.
+) -> InteractionEvent | UserErasure:
+    """Return the event of a JSON record or of a tombstone.
 
     Args:
         record: One record whose content type is JSON.
-        task_names: The task flags that every event carries.
+        task_names: The task flags that every interaction carries.
         limits: Bounds that the event must keep.
 
     Returns:
@@ -240,16 +250,16 @@ def decode_interaction_event(
         EventError: If the record breaks the contract.
     """
     if record.value is None:
-        raise EventError(
-            Reason.ERASURE_UNSUPPORTED,
-            "erasure of a user is not built yet; the letter keeps the request for a later replay",
-        )
+        return UserErasure(*_tombstone(record, limits.max_future_seconds))
     fields = _json_fields(record.value)
     user_id = _integer(fields, USER_ID)
     _check_key(record, user_id)
+    item_id = _integer(fields, ITEM_ID)
+    if item_id == ERASURE_MARK:
+        raise EventError(Reason.RESERVED_ID, f"{ITEM_ID} {item_id} stands for an erasure")
     return InteractionEvent(
         user_id,
-        _integer(fields, ITEM_ID),
+        item_id,
         _timestamp(fields.get(EVENT_TIMESTAMP), record, limits.max_future_seconds),
         tuple([_flag(fields, name) for name in task_names]),
         _split(fields.get(SPLIT)),
@@ -307,16 +317,15 @@ def decode_arrow(record: Record) -> pa.Table:
 
 def encode_item_event(event: ItemEvent) -> Message:
     """Return the message that :func:`decode_item_event` reads back."""
-    key = b"%d" % event.item_id
-    headers = [(SCHEMA_VERSION_HEADER, SCHEMA_VERSION)]
     if event.is_deleted:
-        return Message(key, None, [*headers, (EVENT_TIMESTAMP, b"%d" % event.event_timestamp)])
+        return _tombstone_message(event.item_id, event.event_timestamp)
     fields: dict[str, Any] = {ITEM_ID: event.item_id, EVENT_TIMESTAMP: event.event_timestamp}
     fields |= json_content(event.content)
     if event.embedding is not None:
         fields[EMBEDDING] = event.embedding.tolist()
         fields[ENCODER_VERSION] = event.encoder_version
-    return Message(key, json.dumps(fields, separators=(",", ":")).encode(), headers)
+    value = json.dumps(fields, separators=(",", ":")).encode()
+    return Message(b"%d" % event.item_id, value, [(SCHEMA_VERSION_HEADER, SCHEMA_VERSION)])
 
 
 def encode_interaction_event(event: InteractionEvent, task_names: tuple[str, ...]) -> Message:
@@ -331,6 +340,11 @@ def encode_interaction_event(event: InteractionEvent, task_names: tuple[str, ...
         fields[SPLIT] = event.split
     value = json.dumps(fields, separators=(",", ":")).encode()
     return Message(b"%d" % event.user_id, value, [(SCHEMA_VERSION_HEADER, SCHEMA_VERSION)])
+
+
+def encode_user_erasure(erasure: UserErasure) -> Message:
+    """Return the message that :func:`decode_interaction_event` reads back."""
+    return _tombstone_message(erasure.user_id, erasure.event_timestamp)
 
 
 def encode_arrow(table: pa.Table) -> Message:
@@ -379,20 +393,25 @@ def timestamp_fault(timestamp: int, append_ms: int, max_future_seconds: float) -
     return None
 
 
-def _decode_takedown(record: Record, max_future_seconds: float) -> ItemEvent:
+def _tombstone_message(identity: int, timestamp: int) -> Message:
+    headers = [(SCHEMA_VERSION_HEADER, SCHEMA_VERSION), (EVENT_TIMESTAMP, b"%d" % timestamp)]
+    return Message(b"%d" % identity, None, headers)
+
+
+def _tombstone(record: Record, max_future_seconds: float) -> tuple[int, int]:
+    """Return the id and the time of a record without a value."""
     key = (record.key or b"")[:_MAX_INT64_DIGITS]
     try:
-        item_id = _integer({ITEM_ID: int(key)}, ITEM_ID)
+        identity = _integer({"key": int(key)}, "key")
     except ValueError as error:
-        raise EventError(Reason.KEY_MISMATCH, f"key {key!r} is no item id") from error
-    _check_key(record, item_id)
+        raise EventError(Reason.KEY_MISMATCH, f"key {key!r} is no id") from error
+    _check_key(record, identity)
     text = dict(record.headers).get(EVENT_TIMESTAMP)
     if text is None:
         raise EventError(Reason.MISSING_FIELD, f"a tombstone needs the header {EVENT_TIMESTAMP}")
     is_integer = text.isdigit() and len(text) <= _MAX_INT64_DIGITS
     value = int(text) if is_integer else text.decode("ascii", "replace")
-    timestamp = _timestamp(value, record, max_future_seconds)
-    return ItemEvent(item_id, timestamp, content={}, is_deleted=True)
+    return identity, _timestamp(value, record, max_future_seconds)
 
 
 def _json_fields(value: bytes) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qarm_feast.schema import (
     EVENT_TIMESTAMP,
     ITEM_ID,
     TIMESTAMP,
+    USER_ERASURE_ROWS,
     interaction_rows,
 )
 from streaming.columns import (
@@ -36,7 +37,7 @@ from streaming.columns import (
     letters_of_rows,
 )
 from streaming.limits import Reason
-from streaming.messages import EMBEDDING, ENCODER_VERSION, Record
+from streaming.messages import EMBEDDING, ENCODER_VERSION, Record, UserErasure
 
 if TYPE_CHECKING:
     from qarm_feast.codebook import Codebook
@@ -221,6 +222,16 @@ def interaction_log_rows(
     column = pa.repeat(pa.scalar(created, TIMESTAMP), rows.num_rows)
     schema = interaction_rows(task_names)
     return rows.append_column(CREATED, column).select(schema.names).cast(schema)
+
+
+def erasure_log_rows(erasures: Sequence[UserErasure], created: datetime) -> pa.Table:
+    """Return the rows of ``user_erasure_log``."""
+    columns = [
+        pa.array([erasure.user_id for erasure in erasures], pa.int64()),
+        pa.array([erasure.event_timestamp for erasure in erasures], pa.int64()).cast(TIMESTAMP),
+        pa.repeat(pa.scalar(created, TIMESTAMP), len(erasures)),
+    ]
+    return pa.table(columns, schema=USER_ERASURE_ROWS)
 
 
 class _Parts(NamedTuple):

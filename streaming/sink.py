@@ -18,17 +18,20 @@ from feast import FeatureStore, FeatureView
 from feast.errors import FeatureViewNotFoundException
 from sqlalchemy.exc import SQLAlchemyError
 
+from qarm_feast.erasure import outlives_erasure
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.schema import (
     CONTENT_LOG,
     CREATED,
+    ERASURE_MARK,
     EVENT_TIMESTAMP,
     INTERACTION_LOG,
     ITEM_ID,
     RECENT_ITEM_ROWS,
     RECENT_ITEMS_VIEW,
     TIMESTAMP,
+    USER_ERASURE_LOG,
     USER_ID,
     code_view_name,
 )
@@ -58,16 +61,17 @@ class OnlineTables(Protocol):
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Everything that one batch writes: code rows by codebook version, and three logs.
+    """Everything that one batch writes: code rows by codebook version, and four logs.
 
     ``interactions`` has the rows of ``schema.interaction_rows``, ``positives`` those of them
-    that enter the users' recent items.
+    that enter the users' recent items, ``erasures`` has ``schema.USER_ERASURE_ROWS``.
     """
 
     codes: Mapping[str, pa.Table]
     content: pa.Table
     interactions: pa.Table
     positives: pa.Table
+    erasures: pa.Table
 
 
 class FeastSink:
@@ -90,12 +94,14 @@ class FeastSink:
         for version, codes in rows.codes.items():
             self._append(code_view_name(version), codes)
         self._append(INTERACTION_LOG, rows.interactions)
+        self._append(USER_ERASURE_LOG, rows.erasures)
 
     def write_online(self, rows: BatchRows) -> None:
         """Write the newest row per item and the latest positives per user."""
         for version, codes in rows.codes.items():
             self._write(code_view_name(version), newest_per_item(codes))
-        self._write(RECENT_ITEMS_VIEW, recent_item_rows(rows.positives, self._history_length))
+        recent = recent_item_rows(rows.positives, rows.erasures, self._history_length)
+        self._write(RECENT_ITEMS_VIEW, recent)
 
     def _append(self, name: str, table: pa.Table) -> None:
         if table.num_rows:
@@ -251,27 +257,32 @@ def newest_per_item(codes: pa.Table) -> pa.Table:
     return codes.take(pa.array(order[is_last_N]))
 
 
-def recent_item_rows(positives: pa.Table, history_length: int) -> pa.Table:
+def recent_item_rows(positives: pa.Table, erasures: pa.Table, history_length: int) -> pa.Table:
     """Return one row of ``schema.RECENT_ITEM_ROWS`` per user, newest item first.
 
     Args:
         positives: ``user_id``, ``item_id``, ``event_timestamp``, ``created``; any order, with
             duplicates.
+        erasures: Rows of ``schema.USER_ERASURE_ROWS``; each becomes a mark at its time.
         history_length: Items kept per user.
 
     Returns:
         The rows, in ascending order of the users.
     """
-    users_M = positives[USER_ID].to_numpy()
-    items_M = positives[ITEM_ID].to_numpy()
-    times_M = positives[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy()
+    marks = erasures.append_column(ITEM_ID, pa.repeat(ERASURE_MARK, erasures.num_rows))
+    names = [USER_ID, ITEM_ID, EVENT_TIMESTAMP, CREATED]
+    pairs = pa.concat_tables([positives.select(names), marks.select(names)])
+    users_M = pairs[USER_ID].to_numpy()
+    items_M = pairs[ITEM_ID].to_numpy()
+    times_M = pairs[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy()
     order = np.lexsort((-items_M, -times_M, users_M))
+    order = order[outlives_erasure(users_M, times_M, items_M)[order]]
     users_M, items_M, times_M = users_M[order], items_M[order], times_M[order]
     kept = _first_per_user(users_M, items_M, times_M, history_length)
     users_M, items_M, times_M = users_M[kept], items_M[kept], times_M[kept]
     users_U, starts_U = np.unique(users_M, return_index=True)
     offsets = pa.array(np.append(starts_U, len(users_M)).astype(np.int32))
-    created = pc.max(positives[CREATED])
+    created = pc.max(pairs[CREATED])
     columns = [
         pa.array(users_U, pa.int64()),
         pa.ListArray.from_arrays(offsets, pa.array(items_M)),

@@ -44,6 +44,7 @@ from streaming.rows import (
     LiveCodebooks,
     content_log_rows,
     encode_rows,
+    erasure_log_rows,
     hash_rows,
     interaction_log_rows,
     quantize_rows,
@@ -332,6 +333,7 @@ class StreamWorker:
             content=content_log_rows(item_records, item_rows, encoded, created),
             interactions=log_rows,
             positives=log_rows.filter(log_rows[self._settings.positive_label]),
+            erasures=erasure_log_rows(interactions.erasures, created),
         )
         return rows, [*items.dead_letters, *interactions.dead_letters, *refused]
 
@@ -409,6 +411,7 @@ class StreamWorker:
         STREAM_EVENTS.labels("item").inc(rows.content.num_rows - num_takedowns)
         STREAM_EVENTS.labels("takedown").inc(num_takedowns)
         STREAM_EVENTS.labels("interaction").inc(rows.interactions.num_rows)
+        STREAM_EVENTS.labels("erasure").inc(rows.erasures.num_rows)
         STREAM_EVENTS.labels("dead_letter").inc(len(dead_letters))
         for letter in dead_letters:
             STREAM_DEAD_LETTERS.labels(letter.reason).inc()

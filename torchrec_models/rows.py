@@ -4,6 +4,7 @@
     history             joined at the label's time - 1 microsecond: events of one user at one
                         timestamp do not see each other
 
+Labels and history events that an erasure of their user covers are left out.
 The joined rows pass every check of :mod:`torchrec_models.leaks` before they are published.
 Shape letters: N rows, I items, L levels, D aligned embedding width.
 May import: feast, duckdb, pyarrow; neither torch nor torchrec.
@@ -27,8 +28,10 @@ from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
+from qarm_feast.erasure import without_erased
 from qarm_feast.errors import DataError
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
+from qarm_feast.offline_store import open_code_log
 from qarm_feast.registry import Manifest
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
@@ -110,6 +113,8 @@ class _Sources:
     store: FeatureStore
     service: str
     labels: InputData
+    label_rows: pa.Table
+    """The interactions of ``labels`` that no erasure covers; checks go by all of them."""
     codebook: Codebook
     user_columns: tuple[str, ...]
     vectors_folder: Path
@@ -128,10 +133,12 @@ class _Sources:
         codebooks = load_section(config_path, "codebook", CodebookConfig)
         codebook = Codebook.load(codebooks.uri, version)
         alignment = load_section(config_path, "alignment", AlignmentConfig)
+        labels = load_input_data(load_section(config_path, "data", DataConfig))
         return _Sources(
             store=store,
             service=service,
-            labels=load_input_data(load_section(config_path, "data", DataConfig)),
+            labels=labels,
+            label_rows=without_erased(labels.interactions, open_code_log(store.config)),
             codebook=codebook,
             user_columns=tuple(feature.name for view in profile for feature in view.features),
             vectors_folder=Path(alignment.vectors_uri) / codebook.manifest.encoder_version,
@@ -144,7 +151,7 @@ class _Sources:
 
     def join_rows(self) -> pa.Table:
         """Return the labels with codes, profile and history, in the order of the labels."""
-        labels = self.labels.interactions
+        labels = self.label_rows
         code_view = code_view_name(self.facts.version)
         references = [f"{code_view}:rq_code", f"{code_view}:vq_code", f"{code_view}:is_deleted"]
         references += [f"{USER_PROFILE_VIEW}:{name}" for name in self.user_columns]
@@ -170,7 +177,7 @@ class _Sources:
         return joined.sort_by(_ROW)
 
     def _assemble(self, now: pa.Table, history: pa.Table) -> pa.Table:
-        labels = self.labels.interactions
+        labels = self.label_rows
         has_codes = pc.and_kleene(
             pc.is_valid(now["rq_code"]), pc.invert(pc.fill_null(now["is_deleted"], True))
         )
@@ -261,6 +268,7 @@ class _Sources:
                 "history_events": num_history_events,
                 "rows_without_history": pc.sum(pc.equal(history_lengths, 0)).as_py() or 0,
                 "rows_without_codes": pc.sum(is_absent_N).as_py() or 0,
+                "labels_erased": self.labels.interactions.num_rows - self.label_rows.num_rows,
             },
         )
 

@@ -21,6 +21,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RepoConfig
 
 from qarm_feast import schema, view_tags
+from qarm_feast.erasure import outlives_erasure
 from qarm_feast.errors import DataError
 from qarm_feast.online_stores.codec import (
     Bools,
@@ -217,7 +218,8 @@ def merge_recent(
         written: Pairs to add.
 
     Returns:
-        Lists of distinct pairs, newest first by (timestamp, item id), cut to the history length.
+        Lists of distinct pairs, newest first by (timestamp, item id), cut to the history length;
+        what an erasure among the pairs covers is left out.
     """
     assert layout.history_length is not None
     pairs = _with_stored(written, stored)
@@ -266,8 +268,13 @@ class RecentItems:
         )
 
     def newest(self, history_length: int) -> tuple[Ints, Ints, Ints]:
-        """Return owners, timestamps and items, distinct, newest first within each owner, cut."""
+        """Return owners, timestamps and items, distinct, newest first within each owner, cut.
+
+        Nothing that an owner's erasure covers is among them; its mark may be, as the last.
+        """
+        outlives_M = outlives_erasure(self.owners_M, self.timestamps_M, self.item_ids_M)
         order_M = np.lexsort((self.item_ids_M, self.timestamps_M, -self.owners_M))[::-1]
+        order_M = order_M[outlives_M[order_M]]
         columns = np.stack([self.owners_M, self.timestamps_M, self.item_ids_M])[:, order_M]
         is_new_M = np.ones(len(order_M), dtype=np.bool_)
         is_new_M[1:] = (columns[:, 1:] != columns[:, :-1]).any(axis=0)
@@ -331,11 +338,11 @@ def decode_batch(
     blobs: dict[str, list[bytes | None]],
     present_N: Bools,
 ) -> ColumnBatch:
-    """Return the columns of the asked features; taken-down entities are absent.
+    """Return the columns of the asked features; taken-down and erased entities are absent.
 
     Args:
         layout: The view's layout.
-        feature_names: Features asked for; ``blobs`` may hold the deletion flag besides.
+        feature_names: Features asked for; ``blobs`` holds those of :func:`stored_features`.
         blobs: Stored values by feature, one per entity.
         present_N: Whether the store holds the entity.
 
@@ -353,11 +360,15 @@ def decode_batch(
         if not present_N.all():
             kept = [blob if here else None for blob, here in zip(kept, present_N, strict=True)]
         columns[name] = decode_values(layout.value_types[name], kept)
-    return ColumnBatch(present_N, columns)
+    batch = ColumnBatch(present_N, columns)
+    if layout.history_length is None:
+        return batch
+    item_ids = columns.get(ITEM_IDS) or decode_values("INT64_LIST", blobs[ITEM_IDS])
+    return _without_marks(batch, item_ids)
 
 
 def stored_features(layout: ViewLayout, feature_names: Sequence[str]) -> list[str]:
-    """Return the features that a read must fetch: the asked ones, and the deletion flag.
+    """Return the features that a read must fetch: the asked ones, and those that hide others.
 
     Args:
         layout: The view's layout.
@@ -378,7 +389,23 @@ def stored_features(layout: ViewLayout, feature_names: Sequence[str]) -> list[st
     names = list(dict.fromkeys(feature_names))
     if layout.has_deletion_flag and IS_DELETED not in names:
         names.append(IS_DELETED)
+    if layout.history_length is not None and ITEM_IDS not in names:
+        names.append(ITEM_IDS)
     return names
+
+
+def _without_marks(batch: ColumnBatch, item_ids: Column) -> ColumnBatch:
+    """Return lists without the marks of erasures; a user with nothing else is absent."""
+    is_item_M = item_ids.values != schema.ERASURE_MARK
+    if is_item_M.all():
+        return batch
+    owners_M = np.repeat(np.arange(len(batch.present_N)), item_ids.lengths_N)
+    lengths_N = np.bincount(owners_M[is_item_M], minlength=len(batch.present_N))
+    is_erased_N = (item_ids.lengths_N > 0) & (lengths_N == 0)
+    columns = {
+        name: Column(column.values[is_item_M], lengths_N) for name, column in batch.columns.items()
+    }
+    return ColumnBatch(batch.present_N & ~is_erased_N, columns)
 
 
 def _checked_columns(layout: ViewLayout, table: pa.Table) -> tuple[Ints, pa.Table]:

@@ -47,6 +47,7 @@ from qarm_feast.errors import ConfigError, DataError, ServiceUnavailableError
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.online_stores.redis import CodeRedisOnlineStore
 from qarm_feast.online_stores.rows import EncodedRows, merge_recent
+from qarm_feast.schema import ERASURE_MARK
 
 CODES = ["rq_code", "vq_code"]
 
@@ -213,7 +214,8 @@ def test_two_writer_processes_leave_the_greatest_row_of_every_item(online: Onlin
 def test_merged_lists_equal_the_sorted_union_in_any_order(online: Online, seed: int) -> None:
     rng = random.Random(seed)
     # Few distinct values, so that equal times, repeated pairs and repeated items all occur.
-    pairs = [(user, rng.randrange(8), rng.randrange(-3, 4)) for user in (1, 2) for _ in range(15)]
+    items = [-3, -2, 0, 1, 2, 3]
+    pairs = [(user, rng.randrange(8), rng.choice(items)) for user in (1, 2) for _ in range(15)]
     arrivals = rng.sample(pairs + pairs[::3], len(pairs) + len(pairs[::3]))
 
     while arrivals:
@@ -223,6 +225,51 @@ def test_merged_lists_equal_the_sorted_union_in_any_order(online: Online, seed: 
     for user in (1, 2):
         union = sorted({(at, item) for owner, at, item in pairs if owner == user}, reverse=True)
         assert online.recent(user) == union[:4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_erasure_ends_alike_in_any_order(online: Online, seed: int) -> None:
+    rng = random.Random(seed)
+    pairs = [(1, 10), (4, 40), (5, ERASURE_MARK), (5, 50), (6, 60), (7, 70), (3, ERASURE_MARK)]
+    arrivals = rng.sample(pairs + pairs[::2], 11)
+
+    for pair in arrivals:
+        online.write(recent_view(), recent_rows([(1, [pair]), (2, [pair][: pair[0] < 5])]))
+
+    assert online.recent(1) == [(7, 70), (6, 60)]
+    assert online.recent(2) == [(4, 40)]
+
+
+def test_an_erased_user_is_absent_and_comes_back_with_newer_items_only(online: Online) -> None:
+    view = recent_view(history_length=2)
+    online.write(view, recent_rows([(1, [(5, 50), (7, 70)]), (2, [(5, 50)])]))
+    erased = recent_rows([(1, [(8, ERASURE_MARK)])])
+
+    assert online.write(view, erased) == 1
+    assert online.write(view, erased) == 0
+    assert online.write(view, recent_rows([(1, [(6, 60), (8, 80)])])) == 0
+    batch = online.store.read_columns(online.config, view, np.array([2, 1]), ["item_timestamps"])
+    assert batch.present_N.tolist() == [True, False]
+    assert batch.columns["item_timestamps"].lengths_N.tolist() == [1, 0]
+
+    assert online.write(view, recent_rows([(1, [(9, 90)])])) == 1
+    assert online.recent(1, view) == [(9, 90)]
+    assert online.write(view, recent_rows([(1, [(10, 100)])])) == 1
+    assert online.write(view, recent_rows([(1, [(7, 70), (8, 80)])])) == 0
+    assert online.recent(1, view) == [(10, 100), (9, 90)]
+
+
+def test_stock_feast_reads_an_erased_user_as_the_mark_at_its_time(online: Online) -> None:
+    view = recent_view()
+    online.write(view, recent_rows([(1, [(5_000_000, 50)]), (1, [(8_000_000, ERASURE_MARK)])]))
+    names = ["item_ids", "item_timestamps"]
+
+    key = item_key(1, "user_id")
+    [(moment_read, values)] = online.stock.online_read(online.stock_config, view, [key], [*names])
+
+    assert values is not None
+    assert [values[name].int64_list_val.val for name in names] == [[ERASURE_MARK], [8_000_000]]
+    assert moment_read is not None
 
 
 def test_two_processes_merge_into_one_list_without_loss(online: Online) -> None:

@@ -92,6 +92,16 @@ def test_recent_items_are_cut_and_padded_to_the_length_asked_for(
     assert lengths_N.tolist() == [1, 2, 0, 2]
 
 
+def test_the_mark_of_an_erasure_is_no_recent_item(online: Online, reader: CodeReader) -> None:
+    online.write(recent_view(), recent_rows([(1, [(3, 30), (2, -1)]), (2, [(5, -1)])]))
+
+    item_ids_NH, timestamps_NH, lengths_N = reader.read_recent_items(np.array([1, 2]), 2)
+
+    assert item_ids_NH.tolist() == [[30, ABSENT_CODE], [ABSENT_CODE] * 2]
+    assert timestamps_NH.tolist() == [[3, 0], [0, 0]]
+    assert lengths_N.tolist() == [1, 0]
+
+
 def test_profiles_come_as_columns_by_the_views_features(online: Online, reader: CodeReader) -> None:
     online.write(profile_view(), profile_rows())
 

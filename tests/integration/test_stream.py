@@ -7,15 +7,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from feast import FeatureStore
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import MessageSizeTooLargeError
 
@@ -36,7 +38,16 @@ from streaming import clients
 from streaming.cli import main
 from streaming.columns import DeadLetter
 from streaming.config import StreamConfig
-from streaming.messages import ItemEvent, Message, encode_arrow, encode_item_event
+from streaming.messages import (
+    InteractionEvent,
+    ItemEvent,
+    Message,
+    UserErasure,
+    encode_arrow,
+    encode_interaction_event,
+    encode_item_event,
+    encode_user_erasure,
+)
 from streaming.sink import DeadLetterTopic
 from streaming.source import KafkaSource
 from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo
@@ -126,6 +137,56 @@ def test_edits_takedowns_and_poison_end_where_they_belong(
     assert {letter["topic"] for letter in letters} == {config.item_topic}
     log = open_code_log(open_feature_store(stream_repo.directory).config)
     assert log.read("item_codes_v1").num_rows == 6
+
+
+def test_an_erased_users_list_is_empty_within_seconds_and_stays_so_for_late_events(
+    stream_repo: StreamRepo, start_worker: StartWorker, record_property: Callable[..., None]
+) -> None:
+    config, store = stream_repo.stream_config, open_feature_store(stream_repo.directory)
+    users = range(1, 11)
+    worker = start_worker("worker")
+    with closing(KafkaProducer(bootstrap_servers=config.bootstrap_servers)) as producer:
+
+        def send(message: Message) -> None:
+            topic = config.interaction_topic
+            producer.send(topic, message.value, message.key, message.headers).get(10)
+
+        def click(user: int, item: int, time_us: int) -> None:
+            event = InteractionEvent(user, item, time_us, (True, False))
+            send(encode_interaction_event(event, ("is_click", "is_like")))
+
+        for user in users:
+            click(user, 11, START + 1)
+            click(user, 12, START + 2)
+        _wait_until(lambda: _histories(store, users) == {user: [12, 11] for user in users})
+        seconds = []
+        for user in users:
+            start = time.monotonic()
+            send(encode_user_erasure(UserErasure(user, START + 5)))
+            _wait_until(lambda user=user: not _histories(store, [user]))
+            seconds.append(time.monotonic() - start)
+        for user in users:
+            click(user, 13, START + 4)
+            click(user, 14, START + 5)
+        click(1, 15, START + 6)
+    total = wait_until_drained(config, DRAIN_SECONDS, lambda stored, total: _check_alive(worker))
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(40) == 0
+    assert total == 20 + 10 + 21
+    assert _histories(store, users) == {1: [15]}
+    # A batch waits 0.1 s for company by default; the rest is room for two busy cores.
+    assert np.median(seconds) < 2
+    record_property("erasure_seconds_median", round(float(np.median(seconds)), 3))
+    record_property("erasure_seconds_max", round(max(seconds), 3))
+    asked = pd.DataFrame({"user_id": [1, 2, 1], "event_timestamp": [9, 9, 3]})
+    asked["event_timestamp"] = pd.to_datetime(asked["event_timestamp"] + START, unit="us", utc=True)
+    joined = store.get_historical_features(asked, ["user_recent_items:item_ids"]).to_arrow()
+    assert joined["item_ids"].to_pylist() == [[15], None, None]
+    log = open_code_log(store.config)
+    assert log.read("user_erasure_log").num_rows == 10
+    # Raw rows stay until a compaction.
+    assert log.read("interaction_log").num_rows == 41
 
 
 def test_sigterm_in_an_idle_group_ends_both_workers_with_status_0(
@@ -306,6 +367,24 @@ def _online_codes(repo: StreamRepo, ids: list[int]) -> dict[int, list[int]]:
     column = batch.columns["rq_code"]
     codes = np.split(column.values, np.cumsum(column.lengths_N)[:-1])
     return {i: code.tolist() for i, code in zip(ids, codes, strict=True) if len(code)}
+
+
+def _histories(store: FeatureStore, users: Iterable[int]) -> dict[int, list[int]]:
+    """Recent items of the users that are present."""
+    view = store.get_feature_view("user_recent_items")
+    asked = np.array(list(users), dtype=np.int64)
+    batch = code_online_store(store).read_columns(store.config, view, asked, ["item_ids"])
+    column = batch.columns["item_ids"]
+    lists = np.split(column.values, np.cumsum(column.lengths_N)[:-1])
+    rows = zip(asked.tolist(), lists, batch.present_N, strict=True)
+    return {user: items.tolist() for user, items, is_present in rows if is_present}
+
+
+def _wait_until(is_so: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _dead_letters(repo: StreamRepo) -> list[dict[str, str]]:

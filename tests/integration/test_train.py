@@ -31,6 +31,8 @@ from qarm_feast.schema import (
     RECENT_ITEM_ROWS,
     RECENT_ITEMS_VIEW,
     TIMESTAMP,
+    USER_ERASURE_LOG,
+    USER_ERASURE_ROWS,
     code_view_name,
     interaction_rows,
 )
@@ -295,6 +297,35 @@ def test_a_validation_event_streamed_as_train_stops_the_build(
 
     with pytest.raises(LeakError, match="history events are no positive interactions of split"):
         build_training_rows(config_path, load_ranker_config(config_path))
+
+
+def test_labels_and_history_of_an_erased_user_are_not_built_into_rows(
+    repository: Repository, tmp_path: Path
+) -> None:
+    path = tmp_path / "repo"
+    shutil.copytree(repository.path, path)
+    erased_at = START + STEP * 1000
+    columns = [[5], pa.array([erased_at]).cast(TIMESTAMP), [CREATED]]
+    erasures = pa.table(columns, schema=USER_ERASURE_ROWS)
+    CodeLog(path / "data" / "offline").append(USER_ERASURE_LOG, erasures)
+    config_path = str(path / "qarm.yaml")
+
+    manifest = build_training_rows(config_path, load_ranker_config(config_path))
+
+    store, old = _store(Repository(path)), _store(repository)
+    names = ("train", "valid", "test")
+    rows = pa.concat_tables(pq.read_table(store.split_path(split)) for split in names)
+    before = pa.concat_tables(pq.read_table(old.split_path(split)) for split in names)
+    times = before["event_timestamp"].cast(pa.int64())
+    is_erased = pc.and_(pc.equal(before["user_id"], 5), pc.less_equal(times, erased_at))
+    assert manifest.counts["labels_erased"] == pc.sum(is_erased).as_py() > 10
+    others = pc.not_equal(rows["user_id"], 5)
+    assert rows.filter(others).equals(before.filter(pc.not_equal(before["user_id"], 5)))
+    own = rows.filter(pc.invert(others))
+    assert own["item_id"].equals(
+        before.filter(pc.and_(pc.equal(before["user_id"], 5), pc.invert(is_erased)))["item_id"]
+    )
+    assert pc.min(pc.list_flatten(own["history_timestamps"])).as_py() > erased_at
 
 
 def test_two_ranks_learn_the_planted_signal_and_cold_items_by_their_codes(

@@ -28,6 +28,7 @@ from qarm_feast.feature_views import (
     item_code_view,
     recent_items_view,
     train_items_view,
+    user_entity,
 )
 from qarm_feast.offline_store import CodeLogOfflineStore, open_code_log
 from qarm_feast.repo_paths import open_feature_store
@@ -265,6 +266,56 @@ def test_histories_for_training_hold_no_event_of_another_split(store: FeatureSto
 
     assert join(store, frame, "user_train_items:item_ids")["item_ids"].to_pylist() == [[1]]
     assert join(store, frame, "user_recent_items:item_ids")["item_ids"].to_pylist() == [[3, 2]]
+
+
+def erasures(*rows: tuple[int, float]) -> pa.Table:
+    """Build erasures from (user, event seconds)."""
+    columns = [[user for user, _ in rows], [at(time) for _, time in rows], [at(1000)] * len(rows)]
+    return pa.table(columns, schema=schema.USER_ERASURE_ROWS)
+
+
+def test_what_a_user_did_up_to_an_erasure_is_in_no_list_whenever_it_is_asked_for(
+    store: FeatureStore,
+) -> None:
+    log = [(7, 1, 10, True, "train"), (7, 2, 20, True, "train"), (7, 3, 30, True, "train")]
+    write(store, "interaction_log", interactions([*log, (8, 4, 10, True, "train")]))
+    frame = labels("user_id", [(7, 15), (7, 25), (7, 30), (8, 15)])
+    write(store, "user_erasure_log", erasures((7, 20), (7, 5), (9, 20)))
+
+    for view in ("user_recent_items", "user_train_items"):
+        table = join(store, frame, f"{view}:item_ids")
+        assert table["item_ids"].to_pylist() == [None, None, [3], [4]]
+
+
+def test_materialize_takes_an_erasure_to_the_online_store_at_its_time(store: FeatureStore) -> None:
+    write(store, "interaction_log", interactions([(7, 1, 10, True, ""), (8, 2, 10, True, "")]))
+    write(store, "user_erasure_log", erasures((7, 20)))
+
+    before = pull_latest(store, "user_recent_items", at(0), at(15)).to_pylist()
+    later = pull_latest(store, "user_recent_items", at(21), at(30))
+    store.apply(user_entity())
+    store.materialize(at(0), at(20), feature_views=["user_recent_items"])
+
+    assert [(row["user_id"], row["item_ids"]) for row in before] == [(8, [2])]
+    assert later.num_rows == 0
+    online = store.get_online_features(
+        ["user_recent_items:item_ids", "user_recent_items:item_timestamps"],
+        [{"user_id": user} for user in (7, 8)],
+    ).to_dict()
+    assert online["item_ids"] == [[-1], [2]]
+    assert online["item_timestamps"][0] == [int(at(20).timestamp() * 1_000_000)]
+
+
+def test_erasures_without_any_interaction_are_pulled_and_join_as_nulls(
+    store: FeatureStore,
+) -> None:
+    write(store, "user_erasure_log", erasures((7, 20)))
+
+    pulled = pull_latest(store, "user_recent_items", at(0), at(99))
+    joined = join(store, labels("user_id", [(7, 99)]), "user_recent_items:item_ids")
+
+    assert [(row["user_id"], row["item_ids"]) for row in pulled.to_pylist()] == [(7, [-1])]
+    assert joined["item_ids"].to_pylist() == [None]
 
 
 def test_pulled_lists_are_of_users_with_a_positive_in_the_range_and_reach_back_before_it(

@@ -14,10 +14,12 @@ from streaming.columns import (
 from streaming.messages import (
     InteractionEvent,
     ItemEvent,
+    UserErasure,
     decode_arrow,
     encode_arrow,
     encode_interaction_event,
     encode_item_event,
+    encode_user_erasure,
 )
 
 
@@ -136,15 +138,18 @@ def test_interactions_of_both_forms_become_columns() -> None:
     event = InteractionEvent(7, 42, NOW, (True, False), "train")
     as_json = record_of(encode_interaction_event(event, tasks))
     as_arrow = _arrow_record(
-        user_id=pa.array([8, 9, 10]),
-        item_id=pa.array([1, 2, 3]),
-        event_timestamp=_times(1, 2, 3),
-        is_like=pa.array([False, None, True]),
-        is_love=pa.array([True, True, True]),
-        split=pa.array(["test", "test", "dev"]),
+        user_id=pa.array([8, 9, 10, 11]),
+        item_id=pa.array([1, 2, 3, -1]),
+        event_timestamp=_times(1, 2, 3, 4),
+        is_like=pa.array([False, None, True, True]),
+        is_love=pa.array([True, True, True, True]),
+        split=pa.array(["test", "test", "dev", "test"]),
     )
+    erasure = UserErasure(12, NOW)
 
-    decoded = decode_interactions([as_json, as_arrow], tasks)
+    decoded = decode_interactions(
+        [as_json, record_of(encode_user_erasure(erasure)), as_arrow], tasks
+    )
 
     rows = decoded.rows.sort_by("user_id").to_pydict()
     assert rows["user_id"] == [7, 8]
@@ -153,8 +158,10 @@ def test_interactions_of_both_forms_become_columns() -> None:
     assert rows["split"] == ["train", "test"]
     assert sorted(letter.reason for letter in decoded.dead_letters) == [
         "missing_field",
+        "reserved_id",
         "wrong_type",
     ]
+    assert decoded.erasures == [erasure]
 
 
 def test_rows_refused_later_go_back_to_the_form_of_their_record() -> None:

@@ -13,6 +13,7 @@ from streaming.messages import (
     MAX_EMBEDDING_VALUE,
     InteractionEvent,
     ItemEvent,
+    UserErasure,
     content_type,
     decode_arrow,
     decode_interaction_event,
@@ -20,6 +21,7 @@ from streaming.messages import (
     encode_arrow,
     encode_interaction_event,
     encode_item_event,
+    encode_user_erasure,
 )
 
 ITEM = {"item_id": 42, "event_timestamp": NOW, "title": "Mug"}
@@ -77,6 +79,15 @@ def test_interaction_event_survives_the_wire() -> None:
     )
 
     assert decoded == event
+
+
+def test_erasure_of_a_user_survives_the_wire() -> None:
+    erasure = UserErasure(7, NOW)
+
+    message = encode_user_erasure(erasure)
+
+    assert message.value is None
+    assert decode_interaction_event(record_of(message), ("is_like",)) == erasure
 
 
 def test_event_time_may_be_iso_8601_with_an_offset() -> None:
@@ -179,7 +190,13 @@ def test_broken_item_record_names_its_reason(record: FakeRecord, reason: str) ->
         (_interaction(is_like=1), "wrong_type"),
         (_interaction(split="dev"), "wrong_type"),
         (_interaction(split=[]), "wrong_type"),
-        (FakeRecord(b"7", None), "erasure_unsupported"),
+        (_interaction(item_id=-1), "reserved_id"),
+        (FakeRecord(b"7", None), "missing_field"),
+        (FakeRecord(b"x", None), "key_mismatch"),
+        (
+            FakeRecord(b"7", None, [*VERSIONED, ("event_timestamp", b"%d" % (NOW + 400_000_000))]),
+            "future_timestamp",
+        ),
     ],
 )
 def test_broken_interaction_record_names_its_reason(record: FakeRecord, reason: str) -> None:

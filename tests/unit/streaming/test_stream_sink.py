@@ -11,6 +11,7 @@ from qarm_feast.schema import (
     CONTENT_LOG_ROWS,
     RECENT_ITEM_ROWS,
     TIMESTAMP,
+    USER_ERASURE_ROWS,
     interaction_rows,
 )
 from streaming.sink import (
@@ -21,6 +22,7 @@ from streaming.sink import (
 )
 
 CREATED = datetime(2024, 1, 1, tzinfo=UTC)
+NO_ERASURES = USER_ERASURE_ROWS.empty_table()
 
 
 class WriteLog:
@@ -67,6 +69,16 @@ def _positives(users: list[int], items: list[int], times: list[int]) -> pa.Table
     return pa.table(columns, schema=interaction_rows(("is_like",)))
 
 
+def _erasures(*rows: tuple[int, int]) -> pa.Table:
+    users, times = zip(*rows, strict=True)
+    columns = [
+        pa.array(users, pa.int64()),
+        pa.array(times, pa.int64()).cast(TIMESTAMP),
+        pa.array([CREATED] * len(rows), TIMESTAMP),
+    ]
+    return pa.table(columns, schema=USER_ERASURE_ROWS)
+
+
 def test_newest_per_item_goes_by_time_and_then_by_content_hash() -> None:
     codes = _codes((2, NOW, "a"), (1, NOW, "b"), (1, NOW + 1, "a"), (2, NOW, "c"), (1, NOW, "z"))
 
@@ -88,7 +100,7 @@ def test_recent_items_are_newest_first_distinct_and_cut() -> None:
         times=[NOW, NOW + 2, NOW + 2, NOW + 2, NOW, NOW + 1],
     )
 
-    rows = recent_item_rows(positives, history_length=3)
+    rows = recent_item_rows(positives, NO_ERASURES, history_length=3)
 
     assert rows.schema == RECENT_ITEM_ROWS
     assert rows["user_id"].to_pylist() == [5, 7]
@@ -107,13 +119,25 @@ def test_recent_items_equal_a_plain_loop_on_random_events() -> None:
         histories[user].add((time, item))
     expected = {u: sorted(pairs, reverse=True)[:7] for u, pairs in histories.items()}
 
-    rows = recent_item_rows(_positives(users, items, times), history_length=7).to_pylist()
+    positives = _positives(users, items, times)
+    rows = recent_item_rows(positives, NO_ERASURES, history_length=7).to_pylist()
 
     found = {
         row["user_id"]: list(zip(row["item_timestamps"], row["item_ids"], strict=True))
         for row in rows
     }
     assert found == expected
+
+
+def test_an_erasure_takes_the_batchs_older_positives_and_leaves_its_mark() -> None:
+    positives = _positives([7, 7, 7, 5], [1, 2, 3, 4], [NOW, NOW + 1, NOW + 2, NOW])
+
+    rows = recent_item_rows(positives, _erasures((7, NOW), (7, NOW + 1), (9, NOW)), 3)
+
+    assert rows.schema == RECENT_ITEM_ROWS
+    assert rows["user_id"].to_pylist() == [5, 7, 9]
+    assert rows["item_ids"].to_pylist() == [[4], [3, -1], [-1]]
+    assert rows["item_timestamps"].to_pylist() == [[NOW], [NOW + 2, NOW + 1], [NOW]]
 
 
 def test_offline_keeps_every_row_and_online_the_newest() -> None:
@@ -124,6 +148,7 @@ def test_offline_keeps_every_row_and_online_the_newest() -> None:
         content=CONTENT_LOG_ROWS.empty_table(),
         interactions=_positives([7, 7, 8], [1, 2, 3], [NOW, NOW, NOW]),
         positives=_positives([7, 7], [1, 2], [NOW, NOW]),
+        erasures=_erasures((9, NOW), (9, NOW), (7, NOW)),
     )
 
     sink.write_offline(rows)
@@ -133,9 +158,10 @@ def test_offline_keeps_every_row_and_online_the_newest() -> None:
         ("offline", "item_codes_v1", 2),
         ("offline", "item_codes_v2", 1),
         ("offline", "interaction_log", 3),
+        ("offline", "user_erasure_log", 3),
         ("online", "item_codes_v1", 1),
         ("online", "item_codes_v2", 1),
-        ("online", "user_recent_items", 1),
+        ("online", "user_recent_items", 2),
     ]
 
 
@@ -143,7 +169,7 @@ def test_nothing_is_written_for_an_empty_batch() -> None:
     stores = WriteLog()
     sink = FeastSink(stores, stores, history_length=2)
     nothing = interaction_rows(("is_like",)).empty_table()
-    rows = BatchRows({}, CONTENT_LOG_ROWS.empty_table(), nothing, nothing)
+    rows = BatchRows({}, CONTENT_LOG_ROWS.empty_table(), nothing, nothing, NO_ERASURES)
 
     sink.write_offline(rows)
     sink.write_online(rows)

@@ -2,6 +2,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
+import pyarrow as pa
 import pytest
 from kafka.structs import TopicPartition
 from stream_fakes import (
@@ -15,14 +16,17 @@ from stream_fakes import (
 
 from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import ConfigError, GpuLostError, ServiceUnavailableError
+from qarm_feast.observability import STREAM_EVENTS
 from streaming.columns import DeadLetter
 from streaming.health import WorkerHealth
 from streaming.messages import (
     InteractionEvent,
     ItemEvent,
     Record,
+    UserErasure,
     encode_interaction_event,
     encode_item_event,
+    encode_user_erasure,
 )
 from streaming.rows import LiveCodebooks
 from streaming.sink import BatchRows
@@ -134,6 +138,20 @@ def test_steps_run_in_the_order_of_the_docstring() -> None:
     assert parts.rows.interactions["item_id"].to_pylist() == [1, 2]
     assert parts.rows.positives["item_id"].to_pylist() == [2]
     assert [letter.reason for letter in parts.letters] == ["undecodable"]
+
+
+def test_an_erasure_goes_to_the_stores_with_its_batch_and_is_counted() -> None:
+    erasure = record_of(encode_user_erasure(UserErasure(8, NOW)), topic="interactions")
+    parts = FakeParts([*_records(), erasure], {})
+    counted = STREAM_EVENTS.labels("erasure")._value.get()
+
+    _worker(parts).handle(parts.batch)
+
+    assert parts.rows is not None
+    assert parts.rows.erasures["user_id"].to_pylist() == [8]
+    assert parts.rows.erasures["event_timestamp"].cast(pa.int64()).to_pylist() == [NOW]
+    assert parts.rows.interactions.num_rows == 2
+    assert STREAM_EVENTS.labels("erasure")._value.get() == counted + 1
 
 
 @pytest.mark.parametrize("step", ["write_offline", "write_online", "send"])

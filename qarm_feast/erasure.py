@@ -1,0 +1,92 @@
+"""Erasure of a user: nothing that the user did up to that time is shown or learnt from again.
+
+An erasure is one pair (time T, item ``ERASURE_MARK``) among a user's pairs (time, item). Of a
+user's marks the newest counts, it takes every pair of time T or earlier with it, and stays: an
+event that comes after it, but happened before, finds it and goes as well. What remains of a set
+of pairs depends on the set alone, so late, repeated and reordered events end alike.
+
+    online      Within the batch that brings it. The mark ends the user's ``user_recent_items``;
+                our readers hide it, stock Feast reads item -1 at the time of the erasure. Once
+                the list is full of newer items it is cut off like one: what it would stop is
+                then too old to enter. It expires with its row where the store has a key TTL.
+    offline     At the next read after it is in ``user_erasure_log``, beside the interaction log:
+                joins, pulls and training rows leave out what it covers, whatever time they ask
+                for; ``materialize`` writes the marks into an online store as well.
+    raw rows    stay in ``interaction_log`` until a compaction removes them; nothing compacts yet.
+    elsewhere   ``user_profile``, the files of ``data.input_dir``, and what was learnt from them
+                before (training rows until they are built again) are left as they are.
+
+Shape letters in this file: M pairs of all users together, N rows.
+May import: numpy, pyarrow, the log.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from qarm_feast.code_log import CodeLog
+from qarm_feast.point_in_time import microseconds
+from qarm_feast.schema import ERASURE_MARK, EVENT_TIMESTAMP, USER_ERASURE_LOG, USER_ID
+
+Int64Array = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+def outlives_erasure(owners_M: Int64Array, times_M: Int64Array, item_ids_M: Int64Array) -> Bools:
+    """Return which pairs stay: those after their owner's newest mark, and that mark.
+
+    Args:
+        owners_M: Whose each pair is; any numbering.
+        times_M: Microseconds UTC.
+        item_ids_M: Items, or ``ERASURE_MARK``.
+
+    Returns:
+        One flag per pair; a mark that is there twice stays twice.
+    """
+    is_mark_M = item_ids_M == ERASURE_MARK
+    if not is_mark_M.any():
+        return np.ones(len(owners_M), dtype=np.bool_)
+    owners, ranks = np.unique(owners_M[is_mark_M], return_inverse=True)
+    newest = np.full(len(owners), np.iinfo(np.int64).min)
+    np.maximum.at(newest, ranks, times_M[is_mark_M])
+    places_M = np.minimum(np.searchsorted(owners, owners_M), len(owners) - 1)
+    is_erased_M = owners[places_M] == owners_M
+    after_M = times_M > newest[places_M]
+    is_newest_mark_M = is_mark_M & (times_M == newest[places_M])
+    outlives_M: Bools = ~is_erased_M | after_M | is_newest_mark_M
+    return outlives_M
+
+
+def read_marks(log: CodeLog) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Return every erasure ever logged as pairs.
+
+    Args:
+        log: The offline logs.
+
+    Returns:
+        Users, times in microseconds UTC, and ``ERASURE_MARK`` as often; repeated as logged.
+    """
+    if not log.exists(USER_ERASURE_LOG):
+        users_M, times_M = np.empty((2, 0), dtype=np.int64)
+    else:
+        table = log.read(USER_ERASURE_LOG, [USER_ID, EVENT_TIMESTAMP])
+        users_M = table[USER_ID].to_numpy()
+        times_M = microseconds(table[EVENT_TIMESTAMP]).to_numpy()
+    return users_M, times_M, np.full(len(users_M), ERASURE_MARK)
+
+
+def without_erased(rows: pa.Table, log: CodeLog) -> pa.Table:
+    """Return the rows of ``rows`` that no erasure covers, in their order.
+
+    Args:
+        rows: Columns ``user_id`` and ``event_timestamp``, and any others.
+        log: The offline logs.
+
+    Returns:
+        Some of the rows, or all of them.
+    """
+    # Whatever the items are, none of these rows is a mark.
+    items = np.full(rows.num_rows, ERASURE_MARK + 1)
+    own = (rows[USER_ID].to_numpy(), microseconds(rows[EVENT_TIMESTAMP]).to_numpy(), items)
+    pairs = [np.concatenate(both) for both in zip(own, read_marks(log), strict=True)]
+    return rows.filter(pa.array(outlives_erasure(*pairs)[: rows.num_rows]))
