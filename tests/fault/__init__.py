@@ -3,14 +3,14 @@
     python -m tests.fault [--short] [--seed N] [--only NAME ...]        (`make fault-test`)
 
 Data in: a seeded, endless stream of item events (edits whose times are not in order and often
-equal, exact duplicates, takedowns, single JSON records and Arrow batches) and of interactions,
-sent at a steady rate while things die (``traffic``). Every record that the broker acknowledged is
-remembered.
+equal, exact duplicates, takedowns, single JSON records and Arrow batches), of interactions and of
+erasures of users, sent at a steady rate while things die (``traffic``). Every record that the
+broker acknowledged is remembered.
 
 Truth: a slow plain-Python reference over those records (``truth``) that shares no code with the
 stores: per item the greatest (event_timestamp, content hash), with the codes that the published
-codebook gives its vector; per user the latest positives; and every distinct event once in the
-offline log.
+codebook gives its vector; per user the latest positives after the last erasure, online and as
+Feast materializes them; and every distinct event once in the offline log.
 
 What fails (``scenarios``): workers (SIGKILL, SIGSTOP past the session timeout), the broker
 (SIGKILL), the group's membership (joins and leaves), the online store (killed, hung), the disk

@@ -92,8 +92,9 @@ def plain_interactions(record: Record) -> list[InteractionEvent] | None:
             return None
         if fields.get("split") not in (None, "", "train", "valid", "test"):
             return None
-        time_us = _plain_time(fields["event_timestamp"])
-        return [InteractionEvent(user_id, _whole(fields["item_id"]), time_us, labels)]
+        time_us, item_id = _plain_time(fields["event_timestamp"]), _whole(fields["item_id"])
+        # -1 stands for an erasure in the users' lists.
+        return None if item_id == -1 else [InteractionEvent(user_id, item_id, time_us, labels)]
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return None
 

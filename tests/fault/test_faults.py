@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from examples.quickstart.broker import KafkaBroker
+from streaming.messages import UserErasure
 from tests.fault.harness import Bench
 from tests.fault.scenarios import SCENARIOS, SHORT, SHORT_SCENARIOS
 from tests.fault.traffic import NUM_ITEMS
@@ -65,8 +66,14 @@ def test_the_checker_tells_lost_stale_and_wrong_rows_apart(bench: Bench) -> None
         behind = check_stores(run.repo, replace(truth, codes=more))
         ahead = check_stores(run.repo, replace(truth, codes=without_newest))
         recoded = check_stores(run.repo, replace(truth, codes={**truth.codes, newest: ((), ())}))
+        click = max(row for row in truth.interactions if row.labels[0])
+        unheard = UserErasure(click.user_id, click.event_timestamp + 1_000_000_000)
+        not_erased = check_stores(run.repo, replace(truth, erasures=truth.erasures | {unheard}))
 
     assert right.is_good
+    assert truth.erasures
+    # The list in both stores, and the erasure in its log.
+    assert (not_erased.lost, not_erased.stale, not_erased.wrong) == (1, 2, 0)
     # The new item online, and both events in the code log and in the content log.
     assert (behind.lost, behind.stale, behind.wrong) == (5, 1, 0)
     assert (ahead.lost, ahead.stale) == (0, 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qarm_feast.encode import content_hash
-from streaming.messages import ItemEvent
+from streaming.messages import ItemEvent, UserErasure
 from tests.fault.mutations import make_mutants, plain_interactions, plain_items
 from tests.fault.traffic import SeededEvents
 from tests.fault.truth import EventKey, InteractionRow, Truth, reference_hash
@@ -41,6 +41,8 @@ def test_the_stream_has_late_equal_and_repeated_times_and_takedowns() -> None:
     assert any(own != sorted(own) for own in per_item.values())
     assert any(item.is_deleted for item in items)
     assert any(len(parcel.items) > 1 for parcel in parcels)
+    user_events = [event for parcel in parcels for event in parcel.interactions]
+    assert any(isinstance(event, UserErasure) for event in user_events)
 
 
 def test_the_reference_hash_is_the_published_one() -> None:
@@ -66,6 +68,16 @@ def test_a_history_holds_distinct_positives_newest_first() -> None:
     }
 
     assert Truth({}, rows).histories() == {1: [(7, 12), (5, 10)]}
+
+
+def test_a_history_begins_after_the_last_erasure_and_ends_in_it() -> None:
+    rows = {InteractionRow(1, 9 + time_us, time_us, (True, False)) for time_us in (1, 2, 3)}
+    rows.add(InteractionRow(2, 10, 1, (True, False)))
+    erasures = frozenset({UserErasure(1, 2), UserErasure(1, 1), UserErasure(3, 5)})
+
+    histories = Truth({}, rows, erasures).histories()
+
+    assert histories == {1: [(3, 12), (2, -1)], 2: [(1, 10)], 3: [(5, -1)]}
 
 
 def test_records_left_alone_read_back_as_the_events_that_they_were_made_of() -> None:

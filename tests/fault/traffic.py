@@ -19,9 +19,11 @@ from streaming.messages import (
     InteractionEvent,
     ItemEvent,
     Message,
+    UserErasure,
     encode_arrow,
     encode_interaction_event,
     encode_item_event,
+    encode_user_erasure,
 )
 from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START
 
@@ -37,12 +39,16 @@ _ACKNOWLEDGE_SECONDS = 60.0
 _MAX_ROUNDS = 5
 
 
+UserEvent = InteractionEvent | UserErasure
+"""What the interaction topic carries."""
+
+
 class Parcel(NamedTuple):
     """One Kafka message and the events in it."""
 
     message: Message
     items: tuple[ItemEvent, ...] = ()
-    interactions: tuple[InteractionEvent, ...] = ()
+    interactions: tuple[UserEvent, ...] = ()
 
     @property
     def num_events(self) -> int:
@@ -76,9 +82,12 @@ class SeededEvents:
         elif kind < 0.65:
             item = self._upload()
             parcel = Parcel(encode_item_event(item), (item,))
-        else:
+        elif kind < 0.98:
             event = self._interaction()
             parcel = Parcel(encode_interaction_event(event, TASK_NAMES), (), (event,))
+        else:
+            erasure = UserErasure(int(self._rng.integers(NUM_USERS)), self._timestamp())
+            parcel = Parcel(encode_user_erasure(erasure), (), (erasure,))
         self._sent.append(parcel)
         return parcel
 

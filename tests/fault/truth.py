@@ -7,6 +7,7 @@ what the codebook says) and the stores' own reading functions.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from feast.protos.feast.types.Value_pb2 import Value
 
 from qarm_feast.offline_store import CodeLogOfflineStore, open_code_log
 from qarm_feast.repo_paths import open_feature_store
-from streaming.messages import InteractionEvent, ItemEvent
+from streaming.messages import ItemEvent, UserErasure
+from tests.fault.traffic import UserEvent
 from tests.stream_repo import HISTORY_LENGTH, StreamRepo
 
 _CODE_VIEW = "item_codes_v1"
@@ -25,6 +27,7 @@ _RECENT_VIEW = "user_recent_items"
 _CODE_COLUMNS = ["rq_code", "vq_code", "content_hash", "is_deleted"]
 _KEYS_PER_READ = 500
 _MAX_EXAMPLES = 5
+_ERASURE_MARK = -1
 
 Codes = tuple[tuple[int, ...], tuple[int, ...]]
 """RQ codes, VQ codes."""
@@ -78,6 +81,7 @@ class Truth:
     codes: dict[EventKey, Codes | None]
     """Per distinct item event its codes; None for a takedown."""
     interactions: set[InteractionRow]
+    erasures: frozenset[UserErasure] = frozenset()
 
     def newest(self) -> dict[int, EventKey]:
         """Return each item's greatest event."""
@@ -87,18 +91,28 @@ class Truth:
         return newest
 
     def histories(self) -> dict[int, list[tuple[int, int]]]:
-        """Return each user's latest positives, (time, item), newest first."""
-        positives: dict[int, set[tuple[int, int]]] = {}
+        """Return each user's latest positives, (time, item), newest first.
+
+        Those up to the user's last erasure are left out, and it stands after the others.
+        """
+        erased: dict[int, int] = {}
+        for user, time_us in self.erasures:
+            erased[user] = max(time_us, erased.get(user, time_us))
+        pairs = {user: {(time_us, _ERASURE_MARK)} for user, time_us in erased.items()}
         for row in self.interactions:
-            if row.labels[0]:
-                positives.setdefault(row.user_id, set()).add((row.event_timestamp, row.item_id))
-        return {
-            user: sorted(pairs, reverse=True)[:HISTORY_LENGTH] for user, pairs in positives.items()
-        }
+            if row.labels[0] and row.event_timestamp > erased.get(row.user_id, -1):
+                pairs.setdefault(row.user_id, set()).add((row.event_timestamp, row.item_id))
+        return {user: sorted(own, reverse=True)[:HISTORY_LENGTH] for user, own in pairs.items()}
+
+    def all_pairs(self, user_id: int) -> set[tuple[int, int]]:
+        """Return every pair that could ever stand in the user's list."""
+        own = [row for row in self.interactions if row.user_id == user_id and row.labels[0]]
+        pairs = {(row.event_timestamp, row.item_id) for row in own}
+        return pairs | {(at, _ERASURE_MARK) for user, at in self.erasures if user == user_id}
 
 
 def make_truth(
-    repo: StreamRepo, items: Iterable[ItemEvent], interactions: Iterable[InteractionEvent]
+    repo: StreamRepo, items: Iterable[ItemEvent], interactions: Iterable[UserEvent]
 ) -> Truth:
     """Return what both stores must hold after these events, in whatever order they came."""
     distinct = {
@@ -114,11 +128,14 @@ def make_truth(
         )
         rows = zip(uploads, encoded.rq_NL.tolist(), encoded.vq_NV.tolist(), strict=True)
         codes |= {key: (tuple(rq), tuple(vq)) for key, rq, vq in rows}
+    events = set(interactions)
+    erasures = frozenset(event for event in events if isinstance(event, UserErasure))
     rows_seen = {
         InteractionRow(event.user_id, event.item_id, event.event_timestamp, event.labels)
-        for event in interactions
+        for event in events
+        if not isinstance(event, UserErasure)
     }
-    return Truth(codes, rows_seen)
+    return Truth(codes, rows_seen, erasures)
 
 
 def reference_hash(item: ItemEvent) -> str:
@@ -145,9 +162,11 @@ def check_stores(repo: StreamRepo, truth: Truth) -> Verdict:
     verdict = Verdict()
     _check_online_codes(store, truth, verdict)
     _check_online_histories(store, truth, verdict)
+    _check_offline_histories(store, truth, verdict)
     _check_offline_codes(store, truth, verdict)
     _check_content_log(store, truth, verdict)
     _check_interaction_log(store, truth, verdict)
+    _check_erasure_log(store, truth, verdict)
     return verdict
 
 
@@ -176,26 +195,46 @@ def _check_online_codes(store: FeatureStore, truth: Truth, verdict: Verdict) -> 
 
 
 def _check_online_histories(store: FeatureStore, truth: Truth, verdict: Verdict) -> None:
+    users, names = sorted(truth.histories()), ["item_timestamps", "item_ids"]
+    stored: dict[int, list[tuple[int, int]]] = {}
+    for user, (_, values) in _read_online(store, _RECENT_VIEW, "user_id", users, names).items():
+        lists = [values[name].int64_list_val.val for name in names]
+        stored[user] = list(zip(*lists, strict=True))
+    _compare_histories("online", stored, truth, verdict)
+
+
+def _check_offline_histories(store: FeatureStore, truth: Truth, verdict: Verdict) -> None:
+    """Check the lists that a materialization would take online."""
+    job = CodeLogOfflineStore.pull_latest_from_table_or_query(
+        store.config,
+        store.get_feature_view(_RECENT_VIEW).batch_source,
+        ["user_id"],
+        ["item_ids", "item_timestamps"],
+        "event_timestamp",
+        None,
+        start_date=datetime(1980, 1, 1, tzinfo=UTC),
+        end_date=datetime(2200, 1, 1, tzinfo=UTC),
+    )
+    stored = {
+        row["user_id"]: list(zip(row["item_timestamps"], row["item_ids"], strict=True))
+        for row in job.to_arrow().to_pylist()
+    }
+    _compare_histories("offline", stored, truth, verdict)
+
+
+def _compare_histories(
+    place: str, stored: dict[int, list[tuple[int, int]]], truth: Truth, verdict: Verdict
+) -> None:
     histories = truth.histories()
     verdict.rows_expected += len(histories)
-    names = ["item_ids", "item_timestamps"]
-    found = _read_online(store, _RECENT_VIEW, "user_id", sorted(histories), names)
     for user_id, expected in histories.items():
-        place = f"user {user_id} online"
-        if user_id not in found:
-            verdict.add("lost", f"{place}: nothing, expected {expected}")
-            continue
-        lists = [tuple(found[user_id][1][name].int64_list_val.val) for name in names]
-        stored = list(zip(lists[1], lists[0], strict=True))
-        if stored != expected:
+        found = stored.get(user_id)
+        if found is None:
+            verdict.add("lost", f"user {user_id} {place}: nothing, expected {expected}")
+        elif found != expected:
             # A list that lacks a pair was not brought up to date; any other was made wrong.
-            kind = "stale" if set(stored) <= _all_pairs(truth, user_id) else "wrong"
-            verdict.add(kind, f"{place}: {stored}, expected {expected}")
-
-
-def _all_pairs(truth: Truth, user_id: int) -> set[tuple[int, int]]:
-    rows = truth.interactions
-    return {(r.event_timestamp, r.item_id) for r in rows if r.user_id == user_id and r.labels[0]}
+            kind = "stale" if set(found) <= truth.all_pairs(user_id) else "wrong"
+            verdict.add(kind, f"user {user_id} {place}: {found}, expected {expected}")
 
 
 def _check_offline_codes(store: FeatureStore, truth: Truth, verdict: Verdict) -> None:
@@ -241,6 +280,17 @@ def _check_interaction_log(store: FeatureStore, truth: Truth, verdict: Verdict) 
     }
     verdict.repeated += len(rows) - len(stored)
     _compare_sets("interaction log", truth.interactions, stored, verdict)
+
+
+def _check_erasure_log(store: FeatureStore, truth: Truth, verdict: Verdict) -> None:
+    verdict.rows_expected += len(truth.erasures)
+    log = open_code_log(store.config)
+    rows = []
+    if log.exists("user_erasure_log"):
+        read = log.read("user_erasure_log", ["user_id", "event_timestamp"])
+        rows = [UserErasure(**row) for row in _with_micros(read).to_pylist()]
+    verdict.repeated += len(rows) - len(set(rows))
+    _compare_sets("erasure log", set(truth.erasures), set(rows), verdict)
 
 
 def _compare_sets(place: str, expected: set[Any], stored: set[Any], verdict: Verdict) -> None:
