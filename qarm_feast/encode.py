@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qarm_feast.errors import CodebookMismatchError, DataError
 from qarm_feast.schema import (
@@ -88,9 +89,15 @@ def content_hashes(items: pa.Table) -> list[str]:
 
 
 def _embedding_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
+    # Cut from one block: a list of Python numbers per row would take longer than the hash.
+    flat = pc.list_flatten(column).to_numpy().astype("<f4").tobytes()
+    lengths = pc.if_else(pc.is_valid(column), pc.list_value_length(column), 0).to_numpy()
+    ends = np.cumsum(lengths, dtype=np.int64) * 4
+    rows = zip((ends - lengths * 4).tolist(), ends.tolist(), strict=True)
+    is_present = column.is_valid().to_pylist()
     return [
-        None if row is None else np.asarray(row, dtype="<f4").tobytes()
-        for row in column.to_pylist()
+        flat[start:end] if present else None
+        for (start, end), present in zip(rows, is_present, strict=True)
     ]
 
 

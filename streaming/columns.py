@@ -40,6 +40,7 @@ from streaming.messages import (
     Record,
     UnreadableRecord,
     UserErasure,
+    are_finite,
     check_record_size,
     check_unpacked_size,
     content_type,
@@ -48,9 +49,8 @@ from streaming.messages import (
     decode_item_event,
     encode_arrow,
     has_content,
-    is_finite_vector,
     json_content,
-    timestamp_fault,
+    timestamp_bounds,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ IS_DELETED = "is_deleted"
 CONTENT = "content"
 RECORD_INDEX = "record_index"
 ROW_INDEX = "row_index"
+
+# json.dumps makes one for each call whose options are not the default ones.
+_CONTENT_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 ITEM_EVENT_ROWS = pa.schema(
     [
@@ -250,7 +253,7 @@ def _item_table(events: Sequence[ItemEvent], places: Sequence[tuple[int, int]]) 
 
 def content_text(content: Mapping[str, ContentValue]) -> str:
     """Return the content log's JSON text: keys sorted, no spaces."""
-    return json.dumps(json_content(content), sort_keys=True, separators=(",", ":"))
+    return _CONTENT_JSON.encode(json_content(content)) if content else "{}"
 
 
 def _as_bytes(value: object) -> bytes | None:
@@ -334,10 +337,10 @@ def _check_ids_and_times(
     for column in ids:
         faults.add(Reason.MISSING_FIELD, pc.is_null(column))
     faults.add(Reason.MISSING_FIELD, pc.is_null(times))
-    values = times.cast(pa.int64()).fill_null(append_ms * 1000).to_pylist()
-    time_faults = [timestamp_fault(value, append_ms, max_future_seconds) for value in values]
-    for reason in (Reason.ABSURD_TIMESTAMP, Reason.FUTURE_TIMESTAMP):
-        faults.add(reason, np.array([fault is reason for fault in time_faults], dtype=bool))
+    micros_N = times.cast(pa.int64()).fill_null(append_ms * 1000).to_numpy()
+    earliest, latest = timestamp_bounds(append_ms, max_future_seconds)
+    faults.add(Reason.ABSURD_TIMESTAMP, micros_N < earliest)
+    faults.add(Reason.FUTURE_TIMESTAMP, micros_N > latest)
     return faults
 
 
@@ -453,15 +456,26 @@ def _embedding_rows(table: pa.Table, faults: _RowFaults) -> list[np.ndarray | No
     is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
     if not (is_list and pa.types.is_float32(kind.value_type)):
         raise EventError(Reason.WRONG_TYPE, f"embedding is {kind}, not a list of float32")
-    rows = [
-        None if row is None else np.array(row, dtype=np.float32)  # a null element becomes NaN
-        for row in table[EMBEDDING].to_pylist()
-    ]
-    is_bad = [row is not None and not is_finite_vector(row) for row in rows]
-    faults.add(Reason.EMBEDDING_NOT_FINITE, np.array(is_bad, dtype=bool))
-    is_zero = [row is not None and not row.any() for row in rows]
-    faults.add(Reason.EMBEDDING_ZERO, np.array(is_zero, dtype=bool))
-    return rows
+    column = table[EMBEDDING]
+    is_given_N = column.is_valid().to_numpy()
+    lengths_N = pc.if_else(column.is_valid(), pc.list_value_length(column), 0).to_numpy()
+    # Null elements become NaN.
+    flat_M = pc.list_flatten(column).to_numpy().astype(np.float32, copy=False)
+    is_bad_N = _row_counts(~are_finite(flat_M), lengths_N) > 0
+    faults.add(Reason.EMBEDDING_NOT_FINITE, is_bad_N)
+    is_zero_N = _row_counts(flat_M != 0, lengths_N) == 0
+    faults.add(Reason.EMBEDDING_ZERO, is_given_N & is_zero_N)
+    ends = np.cumsum(lengths_N).tolist()
+    rows = zip([0, *ends], ends, is_given_N.tolist(), strict=False)
+    return [flat_M[start:end] if is_given else None for start, end, is_given in rows]
+
+
+def _row_counts(is_counted_M: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+    """Return how many elements of each row are counted; the rows lie one behind the other."""
+    totals = np.append(0, np.cumsum(is_counted_M))
+    ends_N = np.cumsum(lengths_N)
+    counts_N: np.ndarray = totals[ends_N] - totals[ends_N - lengths_N]
+    return counts_N
 
 
 def _encoder_versions(

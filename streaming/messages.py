@@ -369,28 +369,24 @@ def has_content(content: Mapping[str, ContentValue]) -> bool:
     return any(name in content for name in (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS))
 
 
-def is_finite_vector(embedding: np.ndarray) -> bool:
-    """Tell whether every number is finite and its square fits float32."""
+def are_finite(values_M: np.ndarray) -> np.ndarray:
+    """Tell of each number whether it is finite and its square fits float32."""
     # NaN compares false, so it is caught as well.
-    return bool((np.abs(embedding) < MAX_EMBEDDING_VALUE).all())
+    is_finite_M: np.ndarray = np.abs(values_M) < MAX_EMBEDDING_VALUE
+    return is_finite_M
 
 
-def timestamp_fault(timestamp: int, append_ms: int, max_future_seconds: float) -> Reason | None:
-    """Return why an event time cannot be right, or None.
+def timestamp_bounds(append_ms: int, max_future_seconds: float) -> tuple[int, float]:
+    """Return the first and the last event time that can be right, microseconds since the epoch.
 
     Args:
-        timestamp: Event time, microseconds since the epoch.
         append_ms: The record's append time, milliseconds since the epoch.
         max_future_seconds: Tolerance for producers whose clocks run ahead.
 
     Returns:
-        ``ABSURD_TIMESTAMP``, ``FUTURE_TIMESTAMP`` or None.
+        Both, inclusive.
     """
-    if timestamp < MIN_EVENT_TIMESTAMP:
-        return Reason.ABSURD_TIMESTAMP
-    if timestamp > append_ms * 1000 + max_future_seconds * 1e6:
-        return Reason.FUTURE_TIMESTAMP
-    return None
+    return MIN_EVENT_TIMESTAMP, append_ms * 1000 + max_future_seconds * 1e6
 
 
 def _tombstone_message(identity: int, timestamp: int) -> Message:
@@ -465,8 +461,9 @@ def _timestamp(value: Any, record: Record, max_future_seconds: float) -> int:
             raise EventError(Reason.MISSING_FIELD, f"no {EVENT_TIMESTAMP}")
         kind = type(value).__name__
         raise EventError(Reason.WRONG_TYPE, f"{EVENT_TIMESTAMP} is a {kind}, not an integer")
-    fault = timestamp_fault(value, record.timestamp, max_future_seconds)
-    if fault is not None:
+    earliest, latest = timestamp_bounds(record.timestamp, max_future_seconds)
+    if not earliest <= value <= latest:
+        fault = Reason.ABSURD_TIMESTAMP if value < earliest else Reason.FUTURE_TIMESTAMP
         raise EventError(
             fault, f"{EVENT_TIMESTAMP} is {value}, appended at {record.timestamp * 1000}"
         )
@@ -499,7 +496,7 @@ def _embedding(fields: dict[str, Any]) -> tuple[np.ndarray | None, str | None]:
         embedding = np.frombuffer(array("f", values), dtype=np.float32)
     except (TypeError, OverflowError) as error:
         raise EventError(Reason.WRONG_TYPE, f"embedding is not all numbers: {error}") from error
-    if not is_finite_vector(embedding):
+    if not are_finite(embedding).all():
         raise EventError(Reason.EMBEDDING_NOT_FINITE, "embedding is NaN, infinite or out of range")
     if not embedding.any():
         raise EventError(Reason.EMBEDDING_ZERO, "embedding is empty or all zeros")

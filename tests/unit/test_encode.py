@@ -95,6 +95,25 @@ def test_content_hashes_of_a_table_equal_those_of_single_items() -> None:
     ]
 
 
+def test_content_hashes_cut_vectors_of_any_length_out_of_a_part_of_a_table() -> None:
+    vectors = [[9.0], [1.0, 2.0], None, [3.0], [9.0]]
+    items = pa.table(
+        {
+            "title": ["a", "b", "c", "d", "e"],
+            "embedding": pa.array(vectors, pa.list_(pa.float32())),
+            "encoder_version": ["e1"] * 5,
+        }
+    )
+
+    hashes = content_hashes(pa.concat_tables([items[1:3], items[3:4]]))
+
+    assert hashes == [
+        content_hash({"title": "b"}, np.array([1, 2], dtype="<f4").tobytes(), "e1"),
+        content_hash({"title": "c"}, None, "e1"),
+        content_hash({"title": "d"}, np.array([3], dtype="<f4").tobytes(), "e1"),
+    ]
+
+
 def test_encode_items_returns_one_row_per_item_and_version() -> None:
     codebooks = {"v1": FakeCodebook(), "v2": FakeCodebook()}
     x_ND = np.array([[3.0, 0.0], [4.0, 0.0], [5.0, 0.0]], dtype=np.float32)

@@ -112,6 +112,40 @@ def test_bad_rows_of_an_arrow_record_do_not_sink_the_others() -> None:
     }
 
 
+def test_vectors_of_an_arrow_record_keep_their_own_lengths_and_faults() -> None:
+    vectors = [[1.0, 2.0], [], None, [3.0, None], [0.0], [-4.0]]
+    record = _arrow_record(
+        item_id=pa.array([1, 2, 3, 4, 5, 6]),
+        event_timestamp=_times(0, 0, 0, 0, 0, 0),
+        title=pa.array(["t"] * 6),
+        embedding=pa.array(vectors, pa.list_(pa.float32())),
+        encoder_version=pa.array(["e1"] * 6),
+    )
+
+    decoded = decode_items([record])
+
+    assert decoded.rows["item_id"].to_pylist() == [1, 3, 6]
+    assert decoded.rows["embedding"].to_pylist() == [[1.0, 2.0], None, [-4.0]]
+    refused = {
+        letter.reason: decode_arrow(FakeRecord(None, letter.value))["item_id"].to_pylist()
+        for letter in decoded.dead_letters
+    }
+    assert refused == {"embedding_zero": [2, 5], "embedding_not_finite": [4]}
+
+
+def test_an_arrow_record_without_rows_gives_none() -> None:
+    record = _arrow_record(
+        item_id=pa.array([], pa.int64()),
+        event_timestamp=_times(),
+        embedding=pa.array([], pa.list_(pa.float32())),
+        encoder_version=pa.array([], pa.string()),
+    )
+
+    decoded = decode_items([record])
+
+    assert (decoded.rows.num_rows, decoded.dead_letters) == (0, [])
+
+
 def test_arrow_record_with_a_wrong_column_is_one_dead_letter() -> None:
     text_ids = _arrow_record(item_id=pa.array(["1"]), event_timestamp=_times(0))
     naive = _arrow_record(
