@@ -2,6 +2,7 @@
 
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,6 +72,7 @@ def build_stream_repo(
     bootstrap_servers: str,
     stream: dict[str, Any] | None = None,
     stores: dict[str, Any] | None = None,
+    publish: Callable[[Path, str], Codebook] | None = None,
 ) -> StreamRepo:
     """Make a fresh repository whose topics exist and are empty.
 
@@ -79,6 +81,7 @@ def build_stream_repo(
         bootstrap_servers: The broker.
         stream: Keys of section ``stream`` besides the test's own.
         stores: Sections of ``feature_store.yaml`` that replace the repository's.
+        publish: Publishes the codebook of a folder and version; None: :func:`publish_codebook`.
     """
     directory.mkdir(parents=True)
     shutil.copyfile(
@@ -105,7 +108,7 @@ def build_stream_repo(
     }
     (directory / "qarm.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     _write_interactions(directory / "data" / "input")
-    repo = StreamRepo(directory, publish_codebook(directory, "v1"))
+    repo = StreamRepo(directory, (publish or publish_codebook)(directory, "v1"))
     repo.apply()
     create_topics(repo.stream_config)
     return repo

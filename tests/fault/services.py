@@ -118,19 +118,27 @@ def _run_worker(config_path: str, log_path: str) -> None:
 
 
 class RedisServer:
-    """A redis-server that keeps what it acknowledged through a crash (append-only file).
+    """A redis-server; by default it keeps what it acknowledged through a crash.
 
     Args:
         directory: Its data and its log.
+        is_durable: Whether each write goes to an append-only file on the disk.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, is_durable: bool = True) -> None:
         directory.mkdir(parents=True)
         self._directory = directory
+        self._is_durable = is_durable
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
 
     def __enter__(self) -> Self:
         self.start()
@@ -146,8 +154,9 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, or start it again with the data it had; return once it answers."""
-        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"]
-        options += ["--appendfsync", "always", "--dir", str(self._directory)]
+        options = ["--bind", "127.0.0.1", "--save", "", "--dir", str(self._directory)]
+        if self._is_durable:
+            options += ["--appendonly", "yes", "--appendfsync", "always"]
         with (self._directory / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
                 ["redis-server", "--port", str(self.port), *options],

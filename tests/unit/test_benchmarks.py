@@ -5,12 +5,25 @@ Shape letters in this file: N items, D width.
 
 import importlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+from benchmarks.stream_bench import (
+    ROWS_PER_ARROW_RECORD,
+    START,
+    MadeItems,
+    cpu_seconds,
+    resident_mib,
+)
+from benchmarks.stream_write import Stopwatch, records_of
+from streaming.columns import decode_items
+from streaming.messages import decode_item_event, encode_item_event
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULT = {
@@ -99,4 +112,80 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
 ) -> None:
     names = [path.name for path in _module("run_all", monkeypatch).benchmark_scripts()]
 
-    assert names == ["codebook_options.py", "codebook_quality.py", "continuity.py", "quantize.py"]
+    assert names == [
+        "codebook_options.py",
+        "codebook_quality.py",
+        "continuity.py",
+        "quantize.py",
+        "stream.py",
+    ]
+
+
+def test_items_made_as_text_are_the_messages_that_a_producer_encodes() -> None:
+    items = MadeItems(num_vectors=3)
+
+    message = items.json_message(item_id=7, event_timestamp=START + 7)
+
+    decoded = decode_item_event(records_of([message], slice(0, 1), 1)[0])
+    assert encode_item_event(decoded) == message
+    assert (decoded.item_id, decoded.event_timestamp) == (7, START + 7)
+
+
+def test_both_forms_of_made_items_decode_to_the_same_rows() -> None:
+    items, num_items = MadeItems(num_vectors=3), 2 * ROWS_PER_ARROW_RECORD
+    forms = [list(make(0, num_items)) for make in (items.json_messages, items.arrow_messages)]
+
+    rows = [decode_items(records_of(each, slice(0, num_items), num_items)).rows for each in forms]
+
+    columns = ["item_id", "event_timestamp", "embedding", "encoder_version"]
+    assert [len(each) for each in forms] == [num_items, 2]
+    assert rows[0].select(columns).equals(rows[1].select(columns))
+
+
+def test_processor_time_and_memory_of_a_process_are_read_from_the_kernel() -> None:
+    before, spent = cpu_seconds(os.getpid()), time.process_time()
+
+    while time.process_time() - spent < 0.05:
+        pass
+
+    assert 0.02 <= cpu_seconds(os.getpid()) - before <= 1.0
+    assert 10 < resident_mib(os.getpid()) < 100_000
+
+
+def test_a_stopwatch_adds_up_the_time_of_each_part() -> None:
+    watch = Stopwatch()
+
+    results = [watch.run("write", sum, [1, 2]), watch.run("write", sum, [3])]
+
+    assert results == [3, 3]
+    assert list(watch.wall) == list(watch.cpu) == ["write"]
+    assert watch.wall["write"] > 0
+
+
+def test_the_figure_of_both_forms_is_the_one_further_from_its_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slower_form = _module("stream", monkeypatch).slower_form
+    figures = {
+        "cpu_per_item_vs_stages_json": 1.1,
+        "cpu_per_item_vs_stages_arrow": 1.2,
+        "write_path_vs_feast_push_json": 3.0,
+        "write_path_vs_feast_push_arrow": 6.0,
+    }
+
+    assert slower_form(figures, "cpu_per_item_vs_stages") == {"cpu_per_item_vs_stages": 1.2}
+    assert slower_form(figures, "write_path_vs_feast_push") == {"write_path_vs_feast_push": 3.0}
+
+
+def test_the_whole_chain_is_compared_with_a_push_where_both_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole_ratios = _module("stream", monkeypatch).whole_ratios
+    whole = {"whole_us_json": 100.0, "whole_us_arrow": 50.0}
+
+    assert whole_ratios({"push_us": 200.0, **whole}) == {
+        "whole_vs_feast_push": 2.0,
+        "whole_vs_feast_push_json": 2.0,
+        "whole_vs_feast_push_arrow": 4.0,
+    }
+    assert whole_ratios(whole) == {}
