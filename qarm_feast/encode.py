@@ -76,7 +76,12 @@ def content_hashes(items: pa.Table) -> list[str]:
         One hash per row, in row order.
     """
     present = set(items.column_names)
-    names = [n for n in (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS) if n in present]
+    # A column of nulls adds nothing to any hash, only time.
+    names = [
+        name
+        for name in (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS)
+        if name in present and items[name].null_count < items.num_rows
+    ]
     columns = [items[name].to_pylist() for name in names]
     missing = [None] * items.num_rows
     embeddings = _embedding_bytes(items[_EMBEDDING]) if _EMBEDDING in present else missing
