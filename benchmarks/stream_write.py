@@ -40,7 +40,14 @@ from benchmarks.stream_bench import (
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.repo_paths import open_feature_store
-from qarm_feast.schema import CODE_ROWS, CODES, EVENT_TIMESTAMP, ITEM_ID, TIMESTAMP
+from qarm_feast.schema import (
+    CODE_ROWS,
+    CODES,
+    EVENT_TIMESTAMP,
+    ITEM_ID,
+    TIMESTAMP,
+    USER_ERASURE_ROWS,
+)
 from streaming.assembly import history_length, load_codebooks
 from streaming.columns import decode_interactions, decode_items
 from streaming.messages import Message, Record
@@ -139,7 +146,10 @@ class OurWriter:
         none = decode_interactions([], TASK_NAMES).rows
         interactions = interaction_log_rows(none, TASK_NAMES, self.created)
         content = content_log_rows(records, rows, encoded, self.created)
-        return BatchRows({CODEBOOK_VERSION: codes}, content, interactions, interactions)
+        no_erasures = USER_ERASURE_ROWS.empty_table()
+        return BatchRows(
+            {CODEBOOK_VERSION: codes}, content, interactions, interactions, no_erasures
+        )
 
 
 def write_figures(bench: Bench) -> dict[str, float]:
