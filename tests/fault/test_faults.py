@@ -52,6 +52,8 @@ def test_nothing_is_lost_stale_or_wrong_after(name: str, bench: Bench) -> None:
 def test_the_checker_tells_lost_stale_and_wrong_rows_apart(bench: Bench) -> None:
     with bench.scenario("checker") as run:
         run.start_workers(1)
+        # However soon the worker is there: some of every kind of event have been sent.
+        run.sleep(4.0)
         parcels = run.drain()
         items = [item for parcel in parcels for item in parcel.items]
         interactions = [event for parcel in parcels for event in parcel.interactions]
