@@ -22,7 +22,7 @@ absent).
 
 A record that breaks this, or a bound of :class:`streaming.limits.EventLimits`, raises
 :class:`qarm_feast.errors.EventError` with a :class:`streaming.limits.Reason`.
-May import: numpy, pyarrow.
+May import: numpy, pyarrow, pydantic-core.
 """
 
 import base64
@@ -38,6 +38,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+from pydantic_core import from_json
 
 from qarm_feast.errors import EventError
 from qarm_feast.schema import (
@@ -215,7 +216,23 @@ def decode_item_event(record: Record, limits: EventLimits = DEFAULT_LIMITS) -> I
     if record.value is None:
         item_id, timestamp = _tombstone(record, limits.max_future_seconds)
         return ItemEvent(item_id, timestamp, content={}, is_deleted=True)
-    fields = _json_fields(record.value)
+    return item_upload(record, json_fields(record.value), limits)
+
+
+def item_upload(record: Record, fields: dict[str, Any], limits: EventLimits) -> ItemEvent:
+    """Return the upload or edit that a JSON record holds.
+
+    Args:
+        record: One record whose content type is JSON.
+        fields: Its value, read by :func:`json_fields`.
+        limits: Bounds that the event must keep.
+
+    Returns:
+        The event.
+
+    Raises:
+        EventError: If the record breaks the contract.
+    """
     item_id = _integer(fields, ITEM_ID)
     _check_key(record, item_id)
     embedding, encoder_version = _embedding(fields)
@@ -251,7 +268,7 @@ def decode_interaction_event(
     """
     if record.value is None:
         return UserErasure(*_tombstone(record, limits.max_future_seconds))
-    fields = _json_fields(record.value)
+    fields = json_fields(record.value)
     user_id = _integer(fields, USER_ID)
     _check_key(record, user_id)
     item_id = _integer(fields, ITEM_ID)
@@ -264,6 +281,29 @@ def decode_interaction_event(
         tuple([_flag(fields, name) for name in task_names]),
         _split(fields.get(SPLIT)),
     )
+
+
+def json_fields(value: bytes) -> dict[str, Any]:
+    """Return the object that a record's value holds, just as the standard library reads it.
+
+    Args:
+        value: JSON text; of a field that is there twice, the last one counts.
+
+    Returns:
+        Its fields.
+
+    Raises:
+        EventError: If it is no JSON or no object.
+    """
+    try:
+        # Some seven times as fast as json over the numbers of a vector. What it reads, json reads
+        # alike, bit by bit; what it refuses, json may still take: UTF-16, half a surrogate pair.
+        fields = from_json(value)
+    except ValueError:
+        fields = _strict_json(value)
+    if not isinstance(fields, dict):
+        raise EventError(Reason.WRONG_TYPE, f"a JSON {type(fields).__name__}, not an object")
+    return fields
 
 
 def check_unpacked_size(record: Record, max_bytes: int) -> None:
@@ -410,15 +450,12 @@ def _tombstone(record: Record, max_future_seconds: float) -> tuple[int, int]:
     return identity, _timestamp(value, record, max_future_seconds)
 
 
-def _json_fields(value: bytes) -> dict[str, Any]:
+def _strict_json(value: bytes) -> Any:
     try:
-        fields = json.loads(value)
+        return json.loads(value)
     # ValueError covers broken JSON, broken UTF-8 and numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise EventError(Reason.UNDECODABLE, f"not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise EventError(Reason.WRONG_TYPE, f"a JSON {type(fields).__name__}, not an object")
-    return fields
 
 
 def _integer(fields: dict[str, Any], name: str) -> int:
