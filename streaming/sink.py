@@ -7,6 +7,7 @@ May import: feast, kafka-python, numpy, pyarrow.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,7 +48,7 @@ class OfflineLog(Protocol):
     """Append-only logs; ``qarm_feast.code_log.CodeLog`` has this form."""
 
     def append(self, name: str, table: pa.Table) -> Path:
-        """Store the rows for good under ``name``."""
+        """Store the rows for good under ``name``; called from one thread per log."""
         ...
 
 
@@ -90,11 +91,17 @@ class FeastSink:
 
     def write_offline(self, rows: BatchRows) -> None:
         """Append every row: replays and edits are told apart by the readers."""
-        self._append(CONTENT_LOG, rows.content)
-        for version, codes in rows.codes.items():
-            self._append(code_view_name(version), codes)
-        self._append(INTERACTION_LOG, rows.interactions)
-        self._append(USER_ERASURE_LOG, rows.erasures)
+        tables = {
+            CONTENT_LOG: rows.content,
+            **{code_view_name(version): codes for version, codes in rows.codes.items()},
+            INTERACTION_LOG: rows.interactions,
+            USER_ERASURE_LOG: rows.erasures,
+        }
+        tables = {name: table for name, table in tables.items() if table.num_rows}
+        # Side by side, because an append mostly waits for the disk.
+        with ThreadPoolExecutor(max_workers=len(tables) or 1) as pool:
+            # A failed one raises here, once all have ended.
+            list(pool.map(self._offline.append, tables.keys(), tables.values()))
 
     def write_online(self, rows: BatchRows) -> None:
         """Write the newest row per item and the latest positives per user."""
@@ -102,10 +109,6 @@ class FeastSink:
             self._write(code_view_name(version), newest_per_item(codes))
         recent = recent_item_rows(rows.positives, rows.erasures, self._history_length)
         self._write(RECENT_ITEMS_VIEW, recent)
-
-    def _append(self, name: str, table: pa.Table) -> None:
-        if table.num_rows:
-            self._offline.append(name, table)
 
     def _write(self, view_name: str, table: pa.Table) -> None:
         if table.num_rows:

@@ -1,9 +1,11 @@
+import threading
 from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from stream_fakes import NOW
 
 from qarm_feast.schema import (
@@ -175,3 +177,42 @@ def test_nothing_is_written_for_an_empty_batch() -> None:
     sink.write_online(rows)
 
     assert stores.calls == []
+
+
+class MeetingLog:
+    """Appends that end only once both have begun; the one to ``fails`` cannot write."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.ended: set[str] = set()
+        self._fails = fails
+        self._both = threading.Barrier(2, timeout=30)
+
+    def append(self, name: str, table: pa.Table) -> Path:
+        self._both.wait()
+        if name == self._fails:
+            raise OSError(f"no room for {name}")
+        self.ended.add(name)
+        return Path(name)
+
+
+def _content_and_codes() -> BatchRows:
+    content = pa.table([pa.nulls(1, field.type) for field in CONTENT_LOG_ROWS], CONTENT_LOG_ROWS)
+    nothing = _positives([], [], [])
+    return BatchRows({"v1": _codes((1, NOW, "a"))}, content, nothing, nothing, NO_ERASURES)
+
+
+def test_logs_are_appended_to_side_by_side() -> None:
+    log = MeetingLog()
+
+    FeastSink(log, WriteLog(), history_length=2).write_offline(_content_and_codes())
+
+    assert log.ended == {"item_content_log", "item_codes_v1"}
+
+
+def test_a_log_that_cannot_be_written_is_told_after_the_others_have_ended() -> None:
+    log = MeetingLog(fails="item_content_log")
+
+    with pytest.raises(OSError, match="no room for item_content_log"):
+        FeastSink(log, WriteLog(), history_length=2).write_offline(_content_and_codes())
+
+    assert log.ended == {"item_codes_v1"}
