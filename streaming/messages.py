@@ -34,7 +34,7 @@ from binascii import Error as Base64Error
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +75,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _ITEM_FIELDS = frozenset((ITEM_ID, EVENT_TIMESTAMP, EMBEDDING, ENCODER_VERSION))
 
 ContentValue = str | int | float | bool | bytes
+_Times = TypeVar("_Times", float, np.ndarray)
 
 
 class Record(Protocol):
@@ -416,17 +417,17 @@ def are_finite(values_M: np.ndarray) -> np.ndarray:
     return is_finite_M
 
 
-def timestamp_bounds(append_ms: int, max_future_seconds: float) -> tuple[int, float]:
-    """Return the first and the last event time that can be right, microseconds since the epoch.
+def latest_timestamp(append_ms: _Times, max_future_seconds: float) -> _Times:
+    """Return the last event time that can be right, microseconds since the epoch.
 
     Args:
-        append_ms: The record's append time, milliseconds since the epoch.
+        append_ms: Append time of a record, or of each, milliseconds since the epoch.
         max_future_seconds: Tolerance for producers whose clocks run ahead.
 
     Returns:
-        Both, inclusive.
+        The times, themselves allowed.
     """
-    return MIN_EVENT_TIMESTAMP, append_ms * 1000 + max_future_seconds * 1e6
+    return append_ms * 1000 + max_future_seconds * 1e6
 
 
 def _tombstone_message(identity: int, timestamp: int) -> Message:
@@ -498,9 +499,9 @@ def _timestamp(value: Any, record: Record, max_future_seconds: float) -> int:
             raise EventError(Reason.MISSING_FIELD, f"no {EVENT_TIMESTAMP}")
         kind = type(value).__name__
         raise EventError(Reason.WRONG_TYPE, f"{EVENT_TIMESTAMP} is a {kind}, not an integer")
-    earliest, latest = timestamp_bounds(record.timestamp, max_future_seconds)
-    if not earliest <= value <= latest:
-        fault = Reason.ABSURD_TIMESTAMP if value < earliest else Reason.FUTURE_TIMESTAMP
+    is_absurd = value < MIN_EVENT_TIMESTAMP
+    if is_absurd or value > latest_timestamp(record.timestamp, max_future_seconds):
+        fault = Reason.ABSURD_TIMESTAMP if is_absurd else Reason.FUTURE_TIMESTAMP
         raise EventError(
             fault, f"{EVENT_TIMESTAMP} is {value}, appended at {record.timestamp * 1000}"
         )

@@ -28,14 +28,8 @@ from qarm_feast.schema import (
     USER_ERASURE_ROWS,
     interaction_rows,
 )
-from streaming.columns import (
-    CONTENT,
-    IS_DELETED,
-    RECORD_INDEX,
-    DeadLetter,
-    embedding_matrix,
-    letters_of_rows,
-)
+from streaming.columns import DeadLetter, embedding_matrix, letters_of_rows
+from streaming.event_columns import CONTENT, IS_DELETED, RECORD_INDEX
 from streaming.limits import Reason
 from streaming.messages import EMBEDDING, ENCODER_VERSION, Record, UserErasure
 

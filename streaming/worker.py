@@ -29,7 +29,6 @@ from qarm_feast.observability import (
     STREAM_WRITE_SECONDS,
 )
 from streaming.columns import (
-    IS_DELETED,
     DeadLetter,
     DecodedInteractions,
     DecodedItems,
@@ -37,6 +36,7 @@ from streaming.columns import (
     decode_items,
 )
 from streaming.drift import DriftMonitor
+from streaming.event_columns import IS_DELETED
 from streaming.health import WorkerHealth
 from streaming.limits import DEFAULT_LIMITS, EventLimits
 from streaming.messages import Record

@@ -6,11 +6,11 @@ from stream_fakes import NOW, FakeRecord, png_of, record_of
 
 from qarm_feast.schema import TIMESTAMP
 from streaming.columns import (
-    ITEM_EVENT_ROWS,
     decode_interactions,
     decode_items,
     letters_of_rows,
 )
+from streaming.event_columns import ITEM_EVENT_ROWS
 from streaming.messages import (
     InteractionEvent,
     ItemEvent,

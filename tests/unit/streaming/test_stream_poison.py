@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -319,14 +320,14 @@ def test_poison_interactions_are_refused_by_the_same_bounds() -> None:
 def test_a_bug_of_the_decoder_costs_one_record_and_says_where_without_the_payload(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = columns.decode_item_event
+    real = columns.item_upload
 
-    def decode(record: FakeRecord, limits: EventLimits) -> ItemEvent:
+    def decode(record: FakeRecord, fields: dict[str, Any], limits: EventLimits) -> ItemEvent:
         if record.key == b"2":
             raise KeyError("the payload's secret")
-        return real(record, limits)
+        return real(record, fields, limits)
 
-    monkeypatch.setattr(columns, "decode_item_event", decode)
+    monkeypatch.setattr(columns, "item_upload", decode)
 
     decoded = decode_items([_json(), GOOD], LIMITS)
 
