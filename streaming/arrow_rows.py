@@ -127,8 +127,8 @@ def check_item_rows(limits: EventLimits) -> Check:
         faults.add(Reason.EMBEDDING_NOT_FINITE, vectors.are_spoilt())
         faults.add(Reason.EMBEDDING_ZERO, is_given_N & vectors.are_zero())
         versions = _encoder_versions(table, is_given_N, faults)
-        has_content_N = np.array([has_content(content) for content in contents], dtype=bool)
-        faults.add(Reason.MISSING_FIELD, ~is_given_N & ~has_content_N)
+        is_told_N = np.array([bool(c) and has_content(c) for c in contents], dtype=bool)
+        faults.add(Reason.MISSING_FIELD, ~is_given_N & ~is_told_N)
         columns = [
             table[ITEM_ID],
             table[EVENT_TIMESTAMP],
@@ -200,12 +200,13 @@ def _splits(table: pa.Table) -> pa.ChunkedArray:
     return pa.chunked_array([pa.repeat(pa.scalar(""), table.num_rows)])
 
 
-def _content_rows(table: pa.Table) -> list[dict[str, ContentValue]]:
+def _content_rows(table: pa.Table) -> Sequence[Mapping[str, ContentValue]]:
     names = [name for name in table.column_names if name not in _ITEM_COLUMNS]
+    if not names:
+        return [{}] * table.num_rows
     for name in names:
         _check_content_type(name, table.schema.field(name).type)
-    columns = [table[name].to_pylist() for name in names]
-    rows = zip(*columns, strict=True) if columns else ((),) * table.num_rows
+    rows = zip(*[table[name].to_pylist() for name in names], strict=True)
     return [
         {name: value for name, value in zip(names, row, strict=True) if _is_present(value)}
         for row in rows
