@@ -29,6 +29,7 @@ _INFLATE_PIECE_BYTES = 65_536
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_SCAN = 0xDA
 _JPEG_END = b"\xff\xd9"
+_FILL_BYTES = re.compile(rb"\xff*")
 
 
 class _BrokenImageError(Exception):
@@ -154,15 +155,17 @@ def _png_pixel_bytes(width: int, height: int, depth: int, colour: int, *methods:
 def _jpeg_size(image: bytes) -> tuple[int, int]:
     place, size = 2, None
     while True:
-        filler, marker, length = struct.unpack_from(">BBH", image, place)
-        if filler != 0xFF or length < 2:
+        # Any number of fill bytes, like its own first byte, may stand before a marker's code.
+        code_at = _FILL_BYTES.match(image, place).end()  # type: ignore[union-attr]  # no bytes match as well
+        marker, length = struct.unpack_from(">BH", image, code_at)
+        if code_at == place or length < 2:
             raise _BrokenImageError("a JPEG segment does not begin with a marker and its length")
         if marker in _JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", image, place + 5)
+            height, width = struct.unpack_from(">HH", image, code_at + 4)
             size = (width, height)
         if marker == _JPEG_SCAN:
             break
-        place += 2 + length
+        place = code_at + 1 + length
     if size is None or image.find(_JPEG_END, place) < 0:
         raise _BrokenImageError("a JPEG without a frame or without its end")
     return size

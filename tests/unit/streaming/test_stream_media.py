@@ -89,6 +89,23 @@ def test_image_without_pixels_is_no_image() -> None:
     assert _reason(image=_jpeg(0, 5)) == "image_undecodable"
 
 
+def test_jpeg_may_have_fill_bytes_before_its_markers() -> None:
+    markers = (b"\xff\xe0", b"\xff\xc0", b"\xff\xda", b"\xff\xd9")
+    image = _jpeg(20, 5)
+    for marker in markers:
+        filled = image.replace(marker, b"\xff\xff\xff" + marker)
+        check_media({"image": filled}, LIMITS)
+
+        assert _reason(image=filled[: filled.index(marker) + 1]) == "image_undecodable"
+
+    for marker in markers[:3]:
+        assert _reason(image=image.replace(marker, b"\0" + marker)) == "image_undecodable"
+    assert _reason(image=_jpeg(20, 6).replace(markers[1], b"\xff" + markers[1])) == (
+        "image_too_large"
+    )
+    assert _reason(image=image[:2] + b"\xff" * 8_000_000) == "image_undecodable"
+
+
 def test_png_that_unpacks_to_more_or_less_than_its_header_says_does_not_decode() -> None:
     assert _reason(image=png_of(4, 4, pixels=bytes(21))) == "image_undecodable"
     assert _reason(image=png_of(4, 4, pixels=bytes(19))) == "image_undecodable"
