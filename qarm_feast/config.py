@@ -88,7 +88,8 @@ def read_yaml(config_path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        # Not the parser's words, nor its excerpt of the line: that may hold a password.
+        raise ConfigError(f"{path} is not YAML{_place_of(error)}; mend the file there") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is a {type(content).__name__}, it must be a mapping of sections")
     problems = [
@@ -172,6 +173,12 @@ def _known_keys(section_type: type[BaseModel], parents: Iterable[int | str]) -> 
             return []
         section_type = inner
     return list(section_type.model_fields)
+
+
+def _place_of(error: yaml.YAMLError) -> str:
+    """Return where the parser gave up, counted from 1; nothing if it does not say."""
+    mark = getattr(error, "problem_mark", None)
+    return f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
 def _shown(keys: Any) -> str:

@@ -1,3 +1,4 @@
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,32 @@ def test_a_variable_that_is_not_yaml_is_named_without_its_value(
         load_section(write(tmp_path, "{}"), "data", DataSection)
 
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('stream: {}\nranker: {password: "hunter2\n', "line 3, column 1"),
+        ("stream:\n  password: *hunter2\n", "line 2, column 13"),
+        ("stream:\n  password: !hunter2 x\n", "line 2, column 13"),
+        ("hunter2: a: b\n", "line 1, column 11"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_named_with_the_place_and_without_its_text(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    path = write(tmp_path, text)
+
+    with pytest.raises(ConfigError, match=f"qarm.yaml is not YAML: {place};") as caught:
+        load_section(path, "data", DataSection)
+
+    # Nor in the traceback that a log may hold.
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_file_with_a_control_character_is_not_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_section(write(tmp_path, "stream: hunter2\x00"), "data", DataSection)
 
 
 def test_assignments_are_sorted_by_section_and_their_values_are_yaml() -> None:
