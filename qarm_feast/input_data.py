@@ -26,6 +26,7 @@ from qarm_feast.schema import (
     CONTENT_BINARY_COLUMNS,
     CONTENT_TEXT_COLUMNS,
     CREATED,
+    ERASURE_MARK,
     EVENT_TIMESTAMP,
     ITEM_ID,
     SPLITS,
@@ -265,6 +266,9 @@ def _check_table(name: str, table: pa.Table, problems: _Problems) -> None:
             problems.add(name, column, f"has type {found}, the contract wants {wanted}")
         else:
             problems.add_rows(name, column, "is null", pc.is_null(table[column]))
+            if column == ITEM_ID:
+                text = f"is {ERASURE_MARK}, which stands for no item"
+                problems.add_rows(name, column, text, pc.equal(table[column], ERASURE_MARK))
     key = _UNIQUE_KEYS.get(name)
     if key in table.column_names and not table[key].null_count:
         problems.add_rows(name, str(key), "repeats an earlier id", _is_repeat(table[key]))

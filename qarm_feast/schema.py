@@ -21,7 +21,8 @@ SPLITS = ("train", "valid", "test")
 ABSENT_CODE = -1
 """Fills the code lists of a deleted item: Feast has no empty list, and no code is negative."""
 ERASURE_MARK = -1
-"""Stands for an item where a user's history was erased; no interaction may name it."""
+"""Stands for an item where a user's history was erased, and where a short list of items is filled
+up: no item has this id. Every other int64 is one; users may have any."""
 
 CODE_ROWS = pa.schema(
     [

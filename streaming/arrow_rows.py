@@ -156,8 +156,6 @@ def check_interaction_rows(task_names: tuple[str, ...], limits: EventLimits) -> 
     def check(table: pa.Table, append_ms_N: np.ndarray) -> tuple[pa.Table, RowFaults]:
         names = (USER_ID, ITEM_ID)
         faults = _check_ids_and_times(table, names, append_ms_N, limits.max_future_seconds)
-        is_mark = pc.fill_null(pc.equal(table[ITEM_ID], ERASURE_MARK), False)
-        faults.add(Reason.RESERVED_ID, is_mark)
         for name in task_names:
             faults.add(Reason.MISSING_FIELD, pc.is_null(_typed_column(table, name, pa.bool_())))
         split = _splits(table)
@@ -191,6 +189,8 @@ def _check_ids_and_times(
     faults.add(
         Reason.FUTURE_TIMESTAMP, micros_N > latest_timestamp(append_ms_N, max_future_seconds)
     )
+    is_reserved = pc.fill_null(pc.equal(table[ITEM_ID], ERASURE_MARK), False)
+    faults.add(Reason.RESERVED_ID, is_reserved)
     return faults
 
 

@@ -68,7 +68,7 @@ MIN_EVENT_TIMESTAMP = 315_532_800_000_000
 MAX_EMBEDDING_VALUE = 1e15
 """What the quantizers take; said here again so that a producer need not import torch."""
 
-_INT64_LIMIT = 2**63
+INT64_LIMIT = 2**63
 _MAX_INT64_DIGITS = 20
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -216,6 +216,7 @@ def decode_item_event(record: Record, limits: EventLimits = DEFAULT_LIMITS) -> I
     """
     if record.value is None:
         item_id, timestamp = _tombstone(record, limits.max_future_seconds)
+        _check_not_reserved(item_id)
         return ItemEvent(item_id, timestamp, content={}, is_deleted=True)
     return item_upload(record, json_fields(record.value), limits)
 
@@ -234,7 +235,7 @@ def item_upload(record: Record, fields: dict[str, Any], limits: EventLimits) -> 
     Raises:
         EventError: If the record breaks the contract.
     """
-    item_id = _integer(fields, ITEM_ID)
+    item_id = _item_id(fields)
     _check_key(record, item_id)
     embedding, encoder_version = _embedding(fields)
     content = {
@@ -272,12 +273,9 @@ def decode_interaction_event(
     fields = json_fields(record.value)
     user_id = _integer(fields, USER_ID)
     _check_key(record, user_id)
-    item_id = _integer(fields, ITEM_ID)
-    if item_id == ERASURE_MARK:
-        raise EventError(Reason.RESERVED_ID, f"{ITEM_ID} {item_id} stands for an erasure")
     return InteractionEvent(
         user_id,
-        item_id,
+        _item_id(fields),
         _timestamp(fields.get(EVENT_TIMESTAMP), record, limits.max_future_seconds),
         tuple([_flag(fields, name) for name in task_names]),
         _split(fields.get(SPLIT)),
@@ -461,11 +459,22 @@ def _strict_json(value: bytes) -> Any:
 
 def _integer(fields: dict[str, Any], name: str) -> int:
     value = fields.get(name)
-    if type(value) is int and -_INT64_LIMIT <= value < _INT64_LIMIT:
+    if type(value) is int and -INT64_LIMIT <= value < INT64_LIMIT:
         return value
     if value is None:
         raise EventError(Reason.MISSING_FIELD, f"no {name}")
     raise EventError(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not an int64")
+
+
+def _item_id(fields: dict[str, Any]) -> int:
+    item_id = _integer(fields, ITEM_ID)
+    _check_not_reserved(item_id)
+    return item_id
+
+
+def _check_not_reserved(item_id: int) -> None:
+    if item_id == ERASURE_MARK:
+        raise EventError(Reason.RESERVED_ID, f"{ITEM_ID} {item_id} stands for no item")
 
 
 def _flag(fields: dict[str, Any], name: str) -> bool:

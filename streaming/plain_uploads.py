@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qarm_feast.schema import EVENT_TIMESTAMP, ITEM_ID, TIMESTAMP
+from qarm_feast.schema import ERASURE_MARK, EVENT_TIMESTAMP, ITEM_ID, TIMESTAMP
 from streaming.event_columns import ITEM_EVENT_ROWS, Vectors, no_content_columns
 from streaming.limits import EventLimits
 from streaming.messages import (
     EMBEDDING,
     ENCODER_VERSION,
+    INT64_LIMIT,
     MIN_EVENT_TIMESTAMP,
     Record,
     latest_timestamp,
 )
 
 _NUM_FIELDS = 4
-_MAX_ID = 2**63 - 1
 
 
 class PlainUploads:
@@ -55,7 +55,8 @@ class PlainUploads:
         if not (
             len(fields) == _NUM_FIELDS
             and type(item_id) is int
-            and -_MAX_ID <= item_id <= _MAX_ID
+            and -INT64_LIMIT <= item_id < INT64_LIMIT
+            and item_id != ERASURE_MARK
             and record.key == b"%d" % item_id
             and type(time) is int
             and time >= MIN_EVENT_TIMESTAMP

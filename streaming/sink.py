@@ -278,7 +278,8 @@ def recent_item_rows(positives: pa.Table, erasures: pa.Table, history_length: in
     users_M = pairs[USER_ID].to_numpy()
     items_M = pairs[ITEM_ID].to_numpy()
     times_M = pairs[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy()
-    order = np.lexsort((-items_M, -times_M, users_M))
+    # The complement, not the negative: the lowest int64 has none.
+    order = np.lexsort((~items_M, ~times_M, users_M))
     order = order[outlives_erasure(users_M, times_M, items_M)[order]]
     users_M, items_M, times_M = users_M[order], items_M[order], times_M[order]
     kept = _first_per_user(users_M, items_M, times_M, history_length)

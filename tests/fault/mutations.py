@@ -33,6 +33,8 @@ _VALID_SHARE = 0.3
 _FUTURE_MICROS = 4_000_000_000_000_000
 _EARLIEST_MICROS = 315_532_800_000_000
 _LARGEST_VALUE = 1e15
+_NO_ITEM = -1
+"""Stands for an erasure, and fills short lists of items."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Change = Callable[[np.random.Generator, Message], Message]
@@ -93,8 +95,9 @@ def plain_interactions(record: Record) -> list[InteractionEvent] | None:
         if fields.get("split") not in (None, "", "train", "valid", "test"):
             return None
         time_us, item_id = _plain_time(fields["event_timestamp"]), _whole(fields["item_id"])
-        # -1 stands for an erasure in the users' lists.
-        return None if item_id == -1 else [InteractionEvent(user_id, item_id, time_us, labels)]
+        return (
+            None if item_id == _NO_ITEM else [InteractionEvent(user_id, item_id, time_us, labels)]
+        )
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return None
 
@@ -111,6 +114,8 @@ def rows_of_arrow(value: bytes | None) -> list[ItemEvent] | None:
 
 def is_sound(event: ItemEvent) -> bool:
     """Tell whether a row keeps the contract."""
+    if event.item_id == _NO_ITEM:
+        return False
     if not _EARLIEST_MICROS <= event.event_timestamp < _FUTURE_MICROS:
         return False
     vector_D = event.embedding
@@ -146,6 +151,8 @@ def _plain_takedown(record: Record, headers: dict[str, bytes | None]) -> ItemEve
     item_id = _whole(int(record.key or b""))
     if record.key != b"%d" % item_id:
         raise ValueError("key")
+    if item_id == _NO_ITEM:
+        raise ValueError("no item")
     text = (headers["event_timestamp"] or b"").decode("ascii")
     return ItemEvent(item_id, _plain_time(int(text)), content={}, is_deleted=True)
 
@@ -180,7 +187,7 @@ def _arrow_events(table: pa.Table) -> list[ItemEvent]:
     )
     return [
         ItemEvent(
-            -1 if item_id is None else item_id,
+            _NO_ITEM if item_id is None else item_id,
             0 if time_us is None else time_us,
             {},
             None if vector is None else np.array(vector, dtype=np.float32),

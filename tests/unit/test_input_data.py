@@ -102,6 +102,18 @@ BREACHES: list[tuple[str, Change, str]] = [
         "items.parquet, column 'item_id': has type string, the contract wants int64",
     ),
     (
+        "reserved item",
+        replace("items", "item_id", pa.array([10, -1, -2])),
+        "items.parquet, column 'item_id': is -1, which stands for no item (first at row 1, "
+        "counted from 0; 1 row(s))",
+    ),
+    (
+        "reserved item in interactions",
+        replace("interactions", "item_id", pa.array([10, 11, -1, -1])),
+        "interactions.parquet, column 'item_id': is -1, which stands for no item (first at row 2, "
+        "counted from 0; 2 row(s))",
+    ),
+    (
         "timestamp without zone",
         replace("interactions", "event_timestamp", days(1, 2, 3, 4).cast(pa.timestamp("us"))),
         "interactions.parquet, column 'event_timestamp': has type timestamp[us], the contract "

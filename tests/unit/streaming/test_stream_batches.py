@@ -95,7 +95,7 @@ def test_interaction_records_of_a_batch_come_out_as_each_one_alone() -> None:
 
 # Values that a field of an upload may take; each upload below takes three at random.
 FIELDS: dict[str, Sequence[Any]] = {
-    "item_id": (42, 42.0, True, "42", None, -1, 2**63, 2**63 - 1, 10**30),
+    "item_id": (42, 42.0, True, "42", None, -1, -(2**63), 2**63, 2**63 - 1, 10**30),
     "event_timestamp": (NOW, float(NOW), True, "2023-11-14T22:13:20Z", None, -1, 2**62, 10**400),
     "embedding": (
         *([1.0, 2], [], [0.0], [0, 1], [True], [float("nan")], [1e38], [1e15], [9.9e14], [1e-46]),
@@ -105,7 +105,10 @@ FIELDS: dict[str, Sequence[Any]] = {
     "title": ("Mug", "", None, 5),
     "price": (9.5, 10**400, None, [1]),
 }
-KEYS = (b"42", b"42", b"42", b"-1", b"042", b"True", None, b"9223372036854775807")
+KEYS = (
+    *(b"42", b"42", b"42", b"-1", b"042", b"True", None),
+    *(b"9223372036854775807", b"-9223372036854775808", b"9223372036854775808"),
+)
 
 
 def test_uploads_of_every_kind_are_read_or_refused_as_by_the_event_decoder() -> None:
@@ -125,7 +128,13 @@ def test_uploads_of_every_kind_are_read_or_refused_as_by_the_event_decoder() -> 
     assert together.rows.equals(alone.rows)
     assert _said(together.dead_letters) == _said(alone.dead_letters)
     reasons = {letter.reason for letter in together.dead_letters}
-    assert {"embedding_zero", "embedding_not_finite", "key_mismatch", "wrong_type"} <= reasons
+    assert {
+        "embedding_zero",
+        "embedding_not_finite",
+        "key_mismatch",
+        "wrong_type",
+        "reserved_id",
+    } <= reasons
     assert 500 < together.rows.num_rows < 5_500
 
 

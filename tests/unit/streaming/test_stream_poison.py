@@ -168,6 +168,8 @@ DEEP = b'{"item_id":' + b"[" * 9_000 + b"]" * 9_000 + b"}"
         ("wrong_type", _json(price=INFINITE)),
         ("missing_field", _json(title=...)),
         ("key_mismatch", _json(item_id=3)),
+        ("reserved_id", FakeRecord(b"-1", b'{"item_id":-1,"title":"Mug"}')),
+        ("reserved_id", FakeRecord(b"-1", None, [*VERSIONED, ("event_timestamp", b"%d" % NOW)])),
         ("oversized", _json(title="a" * 20_000)),
         ("oversized", FakeRecord(b"2" * 20_001, None)),
         ("oversized", FakeRecord(b"2", b"{}", [*VERSIONED, ("trace", b"a" * 20_000)])),
@@ -207,6 +209,7 @@ def test_poison_record_is_one_letter_and_its_neighbours_are_stored(
     ("reason", "poison"),
     [
         ("missing_field", _arrow(item_id=pa.array([1, None]))),
+        ("reserved_id", _arrow(item_id=pa.array([1, -1]))),
         ("missing_field", _arrow(title=pa.array(["Mug", None]))),
         ("wrong_type", _arrow(price=pa.array([1.0, INFINITE]))),
         (
@@ -232,7 +235,7 @@ def test_poison_row_of_an_arrow_record_is_one_letter_and_the_other_row_is_stored
     assert stored == {1}
     assert [letter.reason for letter in letters] == [reason]
     refused = decode_arrow(FakeRecord(None, letters[0].value))
-    assert refused["item_id"].to_pylist() in ([2], [None])
+    assert refused["item_id"].to_pylist() in ([2], [None], [-1])
 
 
 def test_letters_are_counted_by_reason() -> None:

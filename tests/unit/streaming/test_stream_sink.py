@@ -111,6 +111,15 @@ def test_recent_items_are_newest_first_distinct_and_cut() -> None:
     assert rows["event_timestamp"].cast(pa.int64()).to_pylist() == [NOW, NOW + 2]
 
 
+def test_items_of_one_moment_go_down_to_the_lowest_id_that_there_is() -> None:
+    items = [-(2**63), 5, 2**63 - 1, -2]
+    positives = _positives(users=[7] * 4, items=items, times=[NOW] * 4)
+
+    rows = recent_item_rows(positives, NO_ERASURES, history_length=4)
+
+    assert rows["item_ids"].to_pylist() == [[2**63 - 1, 5, -2, -(2**63)]]
+
+
 def test_recent_items_equal_a_plain_loop_on_random_events() -> None:
     rng = np.random.default_rng(0)
     users = rng.integers(0, 6, 500).tolist()
