@@ -43,6 +43,8 @@ _POLL_SECONDS = 0.1
 _CONNECT_TIMEOUT_MS = 30_000
 _COMMIT_TIMEOUT_MS = 10_000
 _CLOSE_TIMEOUT_MS = 5_000
+_END_TIMEOUT_MS = 1_000
+_LAG_SECONDS = 5.0
 
 
 class BatchRevokedError(QarmError):
@@ -73,7 +75,7 @@ class KafkaSource:
         self._consumer: KafkaConsumer = connect_consumer(config, _CONNECT_TIMEOUT_MS)
         self._keep_alive_seconds = self._consumer.config["max_poll_interval_ms"] / 1000 / 3
         self._waiting = WaitingRecords()
-        self._last_poll = time.monotonic()
+        self._last_poll = self._last_report = time.monotonic()
         self._reported: set[TopicPartition] = set()
         self._acknowledged = AcknowledgedVersions(self._consumer, config.item_topic, self._waiting)
         listener = _Listener(self._waiting, self._consumer)
@@ -100,7 +102,8 @@ class KafkaSource:
             if seconds_left <= 0 or (self._waiting.oldest is None and now >= deadline):
                 break
             self._poll(min(seconds_left, _POLL_SECONDS))
-        self._report_lag()
+        consumer = self._consumer
+        self._report_lag({each: consumer.highwater(each) for each in consumer.assignment()})
         return self._waiting.take()
 
     def keep_alive(self, batch: Batch) -> None:
@@ -117,6 +120,8 @@ class KafkaSource:
             with self._paused():
                 # Records that a new assignment brings here wait for the next read.
                 self._poll(_POLL_SECONDS)
+        if time.monotonic() - self._last_report > _LAG_SECONDS:
+            self._ask_for_lag()
         if batch.assignment_number != self._waiting.assignment_number:
             raise BatchRevokedError(f"{len(batch.records)} records will be replayed")
 
@@ -243,14 +248,27 @@ class KafkaSource:
         finally:
             self._consumer.resume(*self._consumer.assignment())
 
-    def _report_lag(self) -> None:
+    def _ask_for_lag(self) -> None:
+        """Report the lag although nothing is read, as while a store is away."""
+        partitions = list(self._consumer.assignment())
+        try:
+            # What was fetched tells of the ends as they were then.
+            ends = self._consumer.end_offsets(partitions, timeout_ms=_END_TIMEOUT_MS)
+        except KafkaError as error:
+            logger.warning("lag_unknown error=%r", error)
+            ends = {}
+        self._report_lag(ends)
+
+    def _report_lag(self, ends: Mapping[TopicPartition, int | None]) -> None:
+        """Report how far each partition is stored behind its end, where that is known."""
+        self._last_report = time.monotonic()
         assignment = set(self._consumer.assignment())
         for partition in self._reported - assignment:
             # Another worker reports it now; both would add up to a lag that nobody has.
             STREAM_CONSUMER_LAG.labels(partition.topic, str(partition.partition)).set(0)
         self._reported = assignment
         for partition in assignment:
-            end = self._consumer.highwater(partition)
+            end = ends.get(partition)
             stored = self._waiting.first_unstored.get(partition)
             if end is not None and stored is not None:
                 gauge = STREAM_CONSUMER_LAG.labels(partition.topic, str(partition.partition))

@@ -144,6 +144,42 @@ def test_a_partition_that_another_worker_took_has_no_lag_here(
     assert lags() == [10, 0]
 
 
+def test_the_lag_grows_while_a_batch_waits_for_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WaitingConsumer(LaggingConsumer):
+        """The topic grows by 5 records with each look; the broker once does not answer."""
+
+        end = 10
+        faults: ClassVar[list[KafkaError]] = []
+
+        def end_offsets(
+            self, partitions: list[TopicPartition], timeout_ms: int
+        ) -> dict[TopicPartition, int]:
+            if self.faults:
+                raise self.faults.pop()
+            self.end += 5
+            return dict.fromkeys(partitions, self.end)
+
+    def lag() -> float | None:
+        labels = {"topic": "items", "partition": "0"}
+        return REGISTRY.get_sample_value("qarm_stream_consumer_lag_messages", labels)
+
+    consumer = WaitingConsumer()
+    source = _source_of(consumer, monkeypatch)
+    batch = source.read()
+    source.keep_alive(batch)
+    before = lag()
+
+    monkeypatch.setattr("streaming.source._LAG_SECONDS", 0.0)
+    source.keep_alive(batch)
+    after = lag()
+    consumer.faults.append(KafkaTimeoutError())
+    source.keep_alive(batch)
+    unknown = lag()
+    source.keep_alive(batch)
+
+    assert (before, after, unknown, lag()) == (10, 15, 15, 20)
+
+
 class DamagedConsumer(LaggingConsumer):
     """Each poll fails on a damaged record or answer; ``reading`` is what the client looks at."""
 
