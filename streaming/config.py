@@ -64,7 +64,8 @@ class StreamConfig(Section):
     max_decoded_bytes: int = Field(
         default=67_108_864,
         gt=0,
-        description="An Arrow record unpacked; a cell counts as 16 bytes at least.",
+        description="An Arrow record unpacked, a cell counting as 16 bytes at least; and what is "
+        "unpacked at once of a batch.",
     )
     max_image_pixels: int = Field(
         default=50_000_000, gt=0, description="Width times height of an image in an event."

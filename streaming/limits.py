@@ -38,7 +38,8 @@ class EventLimits:
     Attributes:
         max_future_seconds: An event may lie this much later than its append time.
         max_record_bytes: Key, value and headers of one record.
-        max_decoded_bytes: An Arrow record unpacked; a cell counts as 16 bytes at least.
+        max_decoded_bytes: An Arrow record unpacked, a cell counting as 16 bytes at least; and what
+            is unpacked at once of a batch.
         max_image_pixels: Width times height of one image.
         allowed_uri_prefixes: An ``image`` or ``audio`` given as text starts with one of them.
     """

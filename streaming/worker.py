@@ -8,6 +8,7 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from streaming.event_columns import IS_DELETED
 from streaming.health import WorkerHealth
 from streaming.limits import DEFAULT_LIMITS, EventLimits
 from streaming.messages import Record
+from streaming.pieces import pieces
 from streaming.rows import (
     LiveCodebooks,
     content_log_rows,
@@ -200,7 +202,8 @@ class StreamWorker:
     7. Send the dead letters.
     8. Commit the offsets.
 
-    A crash anywhere before 8 replays the batch: offline duplicates collapse on reading, the
+    A batch that unpacks to more than ``stream.max_decoded_bytes`` goes through 2 to 7 piece by
+    piece. A crash anywhere before 8 replays the batch: offline duplicates collapse on reading, the
     online stores' guards ignore what they have, and dead letters may come twice.
 
     Between 1 and 2 the codebooks of the batch are taken and acknowledged, see
@@ -292,7 +295,25 @@ class StreamWorker:
     def _store(self, batch: Batch, live: LiveCodebooks) -> None:
         STREAM_BATCH_ITEMS.observe(len(batch.records))
         start = time.monotonic()
-        rows, dead_letters = self._make_rows(batch, live)
+        outcomes = _Outcomes()
+        for piece in pieces(batch.records, self._settings.limits):
+            self._store_piece(batch, piece, live, outcomes)
+        # 8. Commit last: a crash before this line replays the batch, and writing is idempotent.
+        self._pipeline.source.commit(batch)
+        outcomes.report()
+        oldest = min(record.timestamp for record in batch.records)
+        ITEM_FRESHNESS_SECONDS.observe(max(0.0, self._clock().timestamp() - oldest / 1000))
+        logger.info(
+            "batch_stored records=%d dead_letters=%d seconds=%.3f",
+            len(batch.records),
+            outcomes.events["dead_letter"],
+            time.monotonic() - start,
+        )
+
+    def _store_piece(
+        self, batch: Batch, piece: Sequence[Record], live: LiveCodebooks, outcomes: "_Outcomes"
+    ) -> None:
+        rows, dead_letters = self._make_rows(batch, piece, live)
         # 5. Offline first: what is lost online can be materialized again.
         self._write_rows("offline", batch, rows, self._pipeline.sink.write_offline)
         # 6. Online.
@@ -301,21 +322,15 @@ class StreamWorker:
         if dead_letters:
             send = self._pipeline.dead_letters.send
             self._write("dead_letters", batch, lambda: send(dead_letters))
-        # 8. Commit last: a crash before this line replays the batch, and writing is idempotent.
-        self._pipeline.source.commit(batch)
-        self._count(batch, rows, dead_letters)
-        logger.info(
-            "batch_stored records=%d dead_letters=%d seconds=%.3f",
-            len(batch.records),
-            len(dead_letters),
-            time.monotonic() - start,
-        )
+        outcomes.add(rows, dead_letters)
 
-    def _make_rows(self, batch: Batch, live: LiveCodebooks) -> tuple[BatchRows, list[DeadLetter]]:
+    def _make_rows(
+        self, batch: Batch, piece: Sequence[Record], live: LiveCodebooks
+    ) -> tuple[BatchRows, list[DeadLetter]]:
         created = self._clock()
         # 2. Decode.
         with STREAM_DECODE_SECONDS.time():
-            item_records, items, interactions = self._decode(batch.records)
+            item_records, items, interactions = self._decode(piece)
             item_rows = hash_rows(items.rows)
         # 3. Encode.
         with STREAM_ENCODE_SECONDS.time():
@@ -406,14 +421,27 @@ class StreamWorker:
         else:
             self._health.set_not_ready("the consumer group has not given this member its share yet")
 
-    def _count(self, batch: Batch, rows: BatchRows, dead_letters: Sequence[DeadLetter]) -> None:
+
+class _Outcomes:
+    """What became of a batch's events; counted once the batch is stored."""
+
+    def __init__(self) -> None:
+        self.events: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, rows: BatchRows, dead_letters: Sequence[DeadLetter]) -> None:
+        """Add the events of one piece."""
         num_takedowns = pc.sum(rows.content[IS_DELETED]).as_py() or 0
-        STREAM_EVENTS.labels("item").inc(rows.content.num_rows - num_takedowns)
-        STREAM_EVENTS.labels("takedown").inc(num_takedowns)
-        STREAM_EVENTS.labels("interaction").inc(rows.interactions.num_rows)
-        STREAM_EVENTS.labels("erasure").inc(rows.erasures.num_rows)
-        STREAM_EVENTS.labels("dead_letter").inc(len(dead_letters))
-        for letter in dead_letters:
-            STREAM_DEAD_LETTERS.labels(letter.reason).inc()
-        oldest = min(record.timestamp for record in batch.records)
-        ITEM_FRESHNESS_SECONDS.observe(max(0.0, self._clock().timestamp() - oldest / 1000))
+        self.events["item"] += rows.content.num_rows - num_takedowns
+        self.events["takedown"] += num_takedowns
+        self.events["interaction"] += rows.interactions.num_rows
+        self.events["erasure"] += rows.erasures.num_rows
+        self.events["dead_letter"] += len(dead_letters)
+        self._reasons.update(letter.reason for letter in dead_letters)
+
+    def report(self) -> None:
+        """Pass the numbers on to the metrics."""
+        for outcome, count in self.events.items():
+            STREAM_EVENTS.labels(outcome).inc(count)
+        for reason, count in self._reasons.items():
+            STREAM_DEAD_LETTERS.labels(reason).inc(count)

@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from qarm_feast.errors import ConfigError, GpuLostError, ServiceUnavailableError
 from qarm_feast.observability import STREAM_EVENTS
 from streaming.columns import DeadLetter
 from streaming.health import WorkerHealth
+from streaming.limits import EventLimits
 from streaming.messages import (
     InteractionEvent,
     ItemEvent,
@@ -28,6 +30,7 @@ from streaming.messages import (
     encode_item_event,
     encode_user_erasure,
 )
+from streaming.pieces import JSON_GROWTH
 from streaming.rows import LiveCodebooks
 from streaming.sink import BatchRows
 from streaming.source import Batch, BatchRevokedError
@@ -102,11 +105,14 @@ def _codebooks(*versions: str) -> FixedCodebooks:
 
 
 def _worker(
-    parts: FakeParts, drain: Drain | None = None, codebooks: FixedCodebooks | None = None
+    parts: FakeParts,
+    drain: Drain | None = None,
+    codebooks: FixedCodebooks | None = None,
+    limits: EventLimits = SETTINGS.limits,
 ) -> StreamWorker:
     return StreamWorker(
         Pipeline(parts, parts, parts, codebooks or _codebooks("v1")),
-        SETTINGS,
+        replace(SETTINGS, limits=limits),
         WorkerHealth(),
         drain or Drain(timeout_seconds=0.0),
         clock=lambda: datetime(2024, 1, 1, tzinfo=UTC),
@@ -138,6 +144,37 @@ def test_steps_run_in_the_order_of_the_docstring() -> None:
     assert parts.rows.interactions["item_id"].to_pylist() == [1, 2]
     assert parts.rows.positives["item_id"].to_pylist() == [2]
     assert [letter.reason for letter in parts.letters] == ["undecodable"]
+
+
+def test_a_batch_that_unpacks_to_too_much_is_stored_in_pieces_and_committed_once() -> None:
+    records = [
+        record_of(encode_item_event(ItemEvent(item_id, NOW, {"title": "a" * 1000})))
+        for item_id in (1, 2, 3)
+    ]
+    size = JSON_GROWTH * len(records[0].value or b"")
+    parts = FakeParts([*records, FakeRecord(b"4", b"{")], {})
+    worker = _worker(parts, limits=EventLimits(max_decoded_bytes=2 * size))
+    counted = STREAM_EVENTS.labels("item")._value.get()
+
+    worker.handle(parts.batch)
+
+    writes = ["write_offline", "write_online"]
+    assert parts.calls == [*writes, *writes, "send", "commit"]
+    assert parts.rows is not None
+    assert parts.rows.content["item_id"].to_pylist() == [3]
+    assert STREAM_EVENTS.labels("item")._value.get() == counted + 3
+
+
+def test_a_batch_that_is_revoked_between_two_pieces_is_not_committed() -> None:
+    records = _records()
+    parts = FakeParts(records, {"write_online": [BatchRevokedError("revoked")]})
+    worker = _worker(parts, limits=EventLimits(max_decoded_bytes=1))
+    counted = STREAM_EVENTS.labels("item")._value.get()
+
+    worker.handle(parts.batch)
+
+    assert parts.calls == ["write_offline", "write_online"]
+    assert STREAM_EVENTS.labels("item")._value.get() == counted
 
 
 def test_an_erasure_goes_to_the_stores_with_its_batch_and_is_counted() -> None:
