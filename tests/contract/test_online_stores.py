@@ -439,6 +439,33 @@ def test_redis_merges_again_when_another_writer_comes_between_read_and_write(
     assert [online.recent(user) for user in (2, 3)] == [[(9, 91)], [(1, 1)]]
 
 
+def test_a_view_that_is_dropped_leaves_the_other_views_of_its_entities(online: Online) -> None:
+    online.write(recent_view(), recent_rows([(1, [(8, 80)]), (2, [(9, 90)])]))
+    online.write(profile_view(), profile_rows())
+
+    online.store.update(online.config, [recent_view()], [profile_view()], [], [], False)
+
+    found = online.store.read_columns(online.config, profile_view(), np.array([1, 2]), ["age"])
+    assert found.present_N.tolist() == [True, True]
+    online.store.update(online.config, [], [recent_view(), profile_view()], [], [], False)
+    assert [online.recent(user) for user in (1, 2)] == [[], []]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_redis_never_deletes_an_entity_to_which_another_view_may_write(online: Online) -> None:
+    online.write(recent_view(), recent_rows([(1, [(8, 80)])]))
+    client = online.store._get_client(online.config.online_store)
+    client.config_resetstat()
+
+    online.store.update(online.config, [recent_view()], [], [], [], False)
+
+    # An entity goes with its last field.
+    assert client.keys("*") == []
+    commands = client.info("commandstats")
+    assert "cmdstat_hdel" in commands
+    assert not {"cmdstat_del", "cmdstat_unlink"} & set(commands)
+
+
 @pytest.mark.parametrize("online", ["redis"], indirect=True)
 def test_redis_keys_expire_when_feast_is_told_so(online: Online) -> None:
     place = online.settings["online_store"] | {"key_ttl_seconds": 500}
