@@ -59,6 +59,10 @@ class OnlineTables(Protocol):
         """Store the rows that are newer than what is there, and return how many were."""
         ...
 
+    def remove_if_gone(self, view_name: str) -> bool:
+        """Remove all rows of a view that is not applied any more; return whether it is so."""
+        ...
+
 
 @dataclass(frozen=True)
 class BatchRows:
@@ -109,6 +113,20 @@ class FeastSink:
             self._write(code_view_name(version), newest_per_item(codes))
         recent = recent_item_rows(rows.positives, rows.erasures, self._history_length)
         self._write(RECENT_ITEMS_VIEW, recent)
+
+    def take_back(self, versions: Iterable[str]) -> None:
+        """Remove online what was written of retired versions after their views were dropped.
+
+        Rows of a retired version whose view is still there stay: they are right, the retirement
+        may be undone, and `feast apply` takes them away together with the view.
+
+        Args:
+            versions: Codebook versions that a write just ended for, and that are retired by now.
+        """
+        for version in versions:
+            name = code_view_name(version)
+            if self._online.remove_if_gone(name):
+                logger.warning("rows_taken_back view=%s because=dropped during a write", name)
 
     def _write(self, view_name: str, table: pa.Table) -> None:
         if table.num_rows:
@@ -187,6 +205,26 @@ class FeastOnlineTables:
             ServiceUnavailableError: If the store does not answer.
         """
         return self._store.write_table(self._feature_store.config, self._view(view_name), table)
+
+    def remove_if_gone(self, view_name: str) -> bool:
+        """Remove all rows of a view that is not applied any more, by a fresh look at the registry.
+
+        Args:
+            view_name: Name of a view that was written.
+
+        Returns:
+            Whether it is gone.
+
+        Raises:
+            ServiceUnavailableError: If the registry or the store does not answer.
+        """
+        view = self._views.pop(view_name, None)
+        # Not looked up: not written either.
+        if view is None or self.has_view(view_name):
+            return False
+        # What `feast apply` has done before, when it dropped the view.
+        self._store.update(self._feature_store.config, [view], [], [], [], partial=True)
+        return True
 
     def _view(self, name: str) -> FeatureView:
         if name not in self._views:

@@ -116,6 +116,10 @@ class Sink(Protocol):
         """Update the online store."""
         ...
 
+    def take_back(self, versions: Iterable[str]) -> None:
+        """Remove online what was written of versions whose view is gone."""
+        ...
+
 
 class DeadLetters(Protocol):
     """Where refused records go; ``streaming.sink.DeadLetterTopic``."""
@@ -208,7 +212,11 @@ class StreamWorker:
 
     Between 1 and 2 the codebooks of the batch are taken and acknowledged, see
     ``streaming.acknowledgements``. Before each try of 5 and 6, rows of versions that were retired
-    meanwhile are left out.
+    meanwhile are left out. That look at the registry and the write are two steps: a process that
+    was stopped between them writes late. So after 6 there is one more look, and what a version
+    got whose view `feast apply` has dropped since is removed; what was dropped after that look,
+    `feast apply` removes itself. Killed between the write and that look, at most one piece's rows
+    stay in the store, under a name that no view has and none will have again.
 
     Args:
         pipeline: Source, sink, dead letters, codebooks.
@@ -317,7 +325,9 @@ class StreamWorker:
         # 5. Offline first: what is lost online can be materialized again.
         self._write_rows("offline", batch, rows, self._pipeline.sink.write_offline)
         # 6. Online.
-        self._write_rows("online", batch, rows, self._pipeline.sink.write_online)
+        tried = self._write_rows("online", batch, rows, self._pipeline.sink.write_online)
+        if stopped := self._pipeline.codebooks.stopped(tried):
+            self._write("online", batch, lambda: self._pipeline.sink.take_back(stopped))
         # 7. Dead letters.
         if dead_letters:
             send = self._pipeline.dead_letters.send
@@ -364,11 +374,13 @@ class StreamWorker:
 
     def _write_rows(
         self, store: str, batch: Batch, rows: BatchRows, write: Callable[[BatchRows], None]
-    ) -> None:
-        """Write what is still to be written at each try."""
+    ) -> set[str]:
+        """Write what is still to be written at each try; return the versions of all tries."""
+        tried: set[str] = set()
 
         def write_unstopped() -> None:
             unstopped = self._without_stopped(rows)
+            tried.update(unstopped.codes)
             if unstopped is not rows:
                 # Withdrawn: should the version be made live again, this batch is a hole in it.
                 self._pipeline.source.announce(batch, unstopped.codes)
@@ -381,6 +393,7 @@ class StreamWorker:
                 raise ServiceUnavailableError(str(error)) from error
 
         self._write(store, batch, write_unstopped)
+        return tried
 
     def _without_stopped(self, rows: BatchRows) -> BatchRows:
         stopped = self._pipeline.codebooks.stopped(rows.codes)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 from qarm_feast.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pyarrow as pa
-    from feast import FeatureStore, FeatureView
+    from feast import Entity, FeatureStore, FeatureView
     from feast.repo_config import RepoConfig
 
     from qarm_feast.online_stores.codec import Ints
@@ -32,6 +34,18 @@ class CodeOnlineStore(Protocol):
         feature_names: list[str],
     ) -> "ColumnBatch":
         """Return features as columns; missing and taken-down entities are absent."""
+        ...
+
+    def update(
+        self,
+        config: "RepoConfig",
+        tables_to_delete: "Sequence[FeatureView]",
+        tables_to_keep: "Sequence[FeatureView]",
+        entities_to_delete: "Sequence[Entity]",
+        entities_to_keep: "Sequence[Entity]",
+        partial: bool,
+    ) -> None:
+        """Remove the rows of views that go, as `feast apply` does."""
         ...
 
 

@@ -94,6 +94,9 @@ class FakeParts:
     def write_online(self, rows: BatchRows) -> None:
         self._note("write_online")
 
+    def take_back(self, versions: Iterable[str]) -> None:
+        self._note(f"take_back {','.join(versions)}")
+
     def send(self, letters: Sequence[DeadLetter]) -> None:
         self._note("send")
         self.letters += letters
@@ -354,6 +357,49 @@ def test_rows_of_a_version_that_is_retired_during_an_outage_are_left_out() -> No
     assert written == [["v1", "v2"], ["v2"]]
     assert parts.announced == [["v1", "v2"], ["v2"]]
     assert parts.calls[-1] == "commit"
+
+
+def test_a_version_that_is_retired_between_the_look_and_the_write_is_taken_back() -> None:
+    parts = FakeParts(_records(), {})
+    codebooks = _codebooks("v1", "v2")
+    original = parts.write_online
+
+    def write_late(rows: BatchRows) -> None:
+        # The process was stopped behind its look at the registry, and wakes here.
+        codebooks.stopped_versions = {"v1"}
+        original(rows)
+
+    parts.write_online = write_late  # type: ignore[method-assign]  # one call is watched
+
+    _worker(parts, codebooks=codebooks).handle(parts.batch)
+
+    assert parts.calls == ["write_offline", "write_online", "take_back v1", "send", "commit"]
+
+
+def test_what_is_to_be_taken_back_is_tried_again_until_the_store_is_back() -> None:
+    parts = FakeParts(_records(), {"take_back v1": [ServiceUnavailableError("away")] * 2})
+    codebooks = _codebooks("v1", "v2")
+    original = parts.write_online
+
+    def write_late(rows: BatchRows) -> None:
+        codebooks.stopped_versions = {"v1"}
+        original(rows)
+
+    parts.write_online = write_late  # type: ignore[method-assign]  # one call is watched
+
+    _worker(parts, codebooks=codebooks).handle(parts.batch)
+
+    assert parts.calls[1:] == ["write_online", *["take_back v1"] * 3, "send", "commit"]
+
+
+def test_a_version_that_was_left_out_has_nothing_to_be_taken_back() -> None:
+    parts = FakeParts(_records(), {})
+    codebooks = _codebooks("v1", "v2")
+    codebooks.stopped_versions = {"v1"}
+
+    _worker(parts, codebooks=codebooks).handle(parts.batch)
+
+    assert parts.calls == ["write_offline", "write_online", "send", "commit"]
 
 
 def test_a_view_that_goes_with_its_version_stops_no_worker_and_a_missing_one_does() -> None:

@@ -1,0 +1,58 @@
+"""A worker that was stopped between its look at the registry and its write, and wakes too late."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from feast import FeatureStore
+from online_store_cases import ITEM, USER, Online, code_rows, code_view, profile_view
+
+from qarm_feast.errors import ConfigError
+from streaming.sink import FeastOnlineTables, FeastSink
+
+
+class NoLog:
+    """An offline log that nobody may write."""
+
+    def append(self, name: str, table: pa.Table) -> Path:
+        raise AssertionError(name)
+
+
+def _applied(online: Online) -> FeatureStore:
+    store = FeatureStore(config=online.config)
+    store.apply([ITEM, USER, code_view(), profile_view()])
+    return store
+
+
+def test_rows_that_a_late_writer_brings_back_after_the_view_is_dropped_are_removed(
+    online: Online,
+) -> None:
+    tables = FeastOnlineTables(_applied(online))
+    sink = FeastSink(NoLog(), tables, history_length=4)
+    assert tables.write("item_codes_v1", code_rows([(1, 1, "a", [1, 2])])) == 1
+
+    FeatureStore(config=online.config).apply(
+        [ITEM, USER, profile_view()], objects_to_delete=[code_view()], partial=False
+    )
+    try:
+        tables.write("item_codes_v1", code_rows([(1, 2, "b", [3, 4]), (2, 2, "b", [5, 6])]))
+        assert online.codes(1, 2) == [[3, 4], [5, 6]]
+    except ConfigError:
+        # sqlite dropped the table itself; redis takes any field.
+        assert "sqlite" in type(online.store).__name__.lower()
+    sink.take_back(["v1"])
+
+    online.store.update(online.config, [], [code_view()], [], [], True)
+    assert online.codes(1, 2) == [None, None]
+    # Looked for afresh: it is not written again.
+    with pytest.raises(ConfigError, match="has no view 'item_codes_v1'"):
+        tables.write("item_codes_v1", code_rows([(1, 3, "c", [1, 2])]))
+
+
+def test_rows_of_a_version_whose_view_is_still_there_stay(online: Online) -> None:
+    tables = FeastOnlineTables(_applied(online))
+    tables.write("item_codes_v1", code_rows([(1, 1, "a", [1, 2])]))
+
+    FeastSink(NoLog(), tables, history_length=4).take_back(["v1", "v9"])
+
+    assert online.codes(1) == [[1, 2]]
