@@ -9,7 +9,9 @@ ready 128-d vectors, RQ 3 x 4096 and VQ 25 over a pool of 50,000. It makes its o
   stages' times, each measured alone on the same records. Broker and redis stand apart.
 - ``write``: ``write_path_vs_feast_push`` is the time of a push over that of our write path with
   the codes given, see ``stream_write``; ``sqlite_vs_feast`` that of the sqlite stores alone.
-- ``freshness``: from sending an event to reading it online, at a tenth of the peak load.
+- ``freshness``: from sending an event to reading it online, at a tenth of the peak load;
+  ``takedown_...`` and ``erasure_...``: from sending the tombstone of an item, or of a user, to
+  reading it as absent, while that load runs.
 - ``memory``: ``rss_growth`` is a worker's resident memory after all items over that after a tenth.
 
 ``whole_vs_feast_push`` is the time of a push over that of the whole chain, quantization included.

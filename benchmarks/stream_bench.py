@@ -141,13 +141,14 @@ class Bench:
         finally:
             worker.kill()
 
-    def send(self, messages: Iterator[Message]) -> None:
-        """Send messages to the item topic; the broker has them when this returns."""
+    def send(self, messages: Iterator[Message], is_item: bool = True) -> None:
+        """Send messages to one of the two topics; the broker has them when this returns."""
         config = self.repo.stream_config
+        topic = config.item_topic if is_item else config.interaction_topic
         with closing(connect_producer(config)) as producer:
             pending: list[tuple[str, Message]] = []
             for message in messages:
-                pending.append((config.item_topic, message))
+                pending.append((topic, message))
                 if len(pending) == _MESSAGES_PER_ROUND:
                     send_all(producer, pending)
                     pending = []

@@ -5,7 +5,6 @@ Shape letters in this file: N items.
 
 import gc
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -17,25 +16,32 @@ import pyarrow as pa
 from benchmarks.stream_bench import (
     CODEBOOK_VERSION,
     ROWS_PER_ARROW_RECORD,
+    START,
     Bench,
     cpu_seconds,
     resident_mib,
 )
-from benchmarks.stream_write import OurWriter
-from qarm_feast.online_stores import code_online_store
-from qarm_feast.repo_paths import open_feature_store
-from qarm_feast.schema import code_view_name
-from streaming.clients import connect_producer
-from streaming.messages import Record
+from benchmarks.stream_waits import Probe, online_presence, run_probes
+from benchmarks.stream_write import TASK_NAMES, OurWriter
+from streaming.messages import (
+    InteractionEvent,
+    ItemEvent,
+    Message,
+    Record,
+    UserErasure,
+    encode_interaction_event,
+    encode_item_event,
+    encode_user_erasure,
+)
 from streaming.rows import quantize_rows
 from streaming.source import KafkaSource
 from tests.fault.services import Worker
 
 ROWS_PER_RECORD = {"json": 1, "arrow": ROWS_PER_ARROW_RECORD}
 _WARM_ITEMS = 4_000
-_TICK_SECONDS = 0.01
 _LOAD_SHARE = 0.1
-_UNSEEN_SECONDS = 30.0
+_REMOVALS_PER_SECOND = 20.0
+"""Takedowns, and as many erasures; in a minute fewer than there are warm items."""
 _READ_SECONDS = 300.0
 
 Work = Callable[..., tuple[Any, ...]]
@@ -87,26 +93,31 @@ class Chain:
         }
 
     def freshness_figures(self, items_per_second: float) -> dict[str, float]:
-        """Return the time from sending an event to reading it online, at a part of the peak load.
+        """Return how long events take until a reader sees what they do, at a part of the peak load.
+
+        The load is uploads; takedowns of older items and erasures of users run beside it.
 
         Args:
             items_per_second: What one worker stores at its best.
 
         Returns:
-            Median, 99th percentile and worst in seconds, and the load.
+            Median, 99th percentile and worst in seconds of uploads (``freshness``), takedowns and
+            erasures, and the load.
         """
-        rate = _LOAD_SHARE * items_per_second
-        count = round(rate * self._bench.scale.freshness_seconds)
+        rate, seconds = _LOAD_SHARE * items_per_second, self._bench.scale.freshness_seconds
         with self._bench.worker("worker-freshness"):
+            first_item = self._next_id
             self._send("json", _WARM_ITEMS)
+            count = round(_REMOVALS_PER_SECOND * seconds)
+            users_N = np.arange(count)
+            self._bench.send(map(_click, users_N.tolist()), is_item=False)
             self._bench.drain()
-            waits_N = self._waits(count, rate)
-        return {
-            "freshness_p50_seconds": float(np.quantile(waits_N, 0.5)),
-            "freshness_p99_seconds": float(np.quantile(waits_N, 0.99)),
-            "freshness_max_seconds": float(waits_N.max()),
-            "freshness_items_per_second": rate,
-        }
+            probes = [
+                self._upload_probe(round(rate * seconds), rate),
+                *self._removal_probes(np.arange(first_item, first_item + count), users_N),
+            ]
+            figures = run_probes(self._bench, probes)
+        return {**figures, "freshness_items_per_second": rate}
 
     def memory_figures(self) -> dict[str, float]:
         """Return a worker's resident memory after a tenth of the items and after all of them."""
@@ -179,37 +190,36 @@ class Chain:
             gc.unfreeze()
         return stages
 
-    def _waits(self, count: int, rate: float) -> np.ndarray:
-        """Return the seconds from sending to being readable of each of ``count`` items."""
-        store = open_feature_store(self._bench.repo.directory)
-        view = store.get_feature_view(code_view_name(CODEBOOK_VERSION))
-        online = code_online_store(store)
+    def _upload_probe(self, count: int, rate: float) -> Probe:
         ids_N = np.arange(self._next_id, self._next_id + count)
         self._next_id += count
-        sent_N, seen_N = np.full(count, np.inf), np.full(count, np.nan)
-        sender = threading.Thread(target=self._send_steadily, args=(ids_N, rate, sent_N))
-        sender.start()
-        deadline = time.monotonic() + count / rate + _UNSEEN_SECONDS
-        while np.isnan(seen_N).any() and time.monotonic() < deadline:
-            waiting = np.flatnonzero(np.isnan(seen_N) & (sent_N <= time.monotonic()))
-            found = online.read_columns(store.config, view, ids_N[waiting], ["rq_code"])
-            seen_N[waiting[found.present_N]] = time.monotonic()
-            time.sleep(_TICK_SECONDS)
-        sender.join()
-        # What was never seen counts as seen at the end: the figure then misses its target.
-        return np.where(np.isnan(seen_N), time.monotonic(), seen_N) - sent_N
-
-    def _send_steadily(self, ids_N: np.ndarray, rate: float, sent_N: np.ndarray) -> None:
         topic = self._bench.repo.stream_config.item_topic
-        start = time.monotonic()
-        with closing(connect_producer(self._bench.repo.stream_config)) as producer:
-            for place, item_id in enumerate(ids_N.tolist()):
-                time.sleep(max(0.0, start + place / rate - time.monotonic()))
-                now_us = round(time.time() * 1e6)
-                message = self._bench.items.json_message(item_id, now_us)
-                sent_N[place] = time.monotonic()
-                producer.send(topic, key=message.key, value=message.value, headers=message.headers)
-            producer.flush()
+        is_item, _ = online_presence(self._bench)
+        return Probe("freshness", topic, ids_N, rate, self._bench.items.json_message, is_item)
+
+    def _removal_probes(self, items_N: np.ndarray, users_N: np.ndarray) -> list[Probe]:
+        """Return the probes of takedowns and of erasures; the items and users are online."""
+        config = self._bench.repo.stream_config
+        is_item, is_user = online_presence(self._bench)
+        return [
+            Probe(name, topic, ids_N, _REMOVALS_PER_SECOND, make, lambda ids, tell=tell: ~tell(ids))
+            for name, topic, ids_N, make, tell in (
+                ("takedown", config.item_topic, items_N, _takedown, is_item),
+                ("erasure", config.interaction_topic, users_N, _erasure, is_user),
+            )
+        ]
+
+
+def _takedown(item_id: int, time_us: int) -> Message:
+    return encode_item_event(ItemEvent(item_id, time_us, {}, is_deleted=True))
+
+
+def _click(user_id: int) -> Message:
+    return encode_interaction_event(InteractionEvent(user_id, 1, START, (True, True)), TASK_NAMES)
+
+
+def _erasure(user_id: int, time_us: int) -> Message:
+    return encode_user_erasure(UserErasure(user_id, time_us))
 
 
 def _stage_works(writer: OurWriter) -> dict[str, Work]:

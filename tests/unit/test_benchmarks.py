@@ -21,9 +21,10 @@ from benchmarks.stream_bench import (
     cpu_seconds,
     resident_mib,
 )
+from benchmarks.stream_waits import Probe
 from benchmarks.stream_write import Stopwatch, records_of
 from streaming.columns import decode_items
-from streaming.messages import decode_item_event, encode_item_event
+from streaming.messages import Message, decode_item_event, encode_item_event
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULT = {
@@ -189,3 +190,31 @@ def test_the_whole_chain_is_compared_with_a_push_where_both_were_measured(
         "whole_vs_feast_push_arrow": 4.0,
     }
     assert whole_ratios(whole) == {}
+
+
+def test_a_probe_counts_from_sending_to_being_seen_and_what_was_never_seen_until_now() -> None:
+    seen = {1}
+    probe = Probe(
+        "takedown",
+        "items",
+        np.array([1, 2, 3]),
+        rate=1.0,
+        make=lambda identity, time_us: Message(b"%d" % identity, None, []),
+        is_done=lambda ids_N: np.isin(ids_N, list(seen)),
+    )
+    now = time.monotonic()
+    # The third one is not sent yet, so nobody looks for it.
+    probe.sent_N[:2] = now - 10, now - 20
+    seen.add(3)
+
+    probe.look()
+
+    assert np.isnan(probe.seen_N).tolist() == [False, True, True]
+    assert not probe.is_complete
+    probe.sent_N[2] = now - 30
+    figures = probe.figures()
+    assert figures["takedown_p50_seconds"] == pytest.approx(20, abs=5)
+    assert figures["takedown_max_seconds"] == pytest.approx(30, abs=5)
+    seen.add(2)
+    probe.look()
+    assert probe.is_complete
