@@ -7,7 +7,7 @@ May import: feast, kafka-python, numpy, pyarrow.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +42,9 @@ from streaming.config import StreamConfig
 from streaming.letters import letter_message, stub_message
 
 logger = logging.getLogger(__name__)
+
+_NUM_APPENDS = 4
+"""Logs that are written at once: content, two codebook versions, interactions."""
 
 
 class OfflineLog(Protocol):
@@ -92,6 +95,7 @@ class FeastSink:
         self._offline = offline
         self._online = online
         self._history_length = history_length
+        self._pool = ThreadPoolExecutor(_NUM_APPENDS, thread_name_prefix="append")
 
     def write_offline(self, rows: BatchRows) -> None:
         """Append every row: replays and edits are told apart by the readers."""
@@ -103,9 +107,11 @@ class FeastSink:
         }
         tables = {name: table for name, table in tables.items() if table.num_rows}
         # Side by side, because an append mostly waits for the disk.
-        with ThreadPoolExecutor(max_workers=len(tables) or 1) as pool:
-            # A failed one raises here, once all have ended.
-            list(pool.map(self._offline.append, tables.keys(), tables.values()))
+        appends = [self._pool.submit(self._offline.append, *each) for each in tables.items()]
+        # A failed one is told once all have ended: the next try must not meet them.
+        wait(appends)
+        for append in appends:
+            append.result()
 
     def write_online(self, rows: BatchRows) -> None:
         """Write the newest row per item and the latest positives per user."""
