@@ -365,17 +365,17 @@ def test_memory_stays_flat_under_bombs(tmp_path: Path) -> None:
 
 
 _MEASURE = """
-import json, resource, sys
+import json, sys
 from streaming.columns import decode_items
-from stream_fakes import FakeRecord, VERSIONED
+from stream_fakes import FakeRecord, VERSIONED, peak_bytes
 
 headers = [*VERSIONED, ("content-type", b"application/vnd.apache.arrow.stream")]
 records = [FakeRecord(None, open(path, "rb").read(), headers) for path in sys.argv[1:]]
 decode_items([FakeRecord(b"1", b"{")])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 reasons = [letter.reason for letter in decode_items(records).dead_letters]
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([reasons, (after - before) * 1024]))
+after = peak_bytes()
+print(json.dumps([reasons, after - before]))
 """
 
 
