@@ -67,6 +67,7 @@ BATCH_SIZE = 2048
 ROWS_PER_PUSH = 1000
 TASK_NAMES = ("is_click", "is_like")
 SQLITE_TYPE = "qarm_feast.online_stores.sqlite.CodeSqliteOnlineStore"
+SOURCE_FILE = "codes.parquet"
 _PUSH_SOURCE = "codes_push"
 _VIEW = "codes"
 
@@ -181,7 +182,7 @@ def write_figures(bench: Bench) -> dict[str, float]:
         else:
             _write_ours(writer, records_of(messages[arm], part, num_items), rows, watches[arm])
 
-    with _frozen():
+    with frozen():
         for part in _parts(num_items, scale.num_rounds):
             for arm in watches:
                 bench.empty_redis()
@@ -211,7 +212,7 @@ def sqlite_figures(bench: Bench) -> dict[str, float]:
         for kind in ("sqlite", SQLITE_TYPE)
     )
     view, online, watch = ours.get_feature_view(_VIEW), code_online_store(ours), Stopwatch()
-    with _frozen():
+    with frozen():
         for part in _parts(num_items, scale.num_rounds):
             rows = codes.slice(part.start, part.stop - part.start)
             for start in range(0, rows.num_rows, BATCH_SIZE):
@@ -226,10 +227,12 @@ def sqlite_figures(bench: Bench) -> dict[str, float]:
     }
 
 
-def given_codes(num_rows: int, codebook_size: int, pool_size: int) -> pa.Table:
+def given_codes(
+    num_rows: int, codebook_size: int, pool_size: int, num_levels: int = NUM_LEVELS
+) -> pa.Table:
     """Return made-up code rows of items 0, 1, ...; their hashes have the right length."""
     rng = np.random.default_rng(0)
-    rq_NL = rng.integers(codebook_size, size=(num_rows, NUM_LEVELS))
+    rq_NL = rng.integers(codebook_size, size=(num_rows, num_levels))
     vq_NV = rng.integers(pool_size, size=(num_rows, NUM_NEIGHBORS))
     item_ids_N = np.arange(num_rows)
     columns = [
@@ -253,20 +256,35 @@ def records_of(messages: list[Message], part: slice, num_items: int) -> list[Fak
     return [FakeRecord("items", 0, i, now_ms, *message) for i, message in enumerate(chosen)]
 
 
-def applied_store(directory: Path, online: dict[str, str]) -> TimedFeatureStore:
-    """Return an applied repository: ``online`` is its online store, one parquet file is offline."""
+def applied_store(
+    directory: Path,
+    online: dict[str, str],
+    view_name: str = _VIEW,
+    offline_type: str | None = None,
+) -> TimedFeatureStore:
+    """Return an applied repository over one parquet file, empty at first.
+
+    Args:
+        directory: Made here; takes the file, :data:`SOURCE_FILE`.
+        online: Its online store.
+        view_name: Name of its only view.
+        offline_type: Feast's name of its offline store; None: duckdb, or ``file`` without ``ibis``.
+
+    Returns:
+        The repository.
+    """
     directory.mkdir(parents=True)
     config = RepoConfig(
         project="stock",
         provider="local",
         registry=str(directory / "registry.db"),
         online_store=online,
-        offline_store={"type": "duckdb" if is_duckdb() else "file"},
+        offline_store={"type": offline_type or ("duckdb" if is_duckdb() else "file")},
         entity_key_serialization_version=3,
         repo_path=directory,
     )
     store = TimedFeatureStore(config)
-    path = str(directory / "codes.parquet")
+    path = str(directory / SOURCE_FILE)
     pq.write_table(CODE_ROWS.empty_table(), path)
     files = FileSource(
         name="codes_file",
@@ -277,7 +295,7 @@ def applied_store(directory: Path, online: dict[str, str]) -> TimedFeatureStore:
     item = Entity(name="item", join_keys=[ITEM_ID], value_type=ValueType.INT64)
     types = {CODES: Array(Int64), pa.string(): String, pa.bool_(): Bool}
     view = FeatureView(
-        name=_VIEW,
+        name=view_name,
         entities=[item],
         ttl=timedelta(0),
         schema=[
@@ -343,7 +361,7 @@ def _parts(num_items: int, num_rounds: int) -> Iterator[slice]:
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
+def frozen() -> Iterator[None]:
     """Keep what exists out of the collector's way, as a daemon does."""
     gc.collect()
     gc.freeze()
