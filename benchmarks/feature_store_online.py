@@ -29,6 +29,7 @@ from benchmarks.stream_bench import (
 )
 from benchmarks.stream_write import SQLITE_TYPE, Stopwatch, applied_store, frozen, given_codes
 from qarm_feast.online_stores import code_online_store
+from qarm_feast.online_stores.blobs import join_blobs, split_blobs
 from qarm_feast.online_stores.codec import encode_int64_keys
 from qarm_feast.reader import CodeReader
 from qarm_feast.schema import ITEM_ID, code_view_name
@@ -359,7 +360,7 @@ def _codes(scale: Scale) -> pa.Table:
 
 def _entity_keys(num_rows: int, suffix: bytes = b"") -> list[bytes]:
     """Return the stored keys of items 0, 1, ..."""
-    return encode_int64_keys(ITEM_ID, np.arange(num_rows), suffix)
+    return split_blobs(join_blobs(encode_int64_keys(ITEM_ID, np.arange(num_rows)), suffix))
 
 
 def _make_again(store: FeatureStore) -> None:

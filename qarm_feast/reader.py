@@ -13,7 +13,8 @@ from qarm_feast import schema, view_tags
 from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import DataError
 from qarm_feast.online_stores import code_online_store
-from qarm_feast.online_stores.codec import Bools, Column, Ints
+from qarm_feast.online_stores.blobs import Ints
+from qarm_feast.online_stores.codec import Bools, Column
 from qarm_feast.online_stores.rows import ITEM_IDS, ITEM_TIMESTAMPS, ColumnBatch
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from feast import Entity, FeatureStore, FeatureView
     from feast.repo_config import RepoConfig
 
-    from qarm_feast.online_stores.codec import Ints
+    from qarm_feast.online_stores.blobs import Ints
     from qarm_feast.online_stores.rows import ColumnBatch
 
 

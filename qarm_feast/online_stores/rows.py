@@ -4,7 +4,7 @@ Shape letters in this file: N rows or entities, M values of all rows together.
 May import: feast, numpy, pyarrow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -23,10 +23,11 @@ from feast.repo_config import RepoConfig
 from qarm_feast import schema, view_tags
 from qarm_feast.erasure import outlives_erasure
 from qarm_feast.errors import DataError
+from qarm_feast.online_stores.blobs import Blobs, Ints, list_blobs, split_blobs
 from qarm_feast.online_stores.codec import (
     Bools,
     Column,
-    Ints,
+    cast_values,
     decode_values,
     encode_int64_keys,
     encode_values,
@@ -75,10 +76,10 @@ class ViewLayout:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows of distinct entities in ascending byte order of their keys, ready to store."""
+    """Rows of distinct entities, ready to store."""
 
-    keys: list[bytes]
-    values: dict[str, list[bytes]]
+    keys: Blobs
+    values: dict[str, Blobs]
     event_micros_N: Ints
     created_micros_N: Ints | None
 
@@ -86,11 +87,11 @@ class EncodedRows:
         """Return the rows at these places, in this order."""
         if np.array_equal(rows_K, np.arange(len(self.keys))):
             return self
-        rows = rows_K.tolist()
+        rows = pa.array(rows_K)
         created_N = self.created_micros_N
         return EncodedRows(
-            keys=[self.keys[row] for row in rows],
-            values={name: [blobs[row] for row in rows] for name, blobs in self.values.items()},
+            keys=self.keys.take(rows),
+            values={name: blobs.take(rows) for name, blobs in self.values.items()},
             event_micros_N=self.event_micros_N[rows_K],
             created_micros_N=None if created_N is None else created_N[rows_K],
         )
@@ -98,7 +99,9 @@ class EncodedRows:
     def hashes(self) -> list[bytes]:
         """Return the content hash of each row, empty where the view has none."""
         blobs = self.values.get(CONTENT_HASH)
-        return [b""] * len(self.keys) if blobs is None else [text_of(blob) for blob in blobs]
+        if blobs is None:
+            return [b""] * len(self.keys)
+        return [text_of(blob) for blob in split_blobs(blobs)]
 
 
 def view_layout(config: RepoConfig, view: FeatureView) -> ViewLayout:
@@ -139,13 +142,12 @@ def text_of(blob: bytes | None) -> bytes:
     return blob[body:]
 
 
-def encode_ids(layout: ViewLayout, ids_N: npt.ArrayLike, suffix: bytes = b"") -> list[bytes]:
-    """Return the stored keys of entities of a view that has one int64 join key.
+def encode_ids(layout: ViewLayout, ids_N: npt.ArrayLike) -> Blobs:
+    """Return the entity keys of ids of a view that has one int64 join key.
 
     Args:
         layout: The view's layout.
         ids_N: A vector of int64.
-        suffix: Appended to each key.
 
     Returns:
         One key per id.
@@ -156,46 +158,69 @@ def encode_ids(layout: ViewLayout, ids_N: npt.ArrayLike, suffix: bytes = b"") ->
     ids = np.asarray(ids_N)
     if len(layout.join_keys) != 1:
         raise DataError(f"view {layout.name} has the join keys {layout.join_keys}; one is needed")
-    if ids.size == 0:
-        return []
-    if ids.ndim != 1 or ids.dtype != np.int64:
+    if ids.size and (ids.ndim != 1 or ids.dtype != np.int64):
         raise DataError(
             f"ids of {layout.join_keys[0]!r} are {ids.dtype} of shape {ids.shape}, expected a "
             "vector of int64; convert them with `np.asarray(ids, dtype=np.int64)`"
         )
-    return encode_int64_keys(layout.join_keys[0], ids, suffix)
+    return encode_int64_keys(layout.join_keys[0], ids.reshape(-1))
 
 
-def encode_table(layout: ViewLayout, table: pa.Table) -> EncodedRows:
+@dataclass(frozen=True)
+class CheckedRows:
+    """Rows of distinct entities whose columns fit the view, not encoded yet."""
+
+    layout: ViewLayout
+    entity_ids_N: Ints
+    columns: dict[str, pa.Array]
+    event_micros_N: Ints
+    created_micros_N: Ints | None
+
+    def __len__(self) -> int:
+        return len(self.entity_ids_N)
+
+    def encode(self, start: int, stop: int) -> EncodedRows:
+        """Return some of the rows, ready to store."""
+        part = slice(start, stop)
+        created_N = self.created_micros_N
+        return EncodedRows(
+            keys=encode_ids(self.layout, self.entity_ids_N[part]),
+            values={
+                name: encode_values(self.layout.value_types[name], column[part])
+                for name, column in self.columns.items()
+            },
+            event_micros_N=self.event_micros_N[part],
+            created_micros_N=None if created_N is None else created_N[part],
+        )
+
+
+def check_table(layout: ViewLayout, table: pa.Table, by_key: bool = False) -> CheckedRows:
     """Return a table's rows, the greatest compare key of each entity only.
 
     Args:
         layout: The view's layout.
         table: The view's join key (int64), all its features, ``event_timestamp`` and, if known,
             ``created``; both times carry a zone.
+        by_key: Bring the rows into ascending byte order of their keys; else any order will do.
 
     Returns:
-        One row per entity, in key order.
+        One row per entity; everything that can be wrong with them was looked at.
 
     Raises:
         DataError: If a column is missing, of the wrong type, or null where it must not be.
     """
     ids_N, table = _checked_columns(layout, table)
     micros_N = _micros(table, schema.EVENT_TIMESTAMP)
-
-    def hashes() -> list[bytes]:
-        texts = table[CONTENT_HASH].to_pylist() if layout.has_content_hash else [""] * len(ids_N)
-        return [(text or "").encode() for text in texts]
-
-    rows_K = _greatest_rows(ids_N.byteswap().view(np.uint64), micros_N, hashes)
-    kept = table.take(pa.array(rows_K))
-    return EncodedRows(
-        keys=encode_ids(layout, ids_N[rows_K]),
-        values={name: _encode_feature(layout, kept, name) for name in layout.value_types},
-        event_micros_N=micros_N[rows_K],
-        created_micros_N=_micros(kept, schema.CREATED)
-        if schema.CREATED in table.schema.names
-        else None,
+    key_ranks_N = ids_N.byteswap().view(np.uint64)
+    if by_key or _has_repeats(key_ranks_N):
+        rows_K = _greatest_rows(key_ranks_N, micros_N, lambda: _hashes(layout, table))
+        ids_N, micros_N, table = ids_N[rows_K], micros_N[rows_K], table.take(pa.array(rows_K))
+    return CheckedRows(
+        layout=layout,
+        entity_ids_N=ids_N,
+        columns={name: _checked_feature(layout, table, name) for name in layout.value_types},
+        event_micros_N=micros_N,
+        created_micros_N=_created(table),
     )
 
 
@@ -226,7 +251,7 @@ def merge_recent(
     owners_M, timestamps_M, item_ids_M = pairs.newest(layout.history_length)
     lengths_N = np.bincount(owners_M, minlength=len(written.keys))
     merged = EncodedRows(
-        keys=written.keys,
+        keys=list_blobs(written.keys),
         values={
             ITEM_IDS: _encode_lists(item_ids_M, lengths_N),
             ITEM_TIMESTAMPS: _encode_lists(timestamps_M, lengths_N),
@@ -236,8 +261,12 @@ def merge_recent(
     )
     is_changed_N = np.array(
         [
-            any(merged.values[name][row] != stored[name][row] for name in merged.values)
-            for row in range(len(merged.keys))
+            new_row != old_row
+            for new_row, old_row in zip(
+                zip(*map(split_blobs, merged.values.values()), strict=True),
+                zip(*(stored[name] for name in merged.values), strict=True),
+                strict=True,
+            )
         ],
         dtype=np.bool_,
     )
@@ -301,12 +330,15 @@ def recent_items_of_table(layout: ViewLayout, table: pa.Table) -> RecentItems:
     ids_N, table = _checked_columns(layout, table)
     _micros(table, schema.EVENT_TIMESTAMP)
     swapped_U, owners_N = np.unique(ids_N.byteswap().view(np.uint64), return_inverse=True)
-    created_N = _micros(table, schema.CREATED) if schema.CREATED in table.schema.names else None
+    values = {
+        name: encode_values(layout.value_types[name], _checked_feature(layout, table, name))
+        for name in layout.value_types
+    }
     return _recent_items(
-        encode_ids(layout, swapped_U.view(np.int64).byteswap()),
+        split_blobs(encode_ids(layout, swapped_U.view(np.int64).byteswap())),
         owners_N,
-        {name: _encode_feature(layout, table, name) for name in layout.value_types},
-        created_N,
+        {name: split_blobs(blobs) for name, blobs in values.items()},
+        _created(table),
     )
 
 
@@ -335,20 +367,20 @@ class ColumnBatch:
 def decode_batch(
     layout: ViewLayout,
     feature_names: Sequence[str],
-    blobs: dict[str, list[bytes | None]],
-    present_N: Bools,
+    blobs: Mapping[str, Sequence[bytes | None]],
 ) -> ColumnBatch:
     """Return the columns of the asked features; taken-down and erased entities are absent.
 
     Args:
         layout: The view's layout.
         feature_names: Features asked for; ``blobs`` holds those of :func:`stored_features`.
-        blobs: Stored values by feature, one per entity.
-        present_N: Whether the store holds the entity.
+        blobs: Stored values by feature, one per entity, ``None`` where the store has none. An
+            entity without any is absent; an empty value is a null of one that is there.
 
     Returns:
         One column per asked feature.
     """
+    present_N = _is_stored(list(blobs.values()))
     if layout.has_deletion_flag:
         flag = decode_values("BOOL", blobs[IS_DELETED])
         is_deleted_N = np.zeros(len(present_N), dtype=np.bool_)
@@ -392,6 +424,16 @@ def stored_features(layout: ViewLayout, feature_names: Sequence[str]) -> list[st
     if layout.history_length is not None and ITEM_IDS not in names:
         names.append(ITEM_IDS)
     return names
+
+
+def _is_stored(columns: list[Sequence[bytes | None]]) -> Bools:
+    """Tell which entities have a value, be it a null, in one column at least."""
+    is_stored_N = np.ones(len(columns[0]), dtype=np.bool_)
+    # Most columns have all: looking for None at once is much faster than value by value.
+    if all(None in column for column in columns):
+        rows = zip(*columns, strict=True)
+        is_stored_N[:] = [any(blob is not None for blob in row) for row in rows]
+    return is_stored_N
 
 
 def _without_marks(batch: ColumnBatch, item_ids: Column) -> ColumnBatch:
@@ -438,11 +480,25 @@ def _micros(table: pa.Table, name: str) -> Ints:
     return micros_N
 
 
-def _encode_feature(layout: ViewLayout, table: pa.Table, name: str) -> list[bytes]:
+def _created(table: pa.Table) -> Ints | None:
+    return _micros(table, schema.CREATED) if schema.CREATED in table.schema.names else None
+
+
+def _checked_feature(layout: ViewLayout, table: pa.Table, name: str) -> pa.Array:
     try:
-        return encode_values(layout.value_types[name], table[name])
+        return cast_values(layout.value_types[name], table[name])
     except DataError as error:
         raise DataError(f"view {layout.name}, column {name!r}: {error}") from error
+
+
+def _hashes(layout: ViewLayout, table: pa.Table) -> list[bytes]:
+    texts = table[CONTENT_HASH].to_pylist() if layout.has_content_hash else [""] * len(table)
+    return [(text or "").encode() for text in texts]
+
+
+def _has_repeats(values_N: npt.NDArray[Any]) -> bool:
+    sorted_N = np.sort(values_N)
+    return bool((sorted_N[1:] == sorted_N[:-1]).any())
 
 
 def _greatest_rows(
@@ -465,9 +521,11 @@ def _greatest_rows(
 def _encode_group(config: RepoConfig, names: tuple[str, ...], group: list[FeastRow]) -> EncodedRows:
     keys = _keys_of(config, group)
     ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
-    values = {name: [row[1][name].SerializeToString() for row in group] for name in names}
+    values = {
+        name: list_blobs([row[1][name].SerializeToString() for row in group]) for name in names
+    }
     rows = EncodedRows(
-        keys=keys,
+        keys=list_blobs(keys),
         values=values,
         event_micros_N=np.array([_micros_of(row[2]) for row in group], dtype=np.int64),
         created_micros_N=_created_of(group),
@@ -529,7 +587,7 @@ def _with_stored(written: RecentItems, stored: dict[str, list[bytes]]) -> Recent
     )
 
 
-def _encode_lists(values_M: Ints, lengths_N: Ints) -> list[bytes]:
+def _encode_lists(values_M: Ints, lengths_N: Ints) -> Blobs:
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
     lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values_M))
     return encode_values("INT64_LIST", lists)

@@ -27,7 +27,8 @@ from feast.repo_config import RepoConfig
 from pydantic import Field
 
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
-from qarm_feast.online_stores.codec import Bools, Ints, decode_values, split_micros
+from qarm_feast.online_stores.blobs import Ints, split_blobs
+from qarm_feast.online_stores.codec import Bools, decode_values, split_micros
 from qarm_feast.online_stores.rows import (
     CONTENT_HASH,
     ITEM_IDS,
@@ -37,10 +38,10 @@ from qarm_feast.online_stores.rows import (
     FeastRow,
     RecentItems,
     ViewLayout,
+    check_table,
     decode_batch,
     encode_feast_rows,
     encode_ids,
-    encode_table,
     merge_recent,
     recent_items_of_feast_rows,
     recent_items_of_table,
@@ -104,7 +105,8 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
         layout = view_layout(config, view)
         if layout.history_length is not None:
             return self._merge(config, view, layout, recent_items_of_table(layout, table))
-        return self._write_rows(config, view, [encode_table(layout, table)])
+        checked = check_table(layout, table, by_key=True)
+        return self._write_rows(config, view, [checked.encode(0, len(checked))])
 
     def online_write_batch(
         self,
@@ -142,13 +144,10 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
         """
         layout = view_layout(config, view)
         names = stored_features(layout, feature_names)
-        keys = encode_ids(layout, entity_ids_N)
+        keys = split_blobs(encode_ids(layout, entity_ids_N))
         with self._reading(config, view) as conn:
             blobs = _read_features(conn, _table_id(config, view), keys, names)
-        present_N = np.zeros(len(keys), dtype=np.bool_)
-        for column in blobs.values():
-            present_N |= np.array([blob is not None for blob in column], dtype=np.bool_)
-        return decode_batch(layout, feature_names, blobs, present_N)
+        return decode_batch(layout, feature_names, blobs)
 
     def online_read(
         self,
@@ -371,7 +370,7 @@ def _stored_micros(conn: sqlite3.Connection, table_id: str, keys: list[bytes]) -
 
 def _is_newer(conn: sqlite3.Connection, table_id: str, rows: EncodedRows) -> Bools:
     """Tell which rows come after the stored ones by (event time, content hash)."""
-    stored = _stored_micros(conn, table_id, rows.keys)
+    stored = _stored_micros(conn, table_id, split_blobs(rows.keys))
     # Below every time that a row can have.
     oldest = np.iinfo(np.int64).min
     stored_N = np.array([oldest if micros is None else micros for micros in stored], np.int64)
@@ -379,7 +378,8 @@ def _is_newer(conn: sqlite3.Connection, table_id: str, rows: EncodedRows) -> Boo
     ties = np.flatnonzero(rows.event_micros_N == stored_N)
     if len(ties) and CONTENT_HASH in rows.values:
         tied = rows.take(ties)
-        blobs = _read_features(conn, table_id, tied.keys, [CONTENT_HASH])[CONTENT_HASH]
+        keys = split_blobs(tied.keys)
+        blobs = _read_features(conn, table_id, keys, [CONTENT_HASH])[CONTENT_HASH]
         is_newer_N[ties] = [
             new > text_of(old) for new, old in zip(tied.hashes(), blobs, strict=True)
         ]
@@ -392,9 +392,11 @@ def _upsert(conn: sqlite3.Connection, table_id: str, layout: ViewLayout, rows: E
     created: list[int | None] = [None] * len(rows.keys)
     if rows.created_micros_N is not None:
         created = split_micros(rows.created_micros_N)[0].tolist()
-    columns: list[Sequence[Any]] = [rows.keys, seconds, created, rows.event_micros_N.tolist()]
+    micros = rows.event_micros_N.tolist()
+    columns: list[Sequence[Any]] = [split_blobs(rows.keys), seconds, created, micros]
     values_sql = []
-    for name, blobs in rows.values.items():
+    for name, column in rows.values.items():
+        blobs = split_blobs(column)
         text_sql = "NULL"
         columns.append(blobs)
         value_number = len(columns)

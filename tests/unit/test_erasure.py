@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from qarm_feast.code_log import CodeLog
 from qarm_feast.erasure import outlives_erasure, read_marks, without_erased
+from qarm_feast.online_stores.blobs import split_blobs
 from qarm_feast.online_stores.rows import (
     ITEM_IDS,
     ITEM_TIMESTAMPS,
@@ -48,7 +49,7 @@ def stored_after(arrivals: list[list[Pair]], history_length: int) -> dict[str, b
         written = recent_items_of_table(view, list_row(pairs))
         changed = merge_recent(view, {name: [blob] for name, blob in stored.items()}, written)
         if changed.keys:
-            stored = {name: blobs[0] for name, blobs in changed.values.items()}
+            stored = {name: split_blobs(blobs)[0] for name, blobs in changed.values.items()}
     return stored
 
 
@@ -66,7 +67,7 @@ def blobs_of(pairs: list[Pair], history_length: int) -> dict[str, bytes]:
     view = layout(history_length)
     nothing = {ITEM_IDS: [b""], ITEM_TIMESTAMPS: [b""]}
     changed = merge_recent(view, nothing, recent_items_of_table(view, list_row(pairs)))
-    return {name: blobs[0] for name, blobs in changed.values.items()}
+    return {name: split_blobs(blobs)[0] for name, blobs in changed.values.items()}
 
 
 def test_a_mark_takes_what_is_not_after_it_of_its_own_user_only() -> None:
