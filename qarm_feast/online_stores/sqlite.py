@@ -2,7 +2,8 @@
 
 Rows are byte-compatible with stock Feast both ways. Ours differs in one column that stock
 ignores: ``qarm_event_micros``, the event time in microseconds (stock keeps whole seconds).
-``event_ts`` is written as true UTC seconds; stock reads it as such where ``TZ=UTC``.
+``event_ts`` is written as true UTC seconds; stock reads it as such where ``TZ=UTC``. A table that
+is empty when ours first meets it becomes one tree instead of three, which stock does not notice.
 
 Shape letters in this file: N rows or entities. May import: feast, sqlite3.
 """
@@ -185,7 +186,7 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
             super().update(config, tables_to_delete, tables_to_keep, *rest, **options)
             self._guarded_tables.clear()
             for view in tables_to_keep:
-                self._ensure_guard(self._get_conn(config), _table_id(config, view))
+                self._ensure_guard(self._get_conn(config), config, _table_id(config, view))
 
     def teardown(self, config: RepoConfig, *rest: Any, **options: Any) -> None:
         """Close the connections and delete the file."""
@@ -207,7 +208,7 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
         with self._read_lock, _readable_errors(path, view.name):
             if self._read_conn is None:
                 self._read_conn = _connect(config.online_store, path)
-            self._ensure_guard(self._read_conn, _table_id(config, view))
+            self._ensure_guard(self._read_conn, config, _table_id(config, view))
             # One snapshot for all statements of one read.
             with _transaction(self._read_conn, "BEGIN"):
                 yield self._read_conn
@@ -216,17 +217,25 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
     def _writing(self, config: RepoConfig, view: FeatureView) -> Iterator[sqlite3.Connection]:
         with self._write_lock, _readable_errors(self._get_db_path(config), view.name):
             conn = self._get_conn(config)
-            self._ensure_guard(conn, _table_id(config, view))
+            self._ensure_guard(conn, config, _table_id(config, view))
             with _transaction(conn, "BEGIN IMMEDIATE"):
                 yield conn
 
-    def _ensure_guard(self, conn: sqlite3.Connection, table_id: str) -> None:
-        """Add the guard's column to a table that stock Feast made."""
+    def _ensure_guard(self, conn: sqlite3.Connection, config: RepoConfig, table_id: str) -> None:
+        """Make a table that stock Feast made ours: the guard's column, and one tree if it can be.
+
+        Stock keeps the rows in one tree and finds them by another; a table without row numbers
+        is its own index. Only an empty one is made again, as long as nothing needs row numbers.
+        """
         if table_id in self._guarded_tables:
             return
+        options = config.online_store
+        needs_row_numbers = options.vector_enabled or options.text_search_enabled
         with _transaction(conn, "BEGIN IMMEDIATE"):
             columns = [row[1] for row in conn.execute(f"PRAGMA table_info({_quote(table_id)})")]
             if columns and _GUARD_COLUMN not in columns:
+                if not needs_row_numbers:
+                    _drop_row_numbers_if_empty(conn, table_id)
                 conn.execute(f"ALTER TABLE {_quote(table_id)} ADD COLUMN {_GUARD_COLUMN} INTEGER")
         if columns:
             self._guarded_tables.add(table_id)
@@ -275,6 +284,16 @@ def _connect(options: CodeSqliteOnlineStoreConfig, path: str) -> sqlite3.Connect
                 raise
             threading.Event().wait(0.05)
     return conn
+
+
+def _drop_row_numbers_if_empty(conn: sqlite3.Connection, table_id: str) -> None:
+    """Make the table again as its own index, which also covers stock's second one."""
+    if conn.execute(f"SELECT 1 FROM {_quote(table_id)} LIMIT 1").fetchone():
+        return
+    by_name = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+    (definition,) = conn.execute(by_name, (table_id,)).fetchone()
+    conn.execute(f"DROP TABLE {_quote(table_id)}")
+    conn.execute(f"{definition} WITHOUT ROWID")
 
 
 @contextmanager
