@@ -265,7 +265,7 @@ def sqlite_figures(directory: Path, scale: Scale) -> dict[str, float]:
         return applied_store(directory / f"sqlite_{name}", online, VIEW)
 
     stores = {"ours": store(SQLITE_TYPE, "ours"), "feast": store("sqlite", "feast")}
-    clears = {name: partial(_make_again, store) for name, store in stores.items()}
+    clears = {name: partial(make_again, store) for name, store in stores.items()}
     ours = OurArm(stores["ours"], codes, clears["ours"])
     stock = StockArm(stores["feast"], codes, clears["feast"])
     ours.write(slice(0, scale.num_rows))
@@ -363,7 +363,7 @@ def _entity_keys(num_rows: int, suffix: bytes = b"") -> list[bytes]:
     return split_blobs(join_blobs(encode_int64_keys(ITEM_ID, np.arange(num_rows)), suffix))
 
 
-def _make_again(store: FeatureStore) -> None:
+def make_again(store: FeatureStore) -> None:
     """Drop the view's table and create it."""
     view, online = store.get_feature_view(VIEW), store.provider.online_store
     online.update(store.config, [view], [], [], [], False)

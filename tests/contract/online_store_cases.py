@@ -83,6 +83,10 @@ def profile_view() -> FeatureView:
     return _view("user_profile", USER, fields)
 
 
+def wide_view(names: Sequence[str]) -> FeatureView:
+    return _view("wide", ITEM, dict.fromkeys(names, Int64))
+
+
 def code_rows(
     rows: Sequence[tuple[int, int, str, list[int]]], is_deleted: bool = False
 ) -> pa.Table:

@@ -37,12 +37,14 @@ from online_store_cases import (
     recent_rows,
     recent_view,
     running_redis,
+    wide_view,
 )
 from online_store_writer import write_in_chunks
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 import qarm_feast.online_stores.redis
+import qarm_feast.online_stores.redis_scripts
 from qarm_feast.errors import ConfigError, DataError, ServiceUnavailableError
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.online_stores.redis import CodeRedisOnlineStore
@@ -113,6 +115,21 @@ def test_ours_reads_what_stock_feast_wrote(online: Online) -> None:
     assert batch.columns["taste"].lengths_N.tolist() == [1, 0, 2]
     assert batch.columns["joined"].values.tolist() == [1_700_000_000, 0]
     assert feast_read[0][1] == rows[1][1]
+
+
+def test_a_view_of_many_features_is_written_under_the_guard(online: Online) -> None:
+    names = [f"f{number}" for number in range(120)]
+    view = wide_view(names)
+    online.stock.update(online.stock_config, [], [view], [], [], False)
+
+    for seconds, value in ((2, 5), (1, 4), (3, 6)):
+        columns = {name: [value * at] for at, name in enumerate(names)}
+        moments = pa.array([moment(seconds)], pa.timestamp("us", tz="UTC"))
+        online.write(view, pa.table({"item_id": [1], **columns, "event_timestamp": moments}))
+        batch = online.store.read_columns(online.config, view, np.array([1]), names)
+
+        found = [batch.columns[name].values.item() for name in names]
+        assert found == [max(5, value) * at for at in range(len(names))]
 
 
 def test_an_older_row_never_overwrites_a_newer_one(online: Online) -> None:
@@ -404,6 +421,35 @@ def test_threads_share_one_store(online: Online) -> None:
 
 
 @pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_a_long_write_to_redis_is_checked_in_parts_and_counts_every_row(
+    online: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qarm_feast.online_stores.redis, "_ROWS_PER_ENCODING", 50)
+    monkeypatch.setattr(qarm_feast.online_stores.redis_scripts, "_ROWS_PER_CALL", 7)
+    monkeypatch.setattr(qarm_feast.online_stores.redis_scripts, "_CALLS_PER_CHECK", 3)
+    monkeypatch.setattr(qarm_feast.online_stores.redis_scripts, "_CALLS_AHEAD", 2)
+    rows = [(item, 1, "a", [item, 2 * item]) for item in range(333)]
+
+    assert online.write(code_view(), code_rows(rows)) == 333
+    assert online.write(code_view(), code_rows(rows)) == 0
+    assert online.codes(*range(333)) == [codes for *_, codes in rows]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_a_redis_connection_that_was_lost_is_made_again(online: Online) -> None:
+    rows = [(item, 1, "a", [item, 0]) for item in range(3)]
+    online.write(code_view(), code_rows(rows[:1]))
+    client = online.store._get_client(online.config.online_store)
+
+    for work in (
+        lambda: online.write(code_view(), code_rows(rows)) == 2,
+        lambda: online.codes(0, 1) == [[0, 0], [1, 0]],
+    ):
+        client.client_kill_filter(_type="normal", skipme=True)
+        assert work()
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
 def test_redis_forgets_its_scripts_and_the_next_write_loads_them(online: Online) -> None:
     client = online.store._get_client(online.config.online_store)
     for at in (1, 2):
@@ -550,6 +596,35 @@ def test_a_redis_cluster_takes_every_key_in_its_own_slot(tmp_path: Path) -> None
         assert codes.columns["rq_code"].values[::2].tolist() == list(range(30))
         assert recent.columns["item_ids"].values.tolist() == list(range(30))
         close(store)
+
+
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_an_empty_sqlite_table_of_stock_feast_becomes_one_tree_and_stays_stocks_table(
+    online: Online,
+) -> None:
+    by_stock = feast_rows(code_view(), code_rows([(1, 1, "a", [1, 1])]))
+    by_name = "SELECT count(*) FROM sqlite_master WHERE tbl_name = ? AND type = 'index'"
+
+    online.stock.online_write_batch(online.stock_config, recent_view(), by_user(7), None)
+    online.codes(1)
+    online.recent(1)
+    # Feast applies the views again.
+    online.stock.update(online.stock_config, [], [code_view(), recent_view()], [], [], False)
+    online.stock.online_write_batch(online.stock_config, code_view(), by_stock, None)
+
+    assert online.codes(1) == [[1, 1]]
+    assert online.recent(7) == [(5, 50)]
+    with sqlite3.connect(online.config.online_store.path) as conn:
+        text = conn.execute("SELECT sql FROM sqlite_master WHERE type = 'table'").fetchall()
+        num_indexes = conn.execute(by_name, ("qarm_user_recent_items",)).fetchone()[0]
+    conn.close()
+    # Codes, profiles that ours never met, and lists that stock had written before.
+    assert ["WITHOUT ROWID" in definition for (definition,) in sorted(text)] == [True, False, False]
+    assert num_indexes == 2
+
+
+def by_user(user_id: int) -> list[Any]:
+    return feast_rows(recent_view(), recent_rows([(user_id, [(5, 50)])]))
 
 
 @pytest.mark.parametrize("online", ["sqlite"], indirect=True)

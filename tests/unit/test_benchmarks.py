@@ -117,6 +117,7 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
         "codebook_options.py",
         "codebook_quality.py",
         "continuity.py",
+        "feature_store.py",
         "quantize.py",
         "stream.py",
     ]

@@ -167,6 +167,29 @@ def test_a_list_that_is_not_packed_is_read_all_the_same() -> None:
     assert column.lengths_N.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("value_type", ["INT64_LIST", "BOOL_LIST", "UNIX_TIMESTAMP_LIST"])
+def test_lists_of_one_size_and_empty_lists_beside_full_ones_are_read(value_type: str) -> None:
+    full: list[object] = [1, 0, 1]
+    lists = [full, [], full, full, []]
+
+    column = decode_values(value_type, [reference(value_type, values) for values in lists])
+
+    assert column.lengths_N.tolist() == [3, 0, 3, 3, 0]
+    assert column.values.tolist() == full * 3
+
+
+@pytest.mark.parametrize("bits", [7, 14, 21, 28, 29, 35, 55, 56, 57, 63])
+def test_varints_at_the_ends_of_their_sizes_come_back(bits: int) -> None:
+    values = [0, 1, 2**bits - 1, 2 ** (bits - 1), 127, 128]
+
+    encoded, sizes_M = encode_varints(np.array(values))
+    column = decode_values("INT64_LIST", [reference("INT64_LIST", values)])
+
+    assert sizes_M.tolist() == [max(1, -(-value.bit_length() // 7)) for value in values]
+    assert len(encoded) == sizes_M.sum()
+    assert column.values.tolist() == values
+
+
 def test_varints_of_negative_values_take_ten_bytes() -> None:
     encoded, sizes_M = encode_varints(np.array([1, -1, 300]))
 
