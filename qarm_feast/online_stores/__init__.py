@@ -10,6 +10,7 @@ from qarm_feast.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
     import pyarrow as pa
     from feast import Entity, FeatureStore, FeatureView
@@ -32,8 +33,9 @@ class CodeOnlineStore(Protocol):
         view: "FeatureView",
         entity_ids_N: "Ints",
         feature_names: list[str],
+        now: "datetime | None" = None,
     ) -> "ColumnBatch":
-        """Return features as columns; missing and taken-down entities are absent."""
+        """Return features as columns; missing, taken-down and expired entities are absent."""
         ...
 
     def update(

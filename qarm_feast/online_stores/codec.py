@@ -5,7 +5,7 @@ version 3) and serialized ``feast.types.Value`` messages. An empty blob is a nul
 
 Shape letters in this file: N rows, P rows that are present, F rows that hold a filled list,
 M values of all rows together, W parts or bytes of one row or value.
-May import: numpy and pyarrow (Feast's protos only for values that nothing here reads fast).
+May import: numpy and pyarrow (protobuf only for values that nothing here reads fast).
 """
 
 import dataclasses
@@ -255,6 +255,13 @@ def encode_timestamps(micros_N: Ints) -> Blobs:
     keep_N4 = np.repeat(np.stack([seconds_N != 0, rest_N != 0], axis=1), 2, axis=1)
     encoded, sizes_M = encode_varints(parts_N4[keep_N4])
     return make_blobs(encoded, _row_sums(sizes_M, keep_N4.sum(axis=1)))
+
+
+def decode_timestamps(blobs: Sequence[bytes | None]) -> list[int | None]:
+    """Return the microseconds that serialized ``google.protobuf.Timestamp`` messages hold."""
+    from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]  # no stubs
+
+    return [None if blob is None else Timestamp.FromString(blob).ToMicroseconds() for blob in blobs]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Shape letters in this file: N rows or entities. May import: feast, redis.
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,11 +23,13 @@ from feast.repo_config import RepoConfig
 
 from qarm_feast.errors import ServiceUnavailableError
 from qarm_feast.online_stores.blobs import Blobs, Ints, join_blobs, list_blobs, split_blobs
+from qarm_feast.online_stores.codec import decode_timestamps
 from qarm_feast.online_stores.redis_scripts import (
     hash_field,
     pack_guarded,
     pack_replacement,
     run_scripts,
+    time_field,
 )
 from qarm_feast.online_stores.redis_wire import hmget_all
 from qarm_feast.online_stores.rows import (
@@ -41,6 +44,7 @@ from qarm_feast.online_stores.rows import (
     decode_batch,
     encode_feast_rows,
     encode_ids,
+    is_young,
     merge_recent,
     recent_items_of_feast_rows,
     recent_items_of_table,
@@ -115,15 +119,21 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         await asyncio.to_thread(self.online_write_batch, config, table, data, progress)
 
     def read_columns(
-        self, config: RepoConfig, view: FeatureView, entity_ids_N: Ints, feature_names: list[str]
+        self,
+        config: RepoConfig,
+        view: FeatureView,
+        entity_ids_N: Ints,
+        feature_names: list[str],
+        now: datetime | None = None,
     ) -> ColumnBatch:
-        """Return features as columns in one round trip; missing and taken-down ones are absent.
+        """Return features as columns in one round trip; missing, taken-down and expired are absent.
 
         Args:
             config: Feast's repository configuration.
             view: A feature view with one int64 join key.
             entity_ids_N: Ids in any order, repeated as one likes.
             feature_names: Features of the view.
+            now: The moment to judge the view's ``ttl`` by; ``None``: the system's clock.
 
         Returns:
             One entity per id, in the order of the ids.
@@ -136,9 +146,16 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         names = stored_features(layout, feature_names)
         keys = encode_ids(layout, entity_ids_N)
         fields = [hash_field(layout, name) for name in names]
+        if layout.ttl_micros is not None:
+            fields.append(time_field(layout))
         replies = self._read_fields(config, keys, fields)
         columns = list(zip(*replies, strict=True)) if replies else [()] * len(fields)
-        return decode_batch(layout, feature_names, dict(zip(names, columns, strict=True)))
+        is_served_N = None
+        if layout.ttl_micros is not None:
+            is_served_N = is_young(layout, decode_timestamps(columns.pop()), now)
+        return decode_batch(
+            layout, feature_names, dict(zip(names, columns, strict=True)), is_served_N
+        )
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
         """Take one view's fields off every entity, and nothing else.
@@ -155,7 +172,7 @@ class CodeRedisOnlineStore(RedisOnlineStore):
             ServiceUnavailableError: If redis does not answer.
         """
         layout = view_layout(config, table)
-        fields = [_time_field(layout), *[_field(layout, each.name) for each in table.features]]
+        fields = [time_field(layout), *[hash_field(layout, each.name) for each in table.features]]
         pattern = _redis_key_prefix(table.join_keys) + b"*" + config.project.encode()
         with self._client_of(config) as client:
             found = client.scan_iter(pattern, count=_KEYS_PER_ROUND_TRIP)
@@ -208,7 +225,8 @@ class CodeRedisOnlineStore(RedisOnlineStore):
     ) -> int:
         with self._client_of(config) as client:
             packs = (
-                pack_guarded(layout, rows, config.project.encode(), _ttl(config)) for rows in groups
+                pack_guarded(layout, rows, config.project.encode(), _ttl(config, layout))
+                for rows in groups
             )
             return sum(reply for _, reply in run_scripts(client, packs))
 
@@ -243,12 +261,18 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         expected = {
             name: list_blobs([blobs[places[key]] for key in keys]) for name, blobs in stored.items()
         }
-        pack = pack_replacement(layout, changed, expected, config.project.encode(), _ttl(config))
+        pack = pack_replacement(
+            layout, changed, expected, config.project.encode(), _ttl(config, layout)
+        )
         with self._client_of(config) as client:
             return {
                 keys[rows[at]] for rows, reply in run_scripts(client, iter([pack])) for at in reply
             }
 
 
-def _ttl(config: RepoConfig) -> int:
-    return config.online_store.key_ttl_seconds or 0
+def _ttl(config: RepoConfig, layout: ViewLayout) -> int:
+    """Return how many seconds a hash must live at least after a write of this view; 0: for ever."""
+    seconds: int | None = config.online_store.key_ttl_seconds
+    if not seconds:
+        return 0
+    return max(seconds, -(-(layout.ttl_micros or 0) // 1_000_000))

@@ -111,11 +111,13 @@ for row = 1, #KEYS do
     applied = applied + 1
   end
   {more_fields}
-  if is_newer and ttl > 0 then call('EXPIRE', key, ttl) end
+  -- The hash holds all views of an entity: no view may shorten the life of another one's row.
+  if is_newer and ttl > 0 and call('TTL', key) < ttl then call('EXPIRE', key, ttl) end
 end
 return applied
 """
-"""ARGV: seconds to live (0: for ever), packed rows: microseconds, then time and values, sized."""
+"""ARGV: seconds to live at least (0: for ever), packed rows: microseconds, then time and values,
+each behind its size."""
 
 _WRITE_MORE_FIELDS = """
   do
@@ -135,15 +137,15 @@ for row = 1, #KEYS do
   local stored = redis.call('HMGET', key, first, second)
   if (stored[1] or '') == old1 and (stored[2] or '') == old2 then
     redis.call('HSET', key, ts_field, stamp, first, new1, second, new2)
-    if ttl > 0 then redis.call('EXPIRE', key, ttl) end
+    if ttl > 0 and redis.call('TTL', key) < ttl then redis.call('EXPIRE', key, ttl) end
   else
     refused[#refused + 1] = row - 1
   end
 end
 return refused
 """
-"""ARGV: seconds to live, field of the time, two fields, packed rows: both values as they were
-read, the time, both new values. Returns the rows that another writer changed in between."""
+"""ARGV: seconds to live at least, field of the time, two fields, packed rows: both values as they
+were read, the time, both new values. Returns the rows that another writer changed in between."""
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,14 @@ class ViewLayout:
         join_keys: The entity's key columns.
         value_types: Feast's value type name of each feature, in the view's order.
         history_length: Longest list of a view whose lists are merged in the store, else ``None``.
+        ttl_micros: How long a row is served after its event time; ``None``: for ever.
     """
 
     name: str
     join_keys: tuple[str, ...]
     value_types: dict[str, str]
     history_length: int | None
+    ttl_micros: int | None = None
 
     @property
     def has_content_hash(self) -> bool:
@@ -131,7 +133,9 @@ def view_layout(config: RepoConfig, view: FeatureView) -> ViewLayout:
             )
         history_length = int(text)
     name = compute_versioned_name(view, config.registry.enable_online_feature_view_versioning)
-    return ViewLayout(name, tuple(view.join_keys), value_types, history_length)
+    # Feast's zero means for ever as well.
+    ttl_micros = view.ttl // _MICROSECOND if view.ttl else None
+    return ViewLayout(name, tuple(view.join_keys), value_types, history_length, ttl_micros)
 
 
 def text_of(blob: bytes | None) -> bytes:
@@ -368,19 +372,23 @@ def decode_batch(
     layout: ViewLayout,
     feature_names: Sequence[str],
     blobs: Mapping[str, Sequence[bytes | None]],
+    is_served_N: Bools | None = None,
 ) -> ColumnBatch:
-    """Return the columns of the asked features; taken-down and erased entities are absent.
+    """Return the columns of the asked features; what was taken down or erased is absent.
 
     Args:
         layout: The view's layout.
         feature_names: Features asked for; ``blobs`` holds those of :func:`stored_features`.
         blobs: Stored values by feature, one per entity, ``None`` where the store has none. An
             entity without any is absent; an empty value is a null of one that is there.
+        is_served_N: Which entities are young enough, see :func:`is_young`; ``None``: all.
 
     Returns:
         One column per asked feature.
     """
     present_N = _is_stored(list(blobs.values()))
+    if is_served_N is not None:
+        present_N = present_N & is_served_N
     if layout.has_deletion_flag:
         flag = decode_values("BOOL", blobs[IS_DELETED])
         is_deleted_N = np.zeros(len(present_N), dtype=np.bool_)
@@ -397,6 +405,22 @@ def decode_batch(
         return batch
     item_ids = columns.get(ITEM_IDS) or decode_values("INT64_LIST", blobs[ITEM_IDS])
     return _without_marks(batch, item_ids)
+
+
+def is_young(layout: ViewLayout, event_micros: Sequence[int | None], now: datetime | None) -> Bools:
+    """Tell which rows of a view with a time to live are within it.
+
+    Args:
+        layout: Layout of such a view.
+        event_micros: Event time of each row, ``None`` where there is none.
+        now: The moment to judge by, with a zone; ``None``: the system's clock.
+
+    Returns:
+        One flag per row.
+    """
+    assert layout.ttl_micros is not None
+    oldest = _micros_of(now or datetime.now(UTC)) - layout.ttl_micros
+    return np.array([micros is not None and micros >= oldest for micros in event_micros], np.bool_)
 
 
 def stored_features(layout: ViewLayout, feature_names: Sequence[str]) -> list[str]:

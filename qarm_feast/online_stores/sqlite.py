@@ -43,6 +43,7 @@ from qarm_feast.online_stores.rows import (
     decode_batch,
     encode_feast_rows,
     encode_ids,
+    is_young,
     merge_recent,
     recent_items_of_feast_rows,
     recent_items_of_table,
@@ -126,15 +127,21 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
             progress(len(data))
 
     def read_columns(
-        self, config: RepoConfig, view: FeatureView, entity_ids_N: Ints, feature_names: list[str]
+        self,
+        config: RepoConfig,
+        view: FeatureView,
+        entity_ids_N: Ints,
+        feature_names: list[str],
+        now: datetime | None = None,
     ) -> ColumnBatch:
-        """Return features as columns; missing and taken-down entities are absent.
+        """Return features as columns; missing, taken-down and expired entities are absent.
 
         Args:
             config: Feast's repository configuration.
             view: An applied feature view with one int64 join key.
             entity_ids_N: Ids in any order, repeated as one likes.
             feature_names: Features of the view.
+            now: The moment to judge the view's ``ttl`` by; ``None``: the system's clock.
 
         Returns:
             One entity per id, in the order of the ids.
@@ -147,8 +154,11 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
         names = stored_features(layout, feature_names)
         keys = split_blobs(encode_ids(layout, entity_ids_N))
         with self._reading(config, view) as conn:
-            blobs = _read_features(conn, _table_id(config, view), keys, names)
-        return decode_batch(layout, feature_names, blobs)
+            table_id, is_served_N = _table_id(config, view), None
+            blobs = _read_features(conn, table_id, keys, names)
+            if layout.ttl_micros is not None:
+                is_served_N = is_young(layout, _stored_micros(conn, table_id, keys), now)
+        return decode_batch(layout, feature_names, blobs, is_served_N)
 
     def online_read(
         self,

@@ -13,7 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from qarm_feast.errors import ConfigError, DataError, ServiceUnavailableError
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.online_stores.redis import CodeRedisOnlineStore
 from qarm_feast.online_stores.rows import EncodedRows, merge_recent
-from qarm_feast.schema import ERASURE_MARK
+from qarm_feast.schema import ERASURE_MARK, TIMESTAMP
 
 CODES = ["rq_code", "vq_code"]
 
@@ -355,6 +355,28 @@ def test_missing_items_and_deleted_items_are_masked(online: Online) -> None:
     assert online.codes(3, 2, 1, 1) == [None, None, [1, 1], [1, 1]]
 
 
+def test_a_row_older_than_its_views_ttl_is_absent_and_a_younger_one_is_not(online: Online) -> None:
+    view = code_view()
+    view.ttl = timedelta(seconds=10)
+    rows = code_rows([(1, 0, "a", [1, 1]), (2, 1, "a", [2, 2])])
+    online.write(view, rows)
+    ids = np.array([1, 2, 3])
+
+    def present_at(seconds: int) -> list[bool]:
+        now = moment(seconds * 10**6)
+        batch = online.store.read_columns(online.config, view, ids, ["rq_code"], now)
+        assert batch.columns["rq_code"].lengths_N.tolist() == [2 * here for here in batch.present_N]
+        found: list[bool] = batch.present_N.tolist()
+        return found
+
+    assert present_at(10) == [True, True, False]
+    online.write(view, code_rows([(2, 5 * 10**6, "a", [2, 2])]))
+    assert present_at(11) == [False, True, False]
+    assert present_at(16) == [False, False, False]
+    # By the system's clock all of them are years old.
+    assert not online.store.read_columns(online.config, view, ids, ["rq_code"]).present_N.any()
+
+
 def test_no_ids_give_no_rows(online: Online) -> None:
     ids = np.array([], dtype=np.int64)
 
@@ -522,6 +544,23 @@ def test_redis_keys_expire_when_feast_is_told_so(online: Online) -> None:
 
     client = online.store._get_client(config.online_store)
     assert [0 < client.ttl(key) <= 500 for key in client.keys("*")] == [True, True]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_a_redis_key_lives_as_long_as_the_longest_ttl_of_its_views(online: Online) -> None:
+    place = online.settings["online_store"] | {"key_ttl_seconds": 500}
+    config = RepoConfig(**online.settings | {"online_store": place})
+    long_lived, short_lived = code_view(), wide_view(["f"])
+    long_lived.ttl = timedelta(seconds=900)
+    other_rows = pa.table(
+        {"item_id": [1], "f": [7], "event_timestamp": pa.array([moment(0)], TIMESTAMP)}
+    )
+
+    online.store.write_table(config, long_lived, code_rows([(1, 1, "a", [1, 1])]))
+    online.store.write_table(config, short_lived, other_rows)
+
+    client = online.store._get_client(config.online_store)
+    assert [500 < client.ttl(key) <= 900 for key in client.keys("*")] == [True]
 
 
 @pytest.mark.parametrize("online", ["redis"], indirect=True)
