@@ -4,6 +4,7 @@ Shape letters in this file: N entities, L levels, V pool neighbours, H history l
 May import: feast (through the feature store that it is given).
 """
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class CodeReader:
     """Reads one codebook version's view and the user views from the online store.
 
-    Views are looked up in the registry once, on first use.
+    Each method is one round trip, to redis for up to ten thousand entities. Views are looked up in
+    the registry once, on first use. Threads may share a reader.
     """
 
     def __init__(self, feature_store: "FeatureStore", codebook_version: str) -> None:
@@ -95,6 +97,20 @@ class CodeReader:
         view = self._view(schema.USER_PROFILE_VIEW)
         names = [field.name for field in view.features]
         return self._online_store.read_columns(self._config, view, user_ids_N, names)
+
+    async def read_codes_async(self, item_ids_N: Ints) -> tuple[ItemCodes, Bools]:
+        """Do what :meth:`read_codes` does off the event loop; calls may run side by side."""
+        return await asyncio.to_thread(self.read_codes, item_ids_N)
+
+    async def read_recent_items_async(
+        self, user_ids_N: Ints, length: int
+    ) -> tuple[Ints, Ints, Ints]:
+        """Do what :meth:`read_recent_items` does off the event loop."""
+        return await asyncio.to_thread(self.read_recent_items, user_ids_N, length)
+
+    async def read_profiles_async(self, user_ids_N: Ints) -> ColumnBatch:
+        """Do what :meth:`read_profiles` does off the event loop."""
+        return await asyncio.to_thread(self.read_profiles, user_ids_N)
 
     def _view(self, name: str) -> "FeatureView":
         if name not in self._views:

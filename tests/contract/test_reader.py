@@ -1,5 +1,8 @@
 """The reader over a real repository on both online stores."""
 
+import asyncio
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -100,6 +103,29 @@ def test_the_mark_of_an_erasure_is_no_recent_item(online: Online, reader: CodeRe
     assert item_ids_NH.tolist() == [[30, ABSENT_CODE], [ABSENT_CODE] * 2]
     assert timestamps_NH.tolist() == [[3, 0], [0, 0]]
     assert lengths_N.tolist() == [1, 0]
+
+
+def test_reads_off_the_event_loop_run_side_by_side_and_give_the_same(
+    online: Online, reader: CodeReader
+) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [10, 11]), (2, 1, "a", [20, 21])]))
+    online.write(recent_view(), recent_rows([(1, [(3, 30)])]))
+    online.write(profile_view(), profile_rows())
+
+    async def read_all() -> list[Any]:
+        return await asyncio.gather(
+            reader.read_codes_async(np.array([2, 1])),
+            reader.read_codes_async(np.array([1])),
+            reader.read_recent_items_async(np.array([1]), 1),
+            reader.read_profiles_async(np.array([1])),
+        )
+
+    (codes, _), (others, _), (item_ids_NH, *_), profiles = asyncio.run(read_all())
+
+    assert codes.rq_NL.tolist() == [[20, 21], [10, 11]]
+    assert others.rq_NL.tolist() == [[10, 11]]
+    assert item_ids_NH.tolist() == [[30]]
+    assert profiles.columns["age"].values.tolist() == [40]
 
 
 def test_profiles_come_as_columns_by_the_views_features(online: Online, reader: CodeReader) -> None:
