@@ -109,6 +109,7 @@ class Replies:
     """
 
     def __init__(self, connection: Any) -> None:
+        # redis-py has no public way to these two.
         self._socket = connection._sock
         self._reader = hiredis.Reader(replyError=connection._parser.parse_error)
         self._buffer = bytearray(_READ_BYTES)
