@@ -1,16 +1,16 @@
-"""The append-only log below every view: parquet parts in folders named by the day of writing.
+"""The append-only log below every view: parts in folders named by the day of writing.
 
-    <root>/<log>/written_date=1970-01-01/part-seed.parquet     no rows, the log's schema
-    <root>/<log>/written_date=2026-01-31/part-<uuid>.parquet   one per append
+    <root>/<log>/written_date=1970-01-01/part-seed.parquet         no rows, the log's schema
+    <root>/<log>/written_date=2026-01-31/part-<uuid>-<crc>.arrow   one per append
 
-A part is complete or absent: it is written under a hidden name, fsynced and renamed. Nothing is
-ever rewritten, so readers need no lock. Duplicates (a replayed batch) are told apart by whoever
-reads; see ``offline_store``. May import: pyarrow.
+A part is complete or absent, and never changes; a compaction puts one in the place of many (see
+``log_parts`` and ``compaction``). So readers need no lock. Duplicates (a replayed batch) are told
+apart by whoever reads; see ``offline_store``. May import: pyarrow.
 """
 
-import os
-import uuid
-from collections.abc import Iterator, Sequence
+import contextlib
+import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,12 +18,28 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from qarm_feast.artifact import sync_folder
+from qarm_feast.artifact import replace_file, sync_folder
 from qarm_feast.errors import ConfigError, DataError
+from qarm_feast.log_parts import (
+    DAY_PREFIX,
+    DamagedPartError,
+    find_damage,
+    is_damage,
+    is_gone,
+    list_parts,
+    read_parts,
+    read_schema,
+    set_aside_damaged,
+    write_part,
+)
 from qarm_feast.schema import CREATED, EVENT_TIMESTAMP
+
+logger = logging.getLogger(__name__)
 
 SEED_PART = Path("written_date=1970-01-01") / "part-seed.parquet"
 _REQUIRED_TIMES = (EVENT_TIMESTAMP, CREATED)
+_MAX_LISTINGS = 20
+"""A read lists again when a part is gone; grace periods let that happen once in a long read."""
 
 
 class CodeLog:
@@ -51,11 +67,12 @@ class CodeLog:
         seed = self.root / name / SEED_PART
         schema = schema.remove_metadata()
         if not seed.is_file():
-            self._write_part(seed, schema.empty_table())
+            _write_seed(seed, schema)
+            self._sync_parents(seed.parent)
         stored = self.schema(name)
         if not stored.equals(schema):
             raise DataError(
-                f"log {seed.parent.parent} has the columns {_describe(stored)}, this process "
+                f"log {self.root / name} has the columns {_describe(stored)}, this process "
                 f"writes {_describe(schema)}; move the folder away or restore the old columns"
             )
 
@@ -79,25 +96,40 @@ class CodeLog:
         if not self.exists(name):
             self.create(name, _log_schema(table.schema))
         day = (written_at or datetime.now(UTC)).astimezone(UTC).date().isoformat()
-        part = self.root / name / f"written_date={day}" / f"part-{uuid.uuid4().hex}.parquet"
-        self._write_part(part, conform(table, self.schema(name), str(self.root / name)))
+        folder = self.root / name / f"{DAY_PREFIX}{day}"
+        part = write_part(folder, conform(table, self.schema(name), str(self.root / name)))
+        self._sync_parents(folder)
         return part
 
     def exists(self, name: str) -> bool:
         """Return whether the log was created."""
         return (self.root / name / SEED_PART).is_file()
 
+    def names(self) -> list[str]:
+        """Return the names of all logs below the root, sorted."""
+        return sorted(seed.parent.parent.name for seed in self.root.glob(f"*/{SEED_PART}"))
+
     def schema(self, name: str) -> pa.Schema:
         """Return the log's schema; a DataError says that the log was never created."""
+        seed = self.root / name / SEED_PART
         try:
-            schema: pa.Schema = pq.read_schema(self.root / name / SEED_PART)
+            schema: pa.Schema = pq.read_schema(seed)
         except FileNotFoundError as error:
             raise DataError(f"no log at {self.root / name}; nothing was written yet") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            if not is_damage(error):
+                raise
+            schema = self._schema_of_parts(name, str(error))
         return schema.remove_metadata()
 
     def parts(self, name: str) -> list[str]:
-        """Return the paths of all complete parts, oldest day first, the seed among them."""
-        return sorted(_scan_parts(self.root / name))
+        """Return the paths of the parts that count, oldest day first, the seed among them."""
+        return list_parts(self.root / name)
+
+    def row_parts(self, name: str) -> list[str]:
+        """Return :meth:`parts` without the seed, which has no rows."""
+        seed = str(self.root / name / SEED_PART)
+        return [path for path in self.parts(name) if path != seed]
 
     def read(
         self,
@@ -105,7 +137,10 @@ class CodeLog:
         columns: Sequence[str] | None = None,
         where: pads.Expression | None = None,
     ) -> pa.Table:
-        """Return all rows ever appended, duplicates included, in no particular order.
+        """Return all rows of the log in no particular order, some more than once.
+
+        A damaged part is put into quarantine with a warning, or left out with one where this
+        process may not write; the rest is returned.
 
         Args:
             name: Folder name below the root.
@@ -117,31 +152,48 @@ class CodeLog:
 
         Raises:
             DataError: If the log was never created.
+            OSError: If the system cannot read a part.
         """
-        dataset = pads.dataset(self.parts(name), schema=self.schema(name), format="parquet")
-        return dataset.to_table(columns=columns, filter=where)
+        schema = self.schema(name)
+        left_out: set[str] = set()
+        for _ in range(_MAX_LISTINGS):
+            parts = [path for path in self.row_parts(name) if path not in left_out]
+            try:
+                return read_parts(parts, schema, columns, where)
+            except (DamagedPartError, pa.ArrowInvalid, OSError) as error:
+                if is_gone(error):
+                    # Merged with others and deleted since; its rows stand elsewhere.
+                    continue
+                if not is_damage(error):
+                    raise
+                damaged = set_aside_damaged(parts)
+                if not damaged:
+                    # A filter that does not fit the columns, for example.
+                    raise
+                left_out |= damaged
+        raise DataError(f"parts of {self.root / name} vanish faster than they can be read")
 
-    def _write_part(self, part: Path, table: pa.Table) -> None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        # Dataset readers, Feast's own too, skip names that begin with a dot.
-        temporary = part.with_name(f".{part.stem}-{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "wb") as sink:
-                # Codes hardly repeat within a part: a dictionary makes it larger and slower.
-                pq.write_table(table, sink, compression="zstd", use_dictionary=False)
-                sink.flush()
-                os.fsync(sink.fileno())
-        except BaseException:
-            # A writer tries again for as long as a disk is full: it must not litter it.
-            temporary.unlink(missing_ok=True)
-            raise
-        os.replace(temporary, part)
-        sync_folder(part.parent)
-        if part.parent not in self._durable_days:
+    def _schema_of_parts(self, name: str, reason: str) -> pa.Schema:
+        """Make good a damaged seed: every part has the log's schema."""
+        seed = self.root / name / SEED_PART
+        sound = (path for path in self.row_parts(name) if find_damage(path) is None)
+        part = next(sound, None)
+        if part is None:
+            raise DataError(
+                f"{seed} is damaged ({reason}) and no part tells the columns; put back a copy of it"
+            )
+        schema = read_schema(part)
+        logger.warning("offline_seed_damaged path=%s reason=%r schema_of=%s", seed, reason, part)
+        with contextlib.suppress(PermissionError):
+            _write_seed(seed, schema)
+        return schema
+
+    def _sync_parents(self, folder: Path) -> None:
+        if folder not in self._durable_days:
             # The day folder may be new, by whichever process: its own entry must last as well.
-            sync_folder(part.parent.parent)
+            sync_folder(folder.parent)
             sync_folder(self.root)
-            self._durable_days.add(part.parent)
+            self._durable_days.add(folder)
 
 
 def conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
@@ -191,15 +243,10 @@ def _log_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _scan_parts(log_dir: Path) -> Iterator[str]:
-    try:
-        days = [entry.path for entry in os.scandir(log_dir) if entry.name.startswith("written_")]
-    except FileNotFoundError:
-        return
-    for day in days:
-        for entry in os.scandir(day):
-            if entry.name.startswith("part-") and entry.name.endswith(".parquet"):
-                yield entry.path
+def _write_seed(seed: Path, schema: pa.Schema) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    replace_file(seed, sink.getvalue().to_pybytes())
 
 
 def _describe(schema: pa.Schema) -> str:

@@ -35,6 +35,7 @@ SECTIONS = (
     "ranker",
     "comparison",
     "observability",
+    "compaction",
 )
 """Every section that a ``qarm.yaml`` may hold; each has one owner, which checks its keys."""
 

@@ -12,7 +12,13 @@ of pairs depends on the set alone, so late, repeated and reordered events end al
     offline     At the next read after it is in ``user_erasure_log``, beside the interaction log:
                 joins, pulls and training rows leave out what it covers, whatever time they ask
                 for; ``materialize`` writes the marks into an online store as well.
-    raw rows    stay in ``interaction_log`` until a compaction removes them; nothing compacts yet.
+    raw rows    A compaction writes the parts of ``interaction_log`` anew without what is covered,
+                and deletes the old ones after the grace period. ``qarm offline compact`` looks
+                through all parts; a later one deletes what it replaced, once that is
+                ``compaction.grace_seconds`` (600) old. Workers look through all every
+                ``erasure_interval_seconds`` (86,400) and delete every ``interval_seconds`` (60):
+                the rows' bytes are gone after the sum of the three, and the time that the search
+                takes. A damaged part in quarantine may hold such rows for as long as it is kept.
     elsewhere   ``user_profile``, the files of ``data.input_dir``, and what was learnt from them
                 before (training rows until they are built again) are left as they are.
 
@@ -30,6 +36,8 @@ from qarm_feast.schema import ERASURE_MARK, EVENT_TIMESTAMP, USER_ERASURE_LOG, U
 
 Int64Array = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Marks = tuple[Int64Array, Int64Array, Int64Array]
+"""Users, times in microseconds UTC, and ``ERASURE_MARK`` as often."""
 
 
 def outlives_erasure(owners_M: Int64Array, times_M: Int64Array, item_ids_M: Int64Array) -> Bools:
@@ -57,7 +65,7 @@ def outlives_erasure(owners_M: Int64Array, times_M: Int64Array, item_ids_M: Int6
     return outlives_M
 
 
-def read_marks(log: CodeLog) -> tuple[Int64Array, Int64Array, Int64Array]:
+def read_marks(log: CodeLog) -> Marks:
     """Return every erasure ever logged as pairs.
 
     Args:
@@ -85,8 +93,13 @@ def without_erased(rows: pa.Table, log: CodeLog) -> pa.Table:
     Returns:
         Some of the rows, or all of them.
     """
+    return without_marked(rows, read_marks(log))
+
+
+def without_marked(rows: pa.Table, marks: Marks) -> pa.Table:
+    """Return the rows that no erasure among ``marks`` covers; see :func:`without_erased`."""
     # Whatever the items are, none of these rows is a mark.
     items = np.full(rows.num_rows, ERASURE_MARK + 1)
     own = (rows[USER_ID].to_numpy(), microseconds(rows[EVENT_TIMESTAMP]).to_numpy(), items)
-    pairs = [np.concatenate(both) for both in zip(own, read_marks(log), strict=True)]
+    pairs = [np.concatenate(both) for both in zip(own, marks, strict=True)]
     return rows.filter(pa.array(outlives_erasure(*pairs)[: rows.num_rows]))

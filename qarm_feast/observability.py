@@ -84,6 +84,19 @@ CODEBOOK_DRIFT_ITEMS = Gauge(
     ["version"],
 )
 
+OFFLINE_DAMAGED_PARTS = Counter(
+    "qarm_offline_damaged_parts",
+    "Damaged parts of the offline logs that this process met; `qarm offline status` lists those in "
+    "quarantine.",
+)
+OFFLINE_MERGED_PARTS = Counter(
+    "qarm_offline_merged_parts", "Parts that this process's compactions took together."
+)
+OFFLINE_COMPACTION_FAILED = Gauge(
+    "qarm_offline_compaction_failed",
+    "1 while this process's latest compaction of the offline logs failed; the log says why.",
+)
+
 
 class ObservabilityConfig(Section):
     """Section ``observability``."""

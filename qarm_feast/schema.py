@@ -54,8 +54,8 @@ the list ends in ``ERASURE_MARK`` with the erasure's time; see :mod:`qarm_feast.
 USER_ERASURE_ROWS = pa.schema(
     [(USER_ID, pa.int64()), (EVENT_TIMESTAMP, TIMESTAMP), (CREATED, TIMESTAMP)]
 )
-"""Rows of ``user_erasure_log``: what the user did up to ``event_timestamp`` counts no more; the
-raw rows of it stay in the interaction log until a compaction, which is not built yet."""
+"""Rows of ``user_erasure_log``: what the user did up to ``event_timestamp`` counts no more; a
+compaction removes the raw rows of it from the interaction log, see :mod:`qarm_feast.erasure`."""
 
 CONTENT_LOG_ROWS = pa.schema(
     [

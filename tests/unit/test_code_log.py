@@ -2,11 +2,9 @@ import errno
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
@@ -49,19 +47,20 @@ def test_a_created_log_without_appends_reads_as_an_empty_table_with_its_schema(
     assert log.read("codes").schema == schema.CODE_ROWS
 
 
+@pytest.mark.parametrize("num_rows", [1, 300_000])
 def test_a_part_that_does_not_fit_on_the_disk_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int
 ) -> None:
     log = CodeLog(tmp_path)
     log.append("codes", rows(1), written_at=NOON)
 
-    def write_half(table: pa.Table, sink: BinaryIO, **options: object) -> None:
-        sink.write(b"PAR1")
+    def refuse(*_: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", write_half)
+    monkeypatch.setattr("qarm_feast.log_parts.os.write", refuse)
+    monkeypatch.setattr(pq, "write_table", refuse)
     with pytest.raises(OSError, match="No space left"):
-        log.append("codes", rows(2), written_at=NOON)
+        log.append("codes", rows(*range(num_rows)), written_at=NOON)
 
     names = [path.name for path in (tmp_path / "codes" / "written_date=2026-01-31").iterdir()]
     assert len(names) == 1
@@ -93,12 +92,12 @@ def test_an_append_that_dies_before_its_rename_leaves_nothing_for_any_reader(
     def die(source: object, target: object) -> None:
         raise OSError("killed")
 
-    monkeypatch.setattr("qarm_feast.code_log.os.replace", die)
+    monkeypatch.setattr("qarm_feast.log_parts.os.replace", die)
     with pytest.raises(OSError, match="killed"):
         log.append("codes", rows(2))
 
     assert log.read("codes")["item_id"].to_pylist() == [1]
-    assert pads.dataset(tmp_path / "codes").to_table()["item_id"].to_pylist() == [1]
+    assert len(log.parts("codes")) == 2
 
 
 def test_nanosecond_times_are_kept_to_the_microsecond(tmp_path: Path) -> None:
@@ -160,6 +159,27 @@ def test_many_writers_at_once_lose_no_row(tmp_path: Path) -> None:
     log = CodeLog(tmp_path)
     assert sorted(log.read("codes")["item_id"].to_pylist()) == list(range(32))
     assert len(log.parts("codes")) == 33
+
+
+def test_a_small_part_is_an_arrow_stream_and_a_large_one_parquet_that_other_tools_read(
+    tmp_path: Path,
+) -> None:
+    log = CodeLog(tmp_path)
+
+    small = log.append("codes", rows(1))
+    large = log.append("codes", rows(*range(300_000)))
+
+    with small.open("rb") as file:
+        assert pa.ipc.open_stream(file).read_all().equals(rows(1))
+    assert pq.read_table(large).num_rows == 300_000
+
+
+def test_parts_of_older_releases_without_a_checksum_in_their_name_are_read(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    folder = log.append("codes", rows(1)).parent
+    pq.write_table(rows(2), folder / f"part-{'a' * 32}.parquet")
+
+    assert sorted(log.read("codes")["item_id"].to_pylist()) == [1, 2]
 
 
 def test_the_seed_is_a_plain_parquet_file_that_other_tools_read(tmp_path: Path) -> None:

@@ -1,0 +1,449 @@
+"""Compaction of the offline logs: many small parts of a day become few large, sorted ones.
+
+Ideas of log-structured stores and table formats, on plain folders: parts of like size are merged,
+and what a merge replaces stays readable for a while. One compactor works at a time (a lock file
+below the root); readers and writers take no part in it. In each day folder of each log it
+
+1. sweeps: what killed processes left, and replaced parts whose grace period is over;
+2. merges: the smallest parts, as many as together are ``min_growth`` times the largest of them
+   (or fill a part). So each rewrite of a row leaves it in a part ``min_growth`` times as large,
+   and it is rewritten log(target / append) / log(min_growth) + 1 times at most, however many
+   parts there are. Rows equal in the log's key become one, the one that readers take; rows of
+   the interaction log that an erasure covers are left out;
+3. erases (when asked for): rewrites the other parts of the interaction log that hold such rows;
+4. sweeps again.
+
+A kill anywhere leaves the old parts or the new one, and files that the next sweep removes: see
+``log_parts.write_merged``. A replaced part is deleted only after its successor was read through
+once more. May import: pyarrow, the log, filelock.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock, Timeout
+from pydantic import Field
+
+from qarm_feast.artifact import sync_folder
+from qarm_feast.code_log import SEED_PART, CodeLog
+from qarm_feast.config import Section
+from qarm_feast.erasure import Marks, read_marks, without_marked
+from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.log_parts import (
+    DamagedPartError,
+    find_damage,
+    is_damage,
+    is_gone,
+    is_merged_leftover,
+    is_part,
+    is_part_leftover,
+    list_day,
+    list_days,
+    list_quarantined,
+    merged_part_of,
+    quarantine,
+    read_parts,
+    read_replaced,
+    replaces_path,
+    set_aside_damaged,
+    write_merged,
+)
+from qarm_feast.observability import OFFLINE_MERGED_PARTS
+from qarm_feast.point_in_time import latest_rows, microseconds
+from qarm_feast.schema import (
+    CONTENT_LOG,
+    CREATED,
+    EVENT_TIMESTAMP,
+    INTERACTION_LOG,
+    ITEM_ID,
+    USER_ERASURE_LOG,
+    USER_ID,
+    USER_PROFILE_VIEW,
+    code_view_name,
+)
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".compaction.lock"
+_STALE_WRITE_SECONDS = 3600.0
+"""No append takes as long; its temporary file is then of a process that was killed."""
+_KEY_OF_LOG = {
+    CONTENT_LOG: (ITEM_ID, EVENT_TIMESTAMP, "content_hash", "topic", "partition", "offset"),
+    USER_ERASURE_LOG: (USER_ID, EVENT_TIMESTAMP),
+    USER_PROFILE_VIEW: (USER_ID, EVENT_TIMESTAMP),
+}
+_CODE_KEY = (ITEM_ID, EVENT_TIMESTAMP, "content_hash")
+
+
+class CompactionConfig(Section):
+    """Section ``compaction``: how the parts of the offline logs are kept few."""
+
+    enable_compaction: bool = Field(
+        default=True, description="Whether workers compact in the background, one at a time."
+    )
+    interval_seconds: float = Field(
+        default=60.0, gt=0, description="Time between two compactions by a worker."
+    )
+    erasure_interval_seconds: float = Field(
+        default=86_400.0,
+        gt=0,
+        description="Time between two searches of a worker for raw rows of erased users in parts "
+        "that need no merge; `qarm offline compact` always searches.",
+    )
+    grace_seconds: float = Field(
+        default=600.0,
+        ge=10,
+        description="A replaced part is kept so long for readers that have listed it.",
+    )
+    target_part_bytes: int = Field(
+        default=67_108_864,
+        gt=0,
+        description="Most bytes that one merge reads; its memory is some ten times as much.",
+    )
+    min_growth: float = Field(
+        default=4.0, ge=1, description="A merge makes a part so many times as large as its largest."
+    )
+
+
+@dataclass(frozen=True)
+class CompactionRules:
+    """What the compactor goes by; see :class:`CompactionConfig`."""
+
+    target_part_bytes: int = 67_108_864
+    min_growth: float = 4.0
+    grace_seconds: float = 600.0
+
+
+@dataclass
+class CompactionCounts:
+    """What one compaction did; bytes are those of files."""
+
+    num_merged_parts: int = 0
+    num_new_parts: int = 0
+    num_read_bytes: int = 0
+    num_written_bytes: int = 0
+    num_dropped_duplicates: int = 0
+    num_erased_rows: int = 0
+    num_deleted_parts: int = 0
+
+    def __str__(self) -> str:
+        """Return ``name=value`` pairs, as log lines have them."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class LogState:
+    """The files of one log: what counts, what waits to be deleted, what is damaged."""
+
+    name: str
+    num_parts: int
+    num_bytes: int
+    num_replaced_parts: int
+    num_replaced_bytes: int
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    """Reason by path."""
+
+
+class Compactor:
+    """Compacts all logs of one root.
+
+    Args:
+        log: The logs.
+        rules: Sizes and the grace period.
+        should_stop: Asked between two merges; True ends the compaction early.
+        clock: Seconds since the epoch, as file times are.
+    """
+
+    def __init__(
+        self,
+        log: CodeLog,
+        rules: CompactionRules | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._log = log
+        self._rules = rules or CompactionRules()
+        self._should_stop = should_stop
+        self._clock = clock
+
+    def compact(
+        self, *, is_full: bool, is_erasing: bool, wait_seconds: float = 0.0
+    ) -> CompactionCounts:
+        """Compact every log, if no other process is at it.
+
+        Args:
+            is_full: Merge all parts of a day that are not large yet, however few they are; each
+                call then rewrites the day's last rows again.
+            is_erasing: Look through all parts of the interaction log for erased users.
+            wait_seconds: How long to wait for another compactor.
+
+        Returns:
+            What was done.
+
+        Raises:
+            ServiceUnavailableError: If another process is compacting all that time.
+            OSError: If the system cannot read or write a file.
+        """
+        counts = CompactionCounts()
+        with self._lock(wait_seconds):
+            for name in self._log.names():
+                job = _LogCompaction(
+                    self._log, name, self._rules, self._should_stop, self._clock, counts
+                )
+                job.run(is_full, is_erasing)
+        return counts
+
+    @contextmanager
+    def _lock(self, wait_seconds: float) -> Iterator[None]:
+        path = self._log.root / LOCK_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path, timeout=wait_seconds):
+                yield
+        except Timeout as error:
+            raise ServiceUnavailableError(
+                f"another process has been compacting {self._log.root} for {wait_seconds:.0f} s; "
+                "let it finish, or look for who holds the lock with `fuser "
+                f"{path}`"
+            ) from error
+
+
+@dataclass
+class _LogCompaction:
+    """One compaction of one log, under the lock."""
+
+    log: CodeLog
+    name: str
+    rules: CompactionRules
+    should_stop: Callable[[], bool]
+    clock: Callable[[], float]
+    counts: CompactionCounts
+
+    def __post_init__(self) -> None:
+        self._folder = self.log.root / self.name
+        self._schema = self.log.schema(self.name)
+        self._marks = read_marks(self.log) if self.name == INTERACTION_LOG else None
+        # Damaged parts in a folder where this process may not write.
+        self._left_out: set[str] = set()
+
+    def run(self, is_full: bool, is_erasing: bool) -> None:
+        for day in self._days():
+            self._sweep(day)
+            while not self.should_stop() and self._merge_some(day, is_full):
+                pass
+            if is_erasing and self._marks is not None:
+                self._erase(day, self._marks)
+            self._sweep(day)
+
+    def _days(self) -> list[Path]:
+        days = [Path(path) for path in list_days(self._folder)]
+        return [day for day in days if day != self._folder / SEED_PART.parent]
+
+    def _sweep(self, day: Path) -> None:
+        replaced_by: dict[str, float] = {}
+        for entry in os.scandir(day):
+            part = merged_part_of(entry.name)
+            if part is not None and not (day / part).exists():
+                # Its merge was cut short, or its part is in quarantine: it means nothing.
+                os.unlink(entry.path)
+            elif part is not None:
+                replaced_by[part] = _visible_since(day / part)
+            elif is_merged_leftover(entry.name) or self._is_stale_write(entry):
+                os.unlink(entry.path)
+        # Oldest first: a part that was replaced in turn goes after those that it replaced.
+        for part in sorted(replaced_by, key=lambda name: replaced_by[name]):
+            if self.clock() - replaced_by[part] >= self.rules.grace_seconds:
+                self._delete_replaced(day / part)
+
+    def _is_stale_write(self, entry: "os.DirEntry[str]") -> bool:
+        if not is_part_leftover(entry.name):
+            return False
+        try:
+            age_seconds = self.clock() - entry.stat().st_mtime
+        except FileNotFoundError:
+            # A part that is being written got its name just now.
+            return False
+        return age_seconds > _STALE_WRITE_SECONDS
+
+    def _delete_replaced(self, part: Path) -> None:
+        reason = find_damage(part)
+        if reason is None:
+            self._delete_below(part)
+        else:
+            # Without it, what it stands for counts again.
+            quarantine(str(part), reason)
+
+    def _delete_below(self, part: Path) -> None:
+        """Delete what a merged part stands for, and last the list that hides it."""
+        for name in read_replaced(part):
+            replaced = part.with_name(name)
+            self._delete_below(replaced)
+            self.counts.num_deleted_parts += _unlink_if_there(replaced)
+        sync_folder(part.parent)
+        _unlink_if_there(replaces_path(part))
+
+    def _merge_some(self, day: Path, is_full: bool) -> bool:
+        """Merge once; return whether there was something to merge or to set aside."""
+        parts = [path for path in list_day(day) if path not in self._left_out]
+        sizes = {path: size for path in parts if (size := _size(path)) is not None}
+        growth = 1.0 if is_full else self.rules.min_growth
+        paths = choose_parts(sizes, self.rules.target_part_bytes, growth)
+        if paths:
+            self._replace(day, paths, sum(sizes[path] for path in paths))
+        return bool(paths)
+
+    def _replace(self, day: Path, paths: Sequence[str], num_bytes: int) -> None:
+        table = self._read(paths)
+        if table is None:
+            return
+        rows = self._without_duplicates(table)
+        kept = rows if self._marks is None else without_marked(rows, self._marks)
+        kept = kept.take(pc.sort_indices(kept, _sort_keys(self._schema)))
+        part = write_merged(day, kept, [os.path.basename(path) for path in paths])
+        counts = self.counts
+        counts.num_merged_parts += len(paths)
+        counts.num_new_parts += 1
+        counts.num_read_bytes += num_bytes
+        counts.num_written_bytes += part.stat().st_size
+        counts.num_dropped_duplicates += table.num_rows - rows.num_rows
+        counts.num_erased_rows += rows.num_rows - kept.num_rows
+        OFFLINE_MERGED_PARTS.inc(len(paths))
+
+    def _read(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table | None:
+        """Return the rows; None if parts are damaged or were taken away, so that others must do."""
+        try:
+            return read_parts(paths, self._schema, columns)
+        except (DamagedPartError, pa.ArrowInvalid, OSError) as error:
+            if is_gone(error):
+                return None
+            damaged = set_aside_damaged(paths) if is_damage(error) else set()
+            if not damaged:
+                raise
+            self._left_out |= damaged
+            return None
+
+    def _without_duplicates(self, table: pa.Table) -> pa.Table:
+        key = row_key(self.name, self._schema)
+        if not key:
+            return table
+        narrow = {name: table[name] for name in key}
+        ties = []
+        if CREATED in self._schema.names:
+            narrow[CREATED] = microseconds(table[CREATED])
+            ties = [CREATED]
+        return table.take(pa.array(latest_rows(pa.table(narrow), key, ties)))
+
+    def _erase(self, day: Path, marks: Marks) -> None:
+        for path in list_day(day):
+            if self.should_stop():
+                return
+            rows = self._read([path], [USER_ID, EVENT_TIMESTAMP])
+            if rows is not None and without_marked(rows, marks).num_rows < rows.num_rows:
+                self._replace(day, [path], _size(path) or 0)
+
+
+def choose_parts(sizes: Mapping[str, int], target_part_bytes: int, min_growth: float) -> list[str]:
+    """Return which parts of a day to merge next, smallest first; none if it does not pay.
+
+    Args:
+        sizes: Bytes by part.
+        target_part_bytes: Most bytes of them together; a part of half as many is large.
+        min_growth: All together are so many times the largest, unless they fill a part.
+
+    Returns:
+        Two parts or more, or none.
+    """
+    small = sorted((size, part) for part, size in sizes.items() if 2 * size < target_part_bytes)
+    num_chosen, total = 0, 0
+    for count, (size, _) in enumerate(small, start=1):
+        total += size
+        if total > target_part_bytes:
+            break
+        if count > 1 and (total >= min_growth * size or 2 * total >= target_part_bytes):
+            num_chosen = count
+    return [part for _, part in small[:num_chosen]]
+
+
+def row_key(log_name: str, schema: pa.Schema) -> tuple[str, ...]:
+    """Return the columns whose equality makes two rows of a log one row; empty: none do.
+
+    Codes, profiles and erasures: as the readers of their views have it. An interaction must be
+    equal in its flags as well, since a list takes a pair that any row calls positive. An event
+    of the content log must be the same record of the same partition: a backfill goes by offsets.
+
+    Args:
+        log_name: Folder name of the log.
+        schema: Its columns.
+
+    Returns:
+        Column names. Of equal rows the one with the greatest ``created`` stays.
+    """
+    if log_name.startswith(code_view_name("")):
+        return _CODE_KEY
+    if log_name == INTERACTION_LOG:
+        return tuple(name for name in schema.names if name != CREATED)
+    return _KEY_OF_LOG.get(log_name, ())
+
+
+def log_states(log: CodeLog) -> list[LogState]:
+    """Return the state of every log by name; damaged parts are read again for the reason.
+
+    Args:
+        log: The logs.
+
+    Returns:
+        One state per log.
+    """
+    return [_log_state(log, name) for name in log.names()]
+
+
+def _log_state(log: CodeLog, name: str) -> LogState:
+    folder = log.root / name
+    counting = {path: _size(path) or 0 for path in log.row_parts(name)}
+    present = {
+        entry.path: entry.stat().st_size
+        for day in list_days(folder)
+        for entry in os.scandir(day)
+        if is_part(entry.name)
+    }
+    waiting = present.keys() - counting.keys() - {str(folder / SEED_PART)}
+    return LogState(
+        name=name,
+        num_parts=len(counting),
+        num_bytes=sum(counting.values()),
+        num_replaced_parts=len(waiting),
+        num_replaced_bytes=sum(present[path] for path in waiting),
+        quarantined={path: find_damage(path) or "sound" for path in list_quarantined(folder)},
+    )
+
+
+def _visible_since(part: Path) -> float:
+    """Return when a merged part got its name; the rename is the file's last change."""
+    return part.stat().st_ctime
+
+
+def _sort_keys(schema: pa.Schema) -> list[tuple[str, str]]:
+    wanted = (ITEM_ID if USER_ID not in schema.names else USER_ID, EVENT_TIMESTAMP)
+    return [(name, "ascending") for name in wanted if name in schema.names]
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _unlink_if_there(path: Path) -> bool:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True

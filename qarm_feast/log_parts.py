@@ -1,0 +1,437 @@
+"""The files in a log's day folders: names, containers, which of them count, which are damaged.
+
+    part-<uuid>-<crc>.arrow         a small append: an Arrow stream; CRC-32 of the whole file
+    part-<uuid>-<crc>.parquet       a large append; CRC-32 of the footer, each page has its own
+    merged-<uuid>-<crc>.parquet     what a compaction made of others, sorted
+    .<name of a merged part>.replaces     the parts that it stands for, until they are deleted
+    .quarantined-<name>             a damaged part, kept for whoever wants to look into it
+    .<name>-<uuid>.tmp              being written
+
+A part is complete or absent, and never changes. A merged part and the parts that it stands for
+change places in one step, the rename that gives it its name: from then on a listing leaves out
+what its ``.replaces`` names. A small parquet file costs a reader 0.4 ms whatever is in it, a
+stream 0.05 ms, hence two containers. Parts without a checksum in their name, as older releases
+wrote, are read as they are. May import: pyarrow.
+"""
+
+import errno
+import logging
+import os
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from qarm_feast.artifact import replace_file, sync_folder
+from qarm_feast.observability import OFFLINE_DAMAGED_PARTS
+
+logger = logging.getLogger(__name__)
+
+DAY_PREFIX = "written_date="
+PART_PREFIX = "part-"
+MERGED_PREFIX = "merged-"
+QUARANTINE_PREFIX = ".quarantined-"
+TEMPORARY_SUFFIX = ".tmp"
+_REPLACES_SUFFIX = ".replaces"
+_STREAM, _PARQUET = ".arrow", ".parquet"
+
+LARGE_TABLE_BYTES = 4 * 2**20
+"""An append of more is parquet at once: a third of the bytes, and only asked columns are read."""
+ROWS_PER_GROUP = 65_536
+"""Of a parquet part: what statistics can leave out, and the most that is decoded at a time."""
+_BYTES_PER_CHUNK = 64 * 2**20
+"""Small parts are read by so much at a time, so that columns not asked for are not held."""
+_PARQUET_MAGIC = b"PAR1"
+_FOOTER_TAIL = 8
+_CRC_DIGITS = 8
+
+
+class DamagedPartError(Exception):
+    """A file that is not what was written; never leaves this package's readers."""
+
+
+def write_part(folder: Path, table: pa.Table) -> Path:
+    """Write an append; when this returns, its bytes survive a power cut, the folder's may not.
+
+    Args:
+        folder: Day folder; made if it is not there.
+        table: The rows, in the log's schema.
+
+    Returns:
+        Path of the part.
+    """
+    is_large = table.nbytes > LARGE_TABLE_BYTES
+    return _write(folder, PART_PREFIX, table, _PARQUET if is_large else _STREAM, ())
+
+
+def write_merged(folder: Path, table: pa.Table, replaced: Sequence[str]) -> Path:
+    """Write a part that takes the place of others; readers see either it or those.
+
+    1. The part under a hidden name, fsynced, and read back.
+    2. The names of what it replaces beside it, which mean nothing yet.
+    3. The rename: from here on it counts, and they do not.
+
+    Args:
+        folder: Day folder of all of them.
+        table: The rows.
+        replaced: Names of the parts whose rows these are.
+
+    Returns:
+        Path of the part.
+
+    Raises:
+        DamagedPartError: If what was written cannot be read back.
+    """
+    return _write(folder, MERGED_PREFIX, table, _PARQUET, replaced)
+
+
+def _write(
+    folder: Path, prefix: str, table: pa.Table, suffix: str, replaced: Sequence[str]
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{prefix}{uuid.uuid4().hex}"
+    # Dataset readers, Feast's own too, skip names that begin with a dot.
+    temporary = folder / f".{stem}{TEMPORARY_SUFFIX}"
+    try:
+        checksum = (_write_stream if suffix == _STREAM else _write_parquet)(temporary, table)
+        part = folder / f"{stem}-{checksum:0{_CRC_DIGITS}x}{suffix}"
+        if replaced:
+            # What it replaces will be deleted, so the rows must be seen to be there.
+            _check_parquet(temporary, checksum)
+            replace_file(replaces_path(part), _with_checksum(replaced))
+        os.replace(temporary, part)
+    except BaseException:
+        # A writer tries again for as long as a disk is full: it must not litter it.
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+    return part
+
+
+def _write_stream(path: Path, table: pa.Table) -> int:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    content = sink.getvalue()
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(content))
+        os.fsync(file.fileno())
+    return zlib.crc32(content)
+
+
+def _write_all(descriptor: int, content: memoryview) -> None:
+    # A nearly full disk takes a part of it; the next call then says why.
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _write_parquet(path: Path, table: pa.Table) -> int:
+    with open(path, "wb") as sink:
+        pq.write_table(
+            table,
+            sink,
+            compression="zstd",
+            # Codes hardly repeat within a part: a dictionary makes it larger and slower.
+            use_dictionary=False,
+            row_group_size=ROWS_PER_GROUP,
+            write_page_checksum=True,
+        )
+        sink.flush()
+        os.fsync(sink.fileno())
+    return _footer_checksum(path)
+
+
+def list_parts(log_dir: Path) -> list[str]:
+    """Return the paths of the parts that count, oldest day first, the seed among them.
+
+    Entries that come or go while a folder is listed may be missing or stand in it, either of
+    which is right as long as a replaced part outlives the time that one listing takes.
+    """
+    return sorted(path for day in list_days(log_dir) for path in list_day(day))
+
+
+def list_days(log_dir: Path) -> list[str]:
+    """Return the paths of a log's day folders, oldest first; none if there is no log."""
+    try:
+        entries = [entry.path for entry in os.scandir(log_dir)]
+    except FileNotFoundError:
+        return []
+    return sorted(path for path in entries if os.path.basename(path).startswith(DAY_PREFIX))
+
+
+def list_day(day: str | Path) -> list[str]:
+    """Return the paths of the parts of one day that count, in no order."""
+    found = {entry.name for entry in os.scandir(day) if is_part(entry.name)}
+    replaced: set[str] = set()
+    for name in found:
+        if name.startswith(MERGED_PREFIX):
+            # Looked for by name: a listing may miss an entry that came while it went on.
+            replaced |= read_replaced(Path(day) / name)
+    return [f"{day}/{name}" for name in found - replaced]
+
+
+def is_part(name: str) -> bool:
+    """Return whether a file name is that of a complete part."""
+    return name.startswith((PART_PREFIX, MERGED_PREFIX)) and name.endswith((_STREAM, _PARQUET))
+
+
+def is_part_leftover(name: str) -> bool:
+    """Return whether a file is an append that is being written, or was when a kill ended it."""
+    return name.startswith(f".{PART_PREFIX}") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def is_merged_leftover(name: str) -> bool:
+    """Return whether a file is a merged part, or its list, that is being written, or was."""
+    is_list = f"{_PARQUET}{_REPLACES_SUFFIX}." in name
+    return (name.startswith(f".{MERGED_PREFIX}") and name.endswith(TEMPORARY_SUFFIX)) or is_list
+
+
+def replaces_path(part: Path) -> Path:
+    """Return where the names stand that a merged part replaces."""
+    return part.with_name(f".{part.name}{_REPLACES_SUFFIX}")
+
+
+def read_replaced(part: Path) -> frozenset[str]:
+    """Return the names that a merged part stands for; empty if they are all deleted.
+
+    If that list is damaged, a warning says so and nothing is replaced: rows may then be read
+    twice, which readers and the next compaction put right, but none is lost.
+    """
+    path = replaces_path(part)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return frozenset()
+    checksum, _, names = content.partition(b"\n")
+    if checksum != b"%08x" % zlib.crc32(names):
+        logger.warning("offline_replaces_damaged path=%s", path)
+        return frozenset()
+    return frozenset(names.decode().split("\n"))
+
+
+def _with_checksum(names: Sequence[str]) -> bytes:
+    content = "\n".join(names).encode()
+    return b"%08x\n" % zlib.crc32(content) + content
+
+
+def merged_part_of(name: str) -> str | None:
+    """Return the name of the merged part whose list a file is; None if it is no such list."""
+    is_list = name.startswith(f".{MERGED_PREFIX}") and name.endswith(_REPLACES_SUFFIX)
+    return name[1 : -len(_REPLACES_SUFFIX)] if is_list else None
+
+
+def read_parts(
+    paths: Sequence[str],
+    schema: pa.Schema,
+    columns: Sequence[str] | None = None,
+    where: pads.Expression | None = None,
+) -> pa.Table:
+    """Return the rows of some parts, in the order of streams, then parquet files.
+
+    Args:
+        paths: Parts.
+        schema: The log's.
+        columns: Columns to read; None: all.
+        where: Filter on the log's columns.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DamagedPartError: If a checksum does not hold.
+        FileNotFoundError: If a part is not there.
+        OSError: If a file cannot be read, or its content makes no sense.
+        pa.ArrowInvalid: If its content makes no sense.
+    """
+    streams = [path for path in paths if path.endswith(_STREAM)]
+    files = [path for path in paths if not path.endswith(_STREAM)]
+    chunks = list(_read_streams(streams, schema, columns, where))
+    for path in files:
+        _check_footer(path)
+    tables = [*chunks, _dataset(files, schema).to_table(columns=columns, filter=where)]
+    return pa.concat_tables(tables)
+
+
+def _dataset(files: Sequence[str], schema: pa.Schema) -> pads.Dataset:
+    options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+    parquet = pads.ParquetFileFormat(default_fragment_scan_options=options)
+    return pads.dataset(files, schema=schema, format=parquet)
+
+
+def _read_streams(
+    paths: Sequence[str],
+    schema: pa.Schema,
+    columns: Sequence[str] | None,
+    where: pads.Expression | None,
+) -> Iterator[pa.Table]:
+    for tables in _by_bytes(_read_stream(path) for path in paths):
+        table = pa.concat_tables(tables)
+        # Filtered first: the condition may be on a column that is not asked for.
+        table = table if where is None else table.filter(where)
+        yield table.select(schema.names if columns is None else list(columns)).combine_chunks()
+
+
+def _read_stream(path: str) -> pa.Table:
+    with open(path, "rb", buffering=0) as file:
+        content = file.read()
+    _expect(zlib.crc32(content), _named_checksum(path), path)
+    return pa.ipc.open_stream(content).read_all()
+
+
+def _by_bytes(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+    chunk: list[pa.Table] = []
+    num_bytes = 0
+    for table in tables:
+        chunk.append(table)
+        num_bytes += table.nbytes
+        if num_bytes >= _BYTES_PER_CHUNK:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def find_damage(path: str | Path) -> str | None:
+    """Return what is wrong with a part, every byte of it looked at; None if nothing is.
+
+    Args:
+        path: A part, or one in quarantine.
+
+    Returns:
+        The reason in words.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        OSError: If the system cannot read it, which says nothing about its content.
+    """
+    name = str(path)
+    try:
+        if name.endswith(_STREAM):
+            _read_stream(name).validate(full=True)
+        else:
+            _check_parquet(Path(name), _named_checksum(name))
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        return " ".join(str(error).split())
+    return None
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether an error of a reader is about a file's content, not about the system."""
+    # pyarrow tells what it cannot decode as an OSError as well, but one without a number.
+    is_content = type(error) is OSError and error.errno is None
+    return is_content or isinstance(error, DamagedPartError | pa.ArrowInvalid)
+
+
+def is_gone(error: Exception) -> bool:
+    """Return whether an error says that a part was deleted, on a network mount while open."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+def read_schema(path: str) -> pa.Schema:
+    """Return the schema of a sound part."""
+    if path.endswith(_STREAM):
+        return _read_stream(path).schema
+    return pq.read_schema(path).remove_metadata()
+
+
+def _check_parquet(path: Path, checksum: int | None) -> None:
+    if checksum is not None:
+        _expect(_footer_checksum(path), checksum, str(path))
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        num_rows = sum(batch.num_rows for batch in file.iter_batches())
+        if num_rows != file.metadata.num_rows:
+            raise DamagedPartError(f"{num_rows} rows, its footer says {file.metadata.num_rows}")
+
+
+def _check_footer(path: str) -> None:
+    checksum = _named_checksum(path)
+    if checksum is not None:
+        _expect(_footer_checksum(Path(path)), checksum, path)
+
+
+def _footer_checksum(path: Path) -> int:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _FOOTER_TAIL))
+        tail = file.read()
+        num_bytes = int.from_bytes(tail[:4], "little") + _FOOTER_TAIL
+        if tail[4:] != _PARQUET_MAGIC or num_bytes > size:
+            raise DamagedPartError(f"its {size} bytes do not end in a parquet footer")
+        file.seek(size - num_bytes)
+        return zlib.crc32(file.read())
+
+
+def _named_checksum(path: str) -> int | None:
+    """Return the checksum that a part's name ends in; None for a name without one."""
+    digits = os.path.basename(path).rpartition(".")[0].rpartition("-")[2]
+    if len(digits) != _CRC_DIGITS:
+        return None
+    return int(digits, 16)
+
+
+def _expect(found: int, named: int | None, path: str) -> None:
+    if found != named:
+        said = "none" if named is None else f"{named:08x}"
+        raise DamagedPartError(f"CRC-32 {found:08x} where the name says {said}")
+
+
+def quarantine(path: str, reason: str) -> bool:
+    """Move a damaged part out of every reader's sight, and say so.
+
+    Args:
+        path: The part.
+        reason: What is wrong with it.
+
+    Returns:
+        Whether it was moved, by whichever process; False if this one may not write there.
+    """
+    target = f"{os.path.dirname(path)}/{QUARANTINE_PREFIX}{os.path.basename(path)}"
+    OFFLINE_DAMAGED_PARTS.inc()
+    try:
+        os.rename(path, target)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        logger.warning("offline_part_left_out path=%s reason=%r error=%r", path, reason, str(error))
+        return False
+    logger.warning("offline_part_quarantined path=%s reason=%r", target, reason)
+    return True
+
+
+def set_aside_damaged(paths: Sequence[str]) -> set[str]:
+    """Look through all parts, quarantine those that are damaged, and return them.
+
+    Args:
+        paths: Parts; those that are gone by now are passed over.
+
+    Returns:
+        The damaged ones; where this process may not write they are still in their place.
+    """
+    damaged = set()
+    for path in paths:
+        try:
+            reason = find_damage(path)
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            continue
+        if reason is not None:
+            quarantine(path, reason)
+            damaged.add(path)
+    return damaged
+
+
+def list_quarantined(log_dir: Path) -> list[str]:
+    """Return the paths of a log's damaged parts."""
+    return [
+        entry.path
+        for day in list_days(log_dir)
+        for entry in sorted(os.scandir(day), key=lambda entry: entry.name)
+        if entry.name.startswith(QUARANTINE_PREFIX)
+    ]
