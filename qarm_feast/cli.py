@@ -9,6 +9,7 @@ _HOMES = {
     "check-data": "qarm_feast.input_data:check_data",
     "codebook": "qarm_feast.codebook_cli:codebook_group",
     "load-users": "qarm_feast.profiles:load_users",
+    "offline": "qarm_feast.offline_cli:offline_group",
 }
 
 
@@ -19,7 +20,7 @@ _HOMES = {
 )
 @click.version_option(package_name="qarm-feast")
 def qarm() -> None:
-    """Align item vectors, train and publish codebooks, load user profiles."""
+    """Align item vectors, train and publish codebooks, load user profiles, compact logs."""
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ below the root); readers and writers take no part in it. In each day folder of e
    and it is rewritten log(target / append) / log(min_growth) + 1 times at most, however many
    parts there are. Rows equal in the log's key become one, the one that readers take; rows of
    the interaction log that an erasure covers are left out;
-3. erases (when asked for): rewrites the other parts of the interaction log that hold such rows;
+3. erases (at intervals): rewrites the other parts of the interaction log that hold such rows;
 4. sweeps again.
 
 A kill anywhere leaves the old parts or the new one, and files that the next sweep removes: see
@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from qarm_feast.artifact import sync_folder
+from qarm_feast.artifact import replace_file, sync_folder
 from qarm_feast.code_log import SEED_PART, CodeLog
 from qarm_feast.config import Section
 from qarm_feast.erasure import Marks, read_marks, without_marked
@@ -72,6 +72,8 @@ from qarm_feast.schema import (
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".compaction.lock"
+_SEARCHED_NAME = ".erased_rows_searched"
+"""Its time is when the last whole search for rows of erased users began."""
 _STALE_WRITE_SECONDS = 3600.0
 """No append takes as long; its temporary file is then of a process that was killed."""
 _KEY_OF_LOG = {
@@ -111,10 +113,15 @@ class CompactionConfig(Section):
         default=4.0, ge=1, description="A merge makes a part so many times as large as its largest."
     )
 
+    @property
+    def rules(self) -> "CompactionRules":
+        """What a compactor goes by."""
+        return CompactionRules(self.target_part_bytes, self.min_growth, self.grace_seconds)
+
 
 @dataclass(frozen=True)
 class CompactionRules:
-    """What the compactor goes by; see :class:`CompactionConfig`."""
+    """What a compactor goes by; see :class:`CompactionConfig`."""
 
     target_part_bytes: int = 67_108_864
     min_growth: float = 4.0
@@ -174,14 +181,15 @@ class Compactor:
         self._clock = clock
 
     def compact(
-        self, *, is_full: bool, is_erasing: bool, wait_seconds: float = 0.0
+        self, *, is_full: bool, erasure_interval_seconds: float = 0.0, wait_seconds: float = 0.0
     ) -> CompactionCounts:
         """Compact every log, if no other process is at it.
 
         Args:
             is_full: Merge all parts of a day that are not large yet, however few they are; each
                 call then rewrites the day's last rows again.
-            is_erasing: Look through all parts of the interaction log for erased users.
+            erasure_interval_seconds: Look through all parts of the interaction log for erased
+                users if no process has done so for so long.
             wait_seconds: How long to wait for another compactor.
 
         Returns:
@@ -193,12 +201,23 @@ class Compactor:
         """
         counts = CompactionCounts()
         with self._lock(wait_seconds):
+            started = self._clock()
+            is_erasing = started - self._last_search() >= erasure_interval_seconds
             for name in self._log.names():
                 job = _LogCompaction(
                     self._log, name, self._rules, self._should_stop, self._clock, counts
                 )
                 job.run(is_full, is_erasing)
+            if is_erasing and not self._should_stop():
+                replace_file(self._log.root / _SEARCHED_NAME, b"")
+                os.utime(self._log.root / _SEARCHED_NAME, (started, started))
         return counts
+
+    def _last_search(self) -> float:
+        try:
+            return os.stat(self._log.root / _SEARCHED_NAME).st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     @contextmanager
     def _lock(self, wait_seconds: float) -> Iterator[None]:

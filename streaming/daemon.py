@@ -16,6 +16,7 @@ from qarm_feast.config import load_section
 from qarm_feast.errors import ServiceUnavailableError
 from qarm_feast.observability import ObservabilityConfig
 from streaming.assembly import limit_threads, open_pipeline
+from streaming.background import background_compaction
 from streaming.config import StreamConfig
 from streaming.health import HealthServer, WorkerHealth
 from streaming.worker import Drain, StreamWorker
@@ -50,6 +51,7 @@ def run_worker(config_path: str, metrics_port: int | None = None) -> None:
         _drain_on_signals(drain),
         HealthServer(config.metrics_host, port, health) as server,
         open_pipeline(config_path, config) as (pipeline, settings),
+        background_compaction(config_path, drain.requested.is_set),
     ):
         logger.info("worker_started pid=%d metrics_port=%d", os.getpid(), server.port)
         # What is loaded now stays: a full collection would only walk over it again and again.

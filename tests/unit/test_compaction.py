@@ -70,10 +70,10 @@ def interactions(*rows: tuple[int, int, int, bool]) -> pa.Table:
 
 
 def compact(
-    log: CodeLog, *, is_full: bool = True, is_erasing: bool = True, after_seconds: float = 0.0
+    log: CodeLog, *, is_full: bool = True, erasure_interval: float = 0.0, after_seconds: float = 0.0
 ) -> CompactionCounts:
     compactor = Compactor(log, clock=lambda: time.time() + after_seconds)
-    return compactor.compact(is_full=is_full, is_erasing=is_erasing)
+    return compactor.compact(is_full=is_full, erasure_interval_seconds=erasure_interval)
 
 
 def append_items(log: CodeLog, *items: int) -> None:
@@ -312,7 +312,7 @@ log = CodeLog(sys.argv[1])
 compactor = Compactor(log, CompactionRules(min_growth=2.0, grace_seconds=0.3))
 print("ready", flush=True)
 while True:
-    compactor.compact(is_full=False, is_erasing=False, wait_seconds=30)
+    compactor.compact(is_full=False, wait_seconds=30)
 """
 
 
@@ -359,10 +359,10 @@ def test_two_compactors_at_once_are_excluded(tmp_path: Path) -> None:
 
     def compact_too() -> bool:
         with pytest.raises(ServiceUnavailableError, match="another process"):
-            inner.compact(is_full=True, is_erasing=False)
+            inner.compact(is_full=True)
         return True
 
-    Compactor(log, should_stop=compact_too).compact(is_full=True, is_erasing=False)
+    Compactor(log, should_stop=compact_too).compact(is_full=True)
 
     assert len(log.row_parts(CODES)) == 2
 
@@ -474,16 +474,18 @@ def test_rows_of_an_erased_user_are_in_no_file_after_one_compaction_and_the_grac
     assert log.read(schema.USER_ERASURE_LOG)["user_id"].to_pylist() == [1]
 
 
-def test_a_background_compaction_looks_for_erased_rows_only_when_told_to(tmp_path: Path) -> None:
+def test_parts_that_need_no_merge_are_searched_for_erased_rows_at_intervals(tmp_path: Path) -> None:
     log = CodeLog(tmp_path)
     log.append(schema.INTERACTION_LOG, interactions((1, 7, 5, True)), written_at=NOON)
+    compact(log)
     erase(log, user=1, seconds=5)
 
-    passed_over = compact(log, is_full=False, is_erasing=False)
-    erased = compact(log, is_full=False, is_erasing=True)
-    again = compact(log, is_full=False, is_erasing=True)
+    counts = [
+        compact(log, is_full=False, erasure_interval=3600, after_seconds=seconds)
+        for seconds in (0, 3500, 3700, 8000)
+    ]
 
-    assert [passed_over.num_erased_rows, erased.num_erased_rows, again.num_erased_rows] == [0, 1, 0]
+    assert [count.num_erased_rows for count in counts] == [0, 0, 1, 0]
     assert log.read(schema.INTERACTION_LOG).num_rows == 0
 
 
@@ -491,9 +493,7 @@ def test_a_compaction_that_is_told_to_stop_leaves_the_rest_for_the_next(tmp_path
     log = CodeLog(tmp_path)
     append_items(log, 1, 2)
 
-    counts = Compactor(log, CompactionRules(), should_stop=lambda: True).compact(
-        is_full=True, is_erasing=True
-    )
+    counts = Compactor(log, CompactionRules(), should_stop=lambda: True).compact(is_full=True)
 
     assert counts.num_merged_parts == 0
     assert items_of(log) == [1, 2]

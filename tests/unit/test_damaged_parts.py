@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pytest
 
 from qarm_feast import log_parts, schema
+from qarm_feast.cli import qarm
 from qarm_feast.code_log import SEED_PART, CodeLog
 from qarm_feast.compaction import Compactor, log_states
 from qarm_feast.errors import DataError
@@ -111,7 +112,7 @@ def test_a_compactor_sets_a_damaged_part_aside_and_merges_the_rest(
     parts = [log.append("codes", rows(3 * n, 3), written_at=NOON) for n in range(3)]
     damage(parts[1], change)
 
-    Compactor(log).compact(is_full=True, is_erasing=True)
+    Compactor(log).compact(is_full=True)
 
     assert len(log.row_parts("codes")) == 1
     assert sorted(log.read("codes")["item_id"].to_pylist()) == [0, 1, 2, 6, 7, 8]
@@ -124,11 +125,11 @@ def test_a_merged_part_that_is_damaged_in_its_grace_period_gives_way_to_its_sour
     log = CodeLog(tmp_path)
     for n in range(3):
         log.append("codes", rows(n, 1), written_at=NOON)
-    Compactor(log).compact(is_full=True, is_erasing=True)
+    Compactor(log).compact(is_full=True)
     damage(Path(log.row_parts("codes")[0]), flip_in_rows)
 
     read = log.read("codes")
-    Compactor(log).compact(is_full=True, is_erasing=True)
+    Compactor(log).compact(is_full=True)
 
     assert sorted(read["item_id"].to_pylist()) == [0, 1, 2]
     assert sorted(log.read("codes")["item_id"].to_pylist()) == [0, 1, 2]
@@ -140,10 +141,10 @@ def test_sources_are_not_deleted_for_a_merged_part_that_cannot_be_read(tmp_path:
     log = CodeLog(tmp_path)
     for n in range(3):
         log.append("codes", rows(n, 1), written_at=NOON)
-    Compactor(log).compact(is_full=True, is_erasing=True)
+    Compactor(log).compact(is_full=True)
     damage(Path(log.row_parts("codes")[0]), flip_in_rows)
 
-    Compactor(log, clock=lambda: 1e12).compact(is_full=True, is_erasing=True)
+    Compactor(log, clock=lambda: 1e12).compact(is_full=True)
 
     assert sorted(log.read("codes")["item_id"].to_pylist()) == [0, 1, 2]
 
@@ -154,7 +155,7 @@ def test_a_damaged_list_of_replaced_parts_loses_no_row(
     log = CodeLog(tmp_path)
     for n in range(2):
         log.append("codes", rows(n, 1), written_at=NOON)
-    Compactor(log).compact(is_full=True, is_erasing=True)
+    Compactor(log).compact(is_full=True)
     damage(log_parts.replaces_path(Path(log.row_parts("codes")[0])), flip_in_rows)
 
     items = log.read("codes")["item_id"].to_pylist()
@@ -176,7 +177,7 @@ def test_a_reader_that_may_not_write_leaves_a_damaged_part_out_each_time(
 
     monkeypatch.setattr(log_parts.os, "rename", refuse)
     reads = [log.read("codes").num_rows for _ in range(2)]
-    counts = Compactor(log).compact(is_full=True, is_erasing=True)
+    counts = Compactor(log).compact(is_full=True)
 
     assert reads == [3, 3]
     assert part.is_file()
@@ -237,6 +238,34 @@ def test_a_quarantined_part_stays_when_its_log_is_compacted_again(tmp_path: Path
     damage(part, cut)
     log.read("codes")
 
-    Compactor(log, clock=lambda: 1e12).compact(is_full=True, is_erasing=True)
+    Compactor(log, clock=lambda: 1e12).compact(is_full=True)
 
     assert os.listdir(part.parent) == [f"{QUARANTINE_PREFIX}{part.name}"]
+
+
+def test_the_command_line_compacts_and_lists_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "qarm.yaml").write_text("compaction: {grace_seconds: 30}\n")
+    (tmp_path / "feature_store.yaml").write_text(
+        "project: p\nprovider: local\nregistry: registry.db\nentity_key_serialization_version: 3\n"
+        "offline_store:\n  type: qarm_feast.offline_store.CodeLogOfflineStore\n  uri: offline\n"
+    )
+    log = CodeLog(tmp_path / "offline")
+    parts = [log.append("codes", rows(n, 1), written_at=NOON) for n in range(4)]
+    damage(parts[2], cut)
+    options = ["--config", str(tmp_path / "qarm.yaml")]
+
+    qarm.main(["offline", "compact", *options], standalone_mode=False)
+    compacted = capsys.readouterr().out
+    qarm.main(["offline", "status", *options], standalone_mode=False)
+    shown = capsys.readouterr().out
+    qarm.main(["offline", "compact", "--grace-seconds", "0", *options], standalone_mode=False)
+
+    moved = parts[2].with_name(f"{QUARANTINE_PREFIX}{parts[2].name}")
+    assert "num_merged_parts=3" in compacted
+    assert shown.splitlines()[1].split()[:2] == ["codes", "1"]
+    assert shown.splitlines()[1].split()[3] == "3"
+    assert f"quarantined {moved}: CRC-32" in shown
+    assert compacted.endswith(shown)
+    assert "num_deleted_parts=3" in capsys.readouterr().out
