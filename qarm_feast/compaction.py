@@ -44,6 +44,7 @@ from qarm_feast.log_parts import (
     is_merged_leftover,
     is_part,
     is_part_leftover,
+    is_stream,
     list_day,
     list_days,
     list_quarantined,
@@ -76,6 +77,8 @@ _SEARCHED_NAME = ".erased_rows_searched"
 """Its time is when the last whole search for rows of erased users began."""
 _STALE_WRITE_SECONDS = 3600.0
 """No append takes as long; its temporary file is then of a process that was killed."""
+_STREAM_SHRINKAGE = 4
+"""Bytes of code rows in an Arrow stream over those in compressed parquet."""
 _KEY_OF_LOG = {
     CONTENT_LOG: (ITEM_ID, EVENT_TIMESTAMP, "content_hash", "topic", "partition", "offset"),
     USER_ERASURE_LOG: (USER_ID, EVENT_TIMESTAMP),
@@ -107,7 +110,7 @@ class CompactionConfig(Section):
     target_part_bytes: int = Field(
         default=67_108_864,
         gt=0,
-        description="Most bytes that one merge reads; its memory is some ten times as much.",
+        description="Most bytes that one merge writes; its memory is some ten times as much.",
     )
     min_growth: float = Field(
         default=4.0, ge=1, description="A merge makes a part so many times as large as its largest."
@@ -134,8 +137,8 @@ class CompactionCounts:
 
     num_merged_parts: int = 0
     num_new_parts: int = 0
-    num_read_bytes: int = 0
     num_written_bytes: int = 0
+    num_written_rows: int = 0
     num_dropped_duplicates: int = 0
     num_erased_rows: int = 0
     num_deleted_parts: int = 0
@@ -197,6 +200,7 @@ class Compactor:
 
         Raises:
             ServiceUnavailableError: If another process is compacting all that time.
+            DataError: If a part that was just written reads back wrong.
             OSError: If the system cannot read or write a file.
         """
         counts = CompactionCounts()
@@ -311,14 +315,14 @@ class _LogCompaction:
     def _merge_some(self, day: Path, is_full: bool) -> bool:
         """Merge once; return whether there was something to merge or to set aside."""
         parts = [path for path in list_day(day) if path not in self._left_out]
-        sizes = {path: size for path in parts if (size := _size(path)) is not None}
+        sizes = {path: size for path in parts if (size := merged_size(path)) is not None}
         growth = 1.0 if is_full else self.rules.min_growth
         paths = choose_parts(sizes, self.rules.target_part_bytes, growth)
         if paths:
-            self._replace(day, paths, sum(sizes[path] for path in paths))
+            self._replace(day, paths)
         return bool(paths)
 
-    def _replace(self, day: Path, paths: Sequence[str], num_bytes: int) -> None:
+    def _replace(self, day: Path, paths: Sequence[str]) -> None:
         table = self._read(paths)
         if table is None:
             return
@@ -329,8 +333,8 @@ class _LogCompaction:
         counts = self.counts
         counts.num_merged_parts += len(paths)
         counts.num_new_parts += 1
-        counts.num_read_bytes += num_bytes
         counts.num_written_bytes += part.stat().st_size
+        counts.num_written_rows += kept.num_rows
         counts.num_dropped_duplicates += table.num_rows - rows.num_rows
         counts.num_erased_rows += rows.num_rows - kept.num_rows
         OFFLINE_MERGED_PARTS.inc(len(paths))
@@ -365,7 +369,7 @@ class _LogCompaction:
                 return
             rows = self._read([path], [USER_ID, EVENT_TIMESTAMP])
             if rows is not None and without_marked(rows, marks).num_rows < rows.num_rows:
-                self._replace(day, [path], _size(path) or 0)
+                self._replace(day, [path])
 
 
 def choose_parts(sizes: Mapping[str, int], target_part_bytes: int, min_growth: float) -> list[str]:
@@ -373,7 +377,7 @@ def choose_parts(sizes: Mapping[str, int], target_part_bytes: int, min_growth: f
 
     Args:
         sizes: Bytes by part.
-        target_part_bytes: Most bytes of them together; a part of half as many is large.
+        target_part_bytes: Most bytes of them together; a part of half as many stays as it is.
         min_growth: All together are so many times the largest, unless they fill a part.
 
     Returns:
@@ -451,6 +455,12 @@ def _visible_since(part: Path) -> float:
 def _sort_keys(schema: pa.Schema) -> list[tuple[str, str]]:
     wanted = (ITEM_ID if USER_ID not in schema.names else USER_ID, EVENT_TIMESTAMP)
     return [(name, "ascending") for name in wanted if name in schema.names]
+
+
+def merged_size(path: str) -> int | None:
+    """Return about how many bytes the rows of a part take in a merged one; None if it is gone."""
+    size = _size(path)
+    return size // _STREAM_SHRINKAGE if size is not None and is_stream(path) else size
 
 
 def _size(path: str) -> int | None:

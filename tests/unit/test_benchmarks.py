@@ -118,6 +118,7 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
         "codebook_quality.py",
         "continuity.py",
         "feature_store.py",
+        "offline_store.py",
         "quantize.py",
         "stream.py",
     ]

@@ -1,4 +1,5 @@
 import errno
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,6 +173,28 @@ def test_a_small_part_is_an_arrow_stream_and_a_large_one_parquet_that_other_tool
     with small.open("rb") as file:
         assert pa.ipc.open_stream(file).read_all().equals(rows(1))
     assert pq.read_table(large).num_rows == 300_000
+
+
+def test_an_append_without_rows_and_one_of_many_chunks_read_back(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+
+    log.append("codes", rows())
+    log.append("codes", pa.concat_tables([rows(1), rows(2, 3), rows()]))
+
+    assert log.read("codes")["item_id"].to_pylist() == [1, 2, 3]
+
+
+def test_a_stream_whose_schema_is_spelt_otherwise_is_read(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    part = log.append("codes", rows(1))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, PLAIN.with_metadata({"written_by": "another"})) as writer:
+        writer.write_table(rows(2).replace_schema_metadata({"written_by": "another"}))
+    content = sink.getvalue().to_pybytes()
+    name = f"part-{'a' * 32}-{zlib.crc32(content):08x}.arrow"
+    part.with_name(name).write_bytes(content)
+
+    assert sorted(log.read("codes")["item_id"].to_pylist()) == [1, 2]
 
 
 def test_parts_of_older_releases_without_a_checksum_in_their_name_are_read(tmp_path: Path) -> None:

@@ -149,6 +149,27 @@ def test_sources_are_not_deleted_for_a_merged_part_that_cannot_be_read(tmp_path:
     assert sorted(log.read("codes")["item_id"].to_pylist()) == [0, 1, 2]
 
 
+def test_a_merged_part_that_reads_back_wrong_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(tmp_path)
+    for n in range(3):
+        log.append("codes", rows(n, 1), written_at=NOON)
+    write = log_parts._write_parquet
+
+    def write_badly(path: Path, table: pa.Table) -> int:
+        checksum = write(path, table)
+        damage(path, flip_in_rows)
+        return checksum
+
+    monkeypatch.setattr(log_parts, "_write_parquet", write_badly)
+    with pytest.raises(DataError, match="reads back wrong"):
+        Compactor(log).compact(is_full=True)
+
+    assert len(log.row_parts("codes")) == 3
+    assert sorted(log.read("codes")["item_id"].to_pylist()) == [0, 1, 2]
+
+
 def test_a_damaged_list_of_replaced_parts_loses_no_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,10 +212,10 @@ def test_a_system_that_cannot_read_is_an_error_and_no_damage(
     log = CodeLog(tmp_path)
     part = log.append("codes", rows(0, 3), written_at=NOON)
 
-    def fail(path: str) -> pa.Table:
+    def fail(path: str) -> bytes:
         raise OSError(errno.EIO, "Input/output error", path)
 
-    monkeypatch.setattr(log_parts, "_read_stream", fail)
+    monkeypatch.setattr(log_parts, "_read_verified", fail)
     with pytest.raises(OSError, match="Input/output error"):
         log.read("codes")
 
