@@ -93,6 +93,8 @@ def _numbered(table: pa.Table) -> pa.Table:
 
 def _run(query: str, **tables: pa.Table) -> dict[str, npt.NDArray[np.int64]]:
     with duckdb.connect(":memory:") as connection:
+        # A query of some seconds would draw a bar into the output of whoever runs it.
+        connection.execute("SET enable_progress_bar = false")
         for name, table in tables.items():
             connection.register(name, table)
         columns: dict[str, npt.NDArray[np.int64]] = connection.execute(query).fetchnumpy()

@@ -301,9 +301,23 @@ def _drop_expired(
     return rows_N
 
 
-def _take(table: pa.Table, rows: Int64Array) -> pa.Table:
+def _take(table: pa.Table, rows_N: Int64Array) -> pa.Table:
+    """Return rows by number, null where it is negative; the whole table is never copied."""
+    found_N = rows_N[rows_N >= 0]
+    is_ascending = len(found_N) == len(rows_N) and bool(np.all(found_N[1:] > found_N[:-1]))
+    wanted = found_N if is_ascending else np.unique(found_N)
+    taken = []
+    start = 0
+    for batch in table.to_batches():
+        first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
+        taken.append(batch.take(pa.array(wanted[first:last] - start)))
+        start += batch.num_rows
+    picked = pa.Table.from_batches(taken, table.schema)
+    if is_ascending:
+        return picked
+    places_N = np.searchsorted(wanted, rows_N)
     # Row numbers into many small chunks are slow to resolve, list columns above all.
-    return table.combine_chunks().take(pa.array(rows, mask=rows < 0))
+    return picked.combine_chunks().take(pa.array(places_N, mask=rows_N < 0))
 
 
 def _all_of(conditions: Sequence[pads.Expression]) -> pads.Expression | None:

@@ -30,6 +30,8 @@ _WATCH_SECONDS = 0.2
 _CONNECT_TIMEOUT_MS = 60_000
 _DRAIN_SECONDS = 120.0
 _LOG_TAIL_LINES = 15
+_BRISK_COMPACTION = "compaction: {interval_seconds: 0.5, min_growth: 1.5, grace_seconds: 10}\n"
+"""So that workers die in the middle of compactions as well."""
 
 
 class FaultRunError(QarmError):
@@ -74,6 +76,8 @@ class Bench:
                 stores["online_store"] = place
             servers = self.broker.bootstrap_servers
             repo = build_stream_repo(directory / "feature_repo", servers, stream, stores)
+            with repo.config_path.open("a", encoding="utf-8") as file:
+                file.write(_BRISK_COMPACTION)
             progress = stack.enter_context(Progress(repo.stream_config))
             # Each scenario draws from a stream of its own, whichever others run.
             rng = np.random.default_rng([self.seed, *name.encode()])

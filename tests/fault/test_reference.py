@@ -80,6 +80,15 @@ def test_a_history_begins_after_the_last_erasure_and_ends_in_it() -> None:
     assert histories == {1: [(3, 12), (2, -1)], 2: [(1, 10)], 3: [(5, -1)]}
 
 
+def test_interactions_up_to_an_erasure_of_their_user_need_not_be_kept() -> None:
+    rows = {InteractionRow(user, 9, time_us, (True,)) for user in (1, 2) for time_us in (1, 2, 3)}
+    erasures = frozenset({UserErasure(1, 2), UserErasure(1, 1)})
+
+    kept = Truth({}, rows, erasures).kept_interactions()
+
+    assert {(row.user_id, row.event_timestamp) for row in rows - kept} == {(1, 1), (1, 2)}
+
+
 def test_records_left_alone_read_back_as_the_events_that_they_were_made_of() -> None:
     mutants = [m for m in make_mutants(np.random.default_rng(0), 200) if not m.mutation]
 

@@ -497,3 +497,19 @@ def test_a_compaction_that_is_told_to_stop_leaves_the_rest_for_the_next(tmp_path
 
     assert counts.num_merged_parts == 0
     assert items_of(log) == [1, 2]
+
+
+def test_a_join_takes_repeated_and_missing_rows_out_of_any_number_of_parts(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    append_items(log, 4, 2, 6)
+    log.append(CODES, code_rows((1, 0, "a"), (5, 0, "a")), written_at=NOON + timedelta(days=1))
+    rows = FeatureRows(tmp_path / CODES, "event_timestamp", "created")
+    asked = [6, 9, 1, 6, 2, 5]
+    late = int(NOON.timestamp() + 60) * 1_000_000
+    labels = pa.table({"item_id": asked, "time_us": [late] * len(asked)})
+
+    found = rows.as_of(["item_id"], ["rq_code", "content_hash"], labels, 0)
+
+    assert found is not None
+    expected = [None if item == 9 else [item, item + 1] for item in asked]
+    assert found["rq_code"].to_pylist() == expected
