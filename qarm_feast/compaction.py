@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock, Timeout
@@ -77,6 +78,7 @@ _SEARCHED_NAME = ".erased_rows_searched"
 """Its time is when the last whole search for rows of erased users began."""
 _STALE_WRITE_SECONDS = 3600.0
 """No append takes as long; its temporary file is then of a process that was killed."""
+_ROW = "row_number"
 _STREAM_SHRINKAGE = 4
 """Bytes of code rows in an Arrow stream over those in compressed parquet."""
 _KEY_OF_LOG = {
@@ -110,7 +112,7 @@ class CompactionConfig(Section):
     target_part_bytes: int = Field(
         default=67_108_864,
         gt=0,
-        description="Most bytes that one merge writes; its memory is some ten times as much.",
+        description="Most bytes that one merge writes; its memory is some fifteen times as much.",
     )
     min_growth: float = Field(
         default=4.0, ge=1, description="A merge makes a part so many times as large as its largest."
@@ -320,23 +322,34 @@ class _LogCompaction:
         paths = choose_parts(sizes, self.rules.target_part_bytes, growth)
         if paths:
             self._replace(day, paths)
+            # A worker needs none of what a merge held, nor does the next merge build upon it.
+            pa.default_memory_pool().release_unused()
         return bool(paths)
 
     def _replace(self, day: Path, paths: Sequence[str]) -> None:
         table = self._read(paths)
         if table is None:
             return
-        rows = self._without_duplicates(table)
-        kept = rows if self._marks is None else without_marked(rows, self._marks)
-        kept = kept.take(pc.sort_indices(kept, _sort_keys(self._schema)))
+        places = self._distinct_rows(table)
+        num_distinct = places.num_rows
+        if self._marks is not None:
+            places = without_marked(places, self._marks)
+        sort_columns = [*self._sort_columns, _ROW]
+        order = pc.sort_indices(places, [(name, "ascending") for name in sort_columns])
+        rows = places[_ROW].take(order)
+        num_rows = table.num_rows
+        # In one chunk, of which rows are taken once: a merge holds its rows twice, not more.
+        table = table.combine_chunks()
+        kept = table.take(rows)
+        del table
         part = write_merged(day, kept, [os.path.basename(path) for path in paths])
         counts = self.counts
         counts.num_merged_parts += len(paths)
         counts.num_new_parts += 1
         counts.num_written_bytes += part.stat().st_size
         counts.num_written_rows += kept.num_rows
-        counts.num_dropped_duplicates += table.num_rows - rows.num_rows
-        counts.num_erased_rows += rows.num_rows - kept.num_rows
+        counts.num_dropped_duplicates += num_rows - num_distinct
+        counts.num_erased_rows += num_distinct - kept.num_rows
         OFFLINE_MERGED_PARTS.inc(len(paths))
 
     def _read(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -352,16 +365,23 @@ class _LogCompaction:
             self._left_out |= damaged
             return None
 
-    def _without_duplicates(self, table: pa.Table) -> pa.Table:
+    @property
+    def _sort_columns(self) -> list[str]:
+        wanted = (USER_ID if USER_ID in self._schema.names else ITEM_ID, EVENT_TIMESTAMP)
+        return [name for name in wanted if name in self._schema.names]
+
+    def _distinct_rows(self, table: pa.Table) -> pa.Table:
+        """Return numbers and sort columns of the rows that stay of those with an equal key."""
         key = row_key(self.name, self._schema)
+        places = pa.table(
+            {name: table[name] for name in self._sort_columns} | {_ROW: np.arange(table.num_rows)}
+        )
         if not key:
-            return table
+            return places
         narrow = {name: table[name] for name in key}
-        ties = []
-        if CREATED in self._schema.names:
-            narrow[CREATED] = microseconds(table[CREATED])
-            ties = [CREATED]
-        return table.take(pa.array(latest_rows(pa.table(narrow), key, ties)))
+        ties = [CREATED] if CREATED in self._schema.names else []
+        narrow |= {name: microseconds(table[name]) for name in ties}
+        return places.take(pa.array(latest_rows(pa.table(narrow), key, ties)))
 
     def _erase(self, day: Path, marks: Marks) -> None:
         for path in list_day(day):
@@ -431,7 +451,7 @@ def _log_state(log: CodeLog, name: str) -> LogState:
     folder = log.root / name
     counting = {path: _size(path) or 0 for path in log.row_parts(name)}
     present = {
-        entry.path: entry.stat().st_size
+        entry.path: _size(entry.path) or 0
         for day in list_days(folder)
         for entry in os.scandir(day)
         if is_part(entry.name)
@@ -450,11 +470,6 @@ def _log_state(log: CodeLog, name: str) -> LogState:
 def _visible_since(part: Path) -> float:
     """Return when a merged part got its name; the rename is the file's last change."""
     return part.stat().st_ctime
-
-
-def _sort_keys(schema: pa.Schema) -> list[tuple[str, str]]:
-    wanted = (ITEM_ID if USER_ID not in schema.names else USER_ID, EVENT_TIMESTAMP)
-    return [(name, "ascending") for name in wanted if name in schema.names]
 
 
 def merged_size(path: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Compaction of the offline logs beside a running worker. May import: feast, pyarrow."""
+"""Compaction of the offline logs beside a running worker. May import: feast."""
 
 import logging
 import random
@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import pyarrow as pa
 
 from qarm_feast.code_log import CodeLog
 from qarm_feast.compaction import CompactionConfig, Compactor
@@ -84,7 +82,5 @@ def _compact_at_intervals(
             OFFLINE_COMPACTION_FAILED.set(1)
         else:
             OFFLINE_COMPACTION_FAILED.set(0)
-            # The worker needs none of what a merge held.
-            pa.default_memory_pool().release_unused()
             if counts.num_new_parts or counts.num_deleted_parts:
                 logger.info("offline_compacted %s", counts)

@@ -151,6 +151,17 @@ def test_interactions_that_differ_in_a_flag_are_two_and_unknown_logs_keep_all(
     assert log.read("pushed_by_others").num_rows == 2
 
 
+def test_a_log_without_ids_and_times_is_compacted_as_well(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    for text in ("a", "b"):
+        log.append("notes", pa.table({"text": [text]}), written_at=NOON)
+
+    compact(log)
+
+    assert len(log.row_parts("notes")) == 1
+    assert sorted(log.read("notes")["text"].to_pylist()) == ["a", "b"]
+
+
 def test_keys_name_columns_that_the_logs_have() -> None:
     logs = {
         CODES: schema.CODE_ROWS,
