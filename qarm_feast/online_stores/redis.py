@@ -53,6 +53,7 @@ from qarm_feast.online_stores.rows import (
 )
 
 _ROWS_PER_ENCODING = 4_000
+_KEYS_PER_SCAN = 10_000
 _SOCKET_TIMEOUT_SECONDS = 5.0
 
 
@@ -175,8 +176,8 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         fields = [time_field(layout), *[hash_field(layout, each.name) for each in table.features]]
         pattern = _redis_key_prefix(table.join_keys) + b"*" + config.project.encode()
         with self._client_of(config) as client:
-            found = client.scan_iter(pattern, count=_KEYS_PER_ROUND_TRIP)
-            while keys := list(islice(found, _KEYS_PER_ROUND_TRIP)):
+            found = client.scan_iter(pattern, count=_KEYS_PER_SCAN)
+            while keys := list(islice(found, _KEYS_PER_SCAN)):
                 with client.pipeline(transaction=False) as pipe:
                     for key in keys:
                         pipe.hdel(key, *fields)
