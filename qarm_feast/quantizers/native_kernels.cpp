@@ -12,7 +12,7 @@
 // the bound itself, and the final rounding of the distance. kTiny covers what is flushed to zero.
 // Bounds are taken per tile of 64 centroids, so a huge centroid loosens the filter for its tile.
 //
-// search_top: the k nearest of each row, of all vectors or of those in some lists, by the same rule.
+// search_top: the k nearest of each row, by the same rule.
 // A product of vectors rounded to 8-bit integers, each with a scale of its own, leaves the
 // candidates. Integer products are exact, so the bound above holds with x^ and c^ so rounded. Per
 // row a floor rises: no vector whose score plus its bound lies below it can be among the k nearest.
@@ -36,22 +36,19 @@
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "native_distance.h"
+
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kVectors = 4;
 constexpr int64_t kTile = kLanes * kVectors;
 constexpr int64_t kMicroRows = 6;  // 6 x 4 accumulators, 4 centroid vectors, 1 row: of 32 registers
 constexpr int64_t kMostBlockRows = 48;
 constexpr int64_t kScoreBytes = 1 << 19;  // half of a usual level-2 cache
-constexpr int64_t kLeastWorkPerThread = 1 << 22;
 constexpr double kUp = 1 + 1e-6;  // rounds a double norm up when it becomes a float
-constexpr float kTiny = 1e-30f;
 
 double gamma_of(int64_t dim) { return (2 * dim + 64) * 0x1p-23; }
 
@@ -90,55 +87,6 @@ Norms round_vector(const float* x_D, const float* centre_D, int64_t dim, uint16_
   norms.error = std::sqrt(_mm512_reduce_add_pd(error)) * kUp;
   norms.vector = norms.rounded + norms.error;
   return norms;
-}
-
-constexpr int64_t kHalfLanes = 8;
-
-__m512d square_of(const float* x_D, const float* c_D, int64_t left) {
-  const __mmask8 mask = left >= kHalfLanes ? 0xff : (1u << left) - 1;
-  const __m512d x = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, x_D));
-  const __m512d difference = _mm512_sub_pd(x, _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, c_D)));
-  return _mm512_mul_pd(difference, difference);
-}
-
-// The canonical squared distance: fold_sum of base.py, in the same order. Columns past the last are
-// zero, and adding zero to a square changes no bit. The work space holds dim rounded up to 8.
-float canonical_distance(const float* __restrict x_D, const float* __restrict c_D, int64_t dim,
-                         double* __restrict terms_D) {
-  int64_t width = (dim + kHalfLanes - 1) / kHalfLanes * kHalfLanes;
-  for (int64_t d = 0; d < width; d += kHalfLanes)
-    _mm512_storeu_pd(terms_D + d, square_of(x_D + d, c_D + d, dim - d));
-  while (width > kHalfLanes) {
-    int64_t cut = kHalfLanes;
-    while (2 * cut < width) cut *= 2;
-    for (int64_t d = 0; d < width - cut; d += kHalfLanes)
-      _mm512_storeu_pd(terms_D + d, _mm512_add_pd(_mm512_loadu_pd(terms_D + d), _mm512_loadu_pd(terms_D + cut + d)));
-    width = cut;
-  }
-  const __m512d last = _mm512_loadu_pd(terms_D);
-  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(last), _mm512_extractf64x4_pd(last, 1));
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return static_cast<float>(_mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two))));
-}
-
-int64_t terms_size(int64_t dim) { return (dim + kHalfLanes - 1) / kHalfLanes * kHalfLanes; }
-
-// Run one part per thread; a thread that cannot be started is run here.
-template <typename Part>
-void run_parts(int64_t num_parts, const Part& part) {
-  std::vector<std::thread> threads;
-  int64_t started = 1;
-  try {
-    for (; started < num_parts; ++started) threads.emplace_back(part, started);
-  } catch (const std::system_error&) {
-    for (int64_t left = started; left < num_parts; ++left) part(left);
-  }
-  part(0);
-  for (std::thread& thread : threads) thread.join();
-}
-
-int64_t parts_for(int64_t work, int64_t num_threads, int64_t most) {
-  return std::max<int64_t>(1, std::min({num_threads, work / kLeastWorkPerThread, most}));
 }
 
 }  // namespace
@@ -222,24 +170,6 @@ using ScoreTile = void (*)(const uint32_t*, const uint32_t*, const float*, int64
 constexpr ScoreTile kScoreTile[kMicroRows + 1] = {
     nullptr, score_tile<1>, score_tile<2>, score_tile<3>, score_tile<4>, score_tile<5>, score_tile<6>};
 
-// A vector whose canonical distance is known, and the order of the rule.
-struct Decided {
-  float distance;
-  int64_t number;
-  bool operator<(const Decided& other) const {
-    return distance != other.distance ? distance < other.distance : number < other.number;
-  }
-};
-
-// One whose distance is known roughly, and where it stands.
-struct Rough {
-  float distance;
-  int32_t place;
-  bool operator<(const Rough& other) const { return distance < other.distance; }
-};
-
-__mmask16 lanes_of(int64_t left) { return left >= kLanes ? 0xffff : (1u << left) - 1; }
-
 std::pair<float, float> range_of(const float* values, int64_t count) {
   __m512 low = _mm512_set1_ps(values[0]), high = low;
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -249,31 +179,10 @@ std::pair<float, float> range_of(const float* values, int64_t count) {
   return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
 }
 
-// The squared distance in float32, off by less than rough_of(dim) times either.
-float rough_distance(const float* x_D, const float* c_D, int64_t dim) {
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const __mmask16 mask = lanes_of(dim - d);
-    const __m512 difference = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x_D + d), _mm512_maskz_loadu_ps(mask, c_D + d));
-    __m512& sum = sums[d / kLanes % 2];
-    sum = _mm512_fmadd_ps(difference, difference, sum);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
-}
-
-void prefetch(const float* c_D, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += kLanes) _mm_prefetch(c_D + d, _MM_HINT_T0);
-}
-
 // A sum, moved on by more than its own rounding.
 float moved(float value, float step) {
   return value + step * (1 + 1e-6f) + std::copysign(std::fabs(value) * 1e-6f, step);
 }
-
-float rough_of(int64_t dim) { return static_cast<float>((dim + 8) * 0x1p-23); }
-
-// Of vectors whose rough distances are up to `distance` and beyond this, the former are surely nearer.
-float beyond(float distance, int64_t dim) { return distance * (1 + 3 * rough_of(dim)) + kTiny; }
 
 // How many values are at least `limit`.
 int64_t count_from(const float* values, int64_t count, float limit) {
@@ -347,12 +256,15 @@ class Searcher {
     }
   }
 
-  void choose(const float* x_ND, int64_t num_rows, int64_t k, int64_t* codes_Nk) {
-    for (int64_t start = 0; start < num_rows; start += block_rows_) {
-      const int64_t rows = std::min(block_rows_, num_rows - start);
+  // One product serves every k; the codes of the rows from `first` on.
+  void choose(const float* x_ND, int64_t first, int64_t num_rows, const int64_t* sizes, int64_t num_sizes,
+              int64_t* const* codes) {
+    for (int64_t start = first; start < first + num_rows; start += block_rows_) {
+      const int64_t rows = std::min(block_rows_, first + num_rows - start);
       score_block(x_ND + start * set_.dim, rows);
       for (int64_t row = 0; row < rows; ++row)
-        choose_row(x_ND + (start + row) * set_.dim, row, k, codes_Nk + (start + row) * k);
+        for (int64_t i = 0; i < num_sizes; ++i)
+          choose_row(x_ND + (start + row) * set_.dim, row, sizes[i], codes[i] + (start + row) * sizes[i]);
     }
   }
 
@@ -505,13 +417,13 @@ void search(const Centroids* set, float* x_ND, int64_t num_rows, int64_t* codes_
   });
 }
 
-// The k nearest of each row, in no order.
-void choose(const Centroids* set, const float* x_ND, int64_t num_rows, int64_t k, int64_t* codes_Nk,
-            int64_t num_threads) {
+// The k nearest of each row, in no order, for several k.
+void choose(const Centroids* set, const float* x_ND, int64_t num_rows, const int64_t* sizes, int64_t num_sizes,
+            int64_t* const* codes, int64_t num_threads) {
   const int64_t parts = parts_for(num_rows * set->num_centroids * set->dim, num_threads, num_rows);
   run_parts(parts, [=](int64_t part) {
     const int64_t first = num_rows * part / parts, last = num_rows * (part + 1) / parts;
-    Searcher(*set, last - first).choose(x_ND + first * set->dim, last - first, k, codes_Nk + first * k);
+    Searcher(*set, last - first).choose(x_ND, first, last - first, sizes, num_sizes, codes);
   });
 }
 
@@ -540,24 +452,19 @@ void cell_sums(const float* x_ND, int64_t num_rows, int64_t dim, const int64_t* 
 
 extern "C" {
 
-// Vectors in lists, rounded to 8 bits. All arrays belong to the caller; list i has its size_I[i]
-// vectors in the tiles first_tile_I[i] ... first_tile_I[i + 1] - 1; Q = ceil(D / 4).
-struct Lists {
-  int64_t num_lists;
+// Vectors rounded to 8 bits. All arrays belong to the caller; T tiles = ceil(P / 64), Q = ceil(D / 4).
+struct Vectors {
+  int64_t num_vectors;
   int64_t dim;
-  const int64_t* size_I;
-  const int64_t* first_tile_I;        // I + 1 numbers
-  const float* const* vectors_I;      // the vectors of a list, [size, D]
-  const int64_t* const* numbers_I;    // their numbers; null where a vector's place is its number
+  const float* vectors_PD;
   const float* centre_D;
-  uint32_t* packed;                   // [T, Q, 64]: four 8-bit integers of one vector in each word
-  int32_t* offset;                    // [T * 64]: -128 times the sum of a vector's integers
-  float* scale;                       // [T * 64]
-  float* bias;                        // [T * 64]: -|c'|^2 / 2, minus infinity past the last vector
-  int32_t* list_T;                    // the list of a tile
-  float* norm_T;                      // largest |c'| of a tile
-  float* error_T;                     // largest |c' - c^|
-  float* slack_T;                     // largest gamma |c'|^2
+  uint32_t* packed;     // [T, Q, 64]: four 8-bit integers of one vector in each word
+  int32_t* offset;      // [T * 64]: -128 times the sum of a vector's integers
+  float* scale;         // [T * 64]
+  float* bias;          // [T * 64]: -|c'|^2 / 2, minus infinity past the last vector
+  float* norm_T;        // largest |c'| of a tile
+  float* error_T;       // largest |c' - c^|
+  float* slack_T;       // largest gamma |c'|^2
 };
 
 }  // extern "C"
@@ -621,19 +528,10 @@ struct RowBounds {
 struct TopRow {
   double square;  // |x'|^2
   std::vector<Candidate> candidates;
-  std::vector<Rough> measured;  // the k nearest so far, and what may be as near; places are slots
+  std::vector<Rough> measured;  // the k nearest so far, and what may be as near
 };
 
-// Drop what is surely not among the k nearest, of k or more; return the distance beyond which it lies.
-float keep_nearest(std::vector<Rough>& measured, int64_t k, int64_t dim) {
-  std::nth_element(measured.begin(), measured.begin() + (k - 1), measured.end());
-  const float limit = beyond(measured[k - 1].distance, dim);
-  const auto is_out = [limit](const Rough& one) { return one.distance > limit; };
-  measured.erase(std::remove_if(measured.begin() + k, measured.end(), is_out), measured.end());
-  return limit;
-}
-
-// One tile of a list, as the scoring wants it.
+// One tile, as the scoring wants it.
 struct TileView {
   const uint32_t* packed;
   const int32_t* offset;
@@ -727,7 +625,7 @@ constexpr std::array<std::array<ScanTile, kVectors>, kMicroRows> kScanTile = {
 // What one thread needs to find the k nearest of its rows.
 class TopSearcher {
  public:
-  TopSearcher(const Lists& set, int64_t k, int64_t num_rows)
+  TopSearcher(const Vectors& set, int64_t k, int64_t num_rows)
       : set_(set),
         k_(k),
         quads_(num_quads(set.dim)),
@@ -737,14 +635,12 @@ class TopSearcher {
         rows_(std::min(num_rows, kTopBlockRows)),
         terms_D_(terms_size(set.dim)) {}
 
-  // probes_NI: the lists of each row; null for all lists.
-  void search(const float* x_ND, int64_t num_rows, const int64_t* probes_NI, int64_t num_probes,
-              int64_t* numbers_Nk, float* distances_Nk) {
+  void search(const float* x_ND, int64_t num_rows, int64_t* numbers_Nk, float* distances_Nk) {
     for (int64_t start = 0; start < num_rows; start += kTopBlockRows) {
       const int64_t rows = std::min(kTopBlockRows, num_rows - start);
       x_BD_ = x_ND + start * set_.dim;
       for (int64_t row = 0; row < rows; ++row) begin(row);
-      scan(rows, probes_NI ? probes_NI + start * num_probes : nullptr, num_probes);
+      scan(rows);
       for (int64_t row = 0; row < rows; ++row) {
         raise_floor(row);
         decide(row, numbers_Nk + (start + row) * k_, distances_Nk + (start + row) * k_);
@@ -768,58 +664,34 @@ class TopSearcher {
     top.measured.clear();
   }
 
-  // List by list, so that the rows that probe one share its tiles while they are in the cache.
-  void scan(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
-    if (probes_BI) {
-      sort_probes(num_rows, probes_BI, num_probes);
-      for (int64_t list = 0; list < set_.num_lists; ++list)
-        scan_list(list, &probing_[ends_[list]], ends_[list + 1] - ends_[list]);
-      return;
-    }
-    probing_.resize(num_rows);
-    std::iota(probing_.begin(), probing_.end(), 0);
-    for (int64_t list = 0; list < set_.num_lists; ++list) scan_list(list, probing_.data(), num_rows);
-  }
-
-  // The rows that probe list i stand together, ascending, from ends_[i] to ends_[i + 1].
-  void sort_probes(int64_t num_rows, const int64_t* probes_BI, int64_t num_probes) {
-    const int64_t count = num_rows * num_probes;
-    probing_.resize(count);
-    ends_.assign(set_.num_lists + 2, 0);
-    for (int64_t i = 0; i < count; ++i) ++ends_[probes_BI[i] + 2];
-    std::partial_sum(ends_.begin(), ends_.end(), ends_.begin());
-    for (int64_t row = 0; row < num_rows; ++row)
-      for (int64_t i = row * num_probes; i < (row + 1) * num_probes; ++i)
-        probing_[ends_[probes_BI[i] + 1]++] = static_cast<int32_t>(row);
-  }
-
-  void scan_list(int64_t list, const int32_t* probing, int64_t num_probing) {
-    for (int64_t tile = set_.first_tile_I[list]; tile < set_.first_tile_I[list + 1]; ++tile) {
-      const int64_t first = tile * kTile, left = set_.size_I[list] - (tile - set_.first_tile_I[list]) * kTile;
+  // Tile by tile, so that the rows share one while it is in the cache.
+  void scan(int64_t num_rows) {
+    const int64_t num_tiles = (set_.num_vectors + kTile - 1) / kTile;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t first = tile * kTile;
       const TileView view{set_.packed + first * quads_, set_.offset + first, set_.scale + first,
                           set_.bias + first, first, set_.norm_T[tile], set_.error_T[tile], set_.slack_T[tile]};
       // The next tile comes from memory while this one is in use.
       for (int64_t word = 0; word < quads_ * kTile; word += kLanes)
         _mm_prefetch(view.packed + quads_ * kTile + word, _MM_HINT_T1);
-      const int64_t vectors = std::min(kVectors, (left + kLanes - 1) / kLanes);
-      for (int64_t start = 0; start < num_probing; start += kMicroRows) {
-        const int64_t count = std::min(kMicroRows, num_probing - start);
-        for (int64_t next = start + count; next < std::min(num_probing, start + count + kMicroRows); ++next)
-          for (int64_t q = 0; q < quads_; q += kLanes)
-            _mm_prefetch(&bytes_[probing[next] * quads_ + q], _MM_HINT_T0);
-        const RowBounds* bounds[kMicroRows];
-        TopRow* rows[kMicroRows];
-        const uint32_t* bytes[kMicroRows];
-        for (int64_t r = 0; r < count; ++r) {
-          bounds[r] = &bounds_[probing[start + r]];
-          rows[r] = &rows_[probing[start + r]];
-          bytes[r] = &bytes_[probing[start + r] * quads_];
-        }
-        if (!kScanTile[count - 1][vectors - 1](bounds, rows, bytes, view, quads_)) continue;
-        for (int64_t r = 0; r < count; ++r)
-          if (rows[r]->candidates.size() >= most_) thin_out(probing[start + r]);
-      }
+      const int64_t vectors = std::min(kVectors, (set_.num_vectors - first + kLanes - 1) / kLanes);
+      for (int64_t start = 0; start < num_rows; start += kMicroRows)
+        scan_rows(start, std::min(kMicroRows, num_rows - start), view, vectors);
     }
+  }
+
+  void scan_rows(int64_t start, int64_t count, const TileView& view, int64_t vectors) {
+    const RowBounds* bounds[kMicroRows];
+    TopRow* rows[kMicroRows];
+    const uint32_t* bytes[kMicroRows];
+    for (int64_t r = 0; r < count; ++r) {
+      bounds[r] = &bounds_[start + r];
+      rows[r] = &rows_[start + r];
+      bytes[r] = &bytes_[(start + r) * quads_];
+    }
+    if (!kScanTile[count - 1][vectors - 1](bounds, rows, bytes, view, quads_)) return;
+    for (int64_t r = 0; r < count; ++r)
+      if (rows[r]->candidates.size() >= most_) thin_out(start + r);
   }
 
   void thin_out(int64_t row) {
@@ -877,43 +749,22 @@ class TopSearcher {
     bounds_[row].floor = std::max(bounds_[row].floor, static_cast<float>(floor - std::fabs(floor) * 1e-6));
   }
 
-  // Let the rule order what is left.
   void decide(int64_t row, int64_t* numbers_k, float* distances_k) {
     measure_likeliest(row);
     measure(row, rows_[row].candidates.size());
-    decided_.clear();
-    for (const Rough& measured : rows_[row].measured) {
-      const float* c_D = vector_of(measured.place);
-      const float distance = canonical_distance(x_BD_ + row * set_.dim, c_D, set_.dim, terms_D_.data());
-      decided_.push_back({distance, number_of(measured.place)});
-    }
-    std::sort(decided_.begin(), decided_.end());
-    const int64_t count = static_cast<int64_t>(decided_.size());
-    for (int64_t i = 0; i < k_; ++i) {
-      numbers_k[i] = i < count ? decided_[i].number : -1;
-      distances_k[i] = i < count ? decided_[i].distance : std::numeric_limits<float>::infinity();
-    }
+    decide_nearest(
+        rows_[row].measured, x_BD_ + row * set_.dim, set_.dim, k_, [this](int64_t slot) { return vector_of(slot); },
+        [](int64_t slot) { return slot; }, terms_D_, decided_, numbers_k, distances_k);
   }
 
-  const float* vector_of(int64_t slot) const {
-    const int64_t list = set_.list_T[slot / kTile];
-    return set_.vectors_I[list] + (slot - set_.first_tile_I[list] * kTile) * set_.dim;
-  }
+  const float* vector_of(int64_t slot) const { return set_.vectors_PD + slot * set_.dim; }
 
-  int64_t number_of(int64_t slot) const {
-    const int64_t list = set_.list_T[slot / kTile];
-    const int64_t place = slot - set_.first_tile_I[list] * kTile;
-    return set_.numbers_I[list] ? set_.numbers_I[list][place] : place;
-  }
-
-  const Lists& set_;
+  const Vectors& set_;
   int64_t k_, quads_;
   size_t most_;
   std::vector<uint32_t> bytes_;
   std::vector<RowBounds> bounds_;
   std::vector<TopRow> rows_;
-  std::vector<int32_t> probing_;
-  std::vector<int64_t> ends_;
   std::vector<float> lowers_;
   std::vector<Decided> decided_;
   std::vector<double> terms_D_;
@@ -924,8 +775,8 @@ class TopSearcher {
 
 extern "C" {
 
-void prepare_lists(const Lists* set) {
-  const int64_t quads = num_quads(set->dim), num_tiles = set->first_tile_I[set->num_lists];
+void prepare_top(const Vectors* set) {
+  const int64_t quads = num_quads(set->dim), num_tiles = (set->num_vectors + kTile - 1) / kTile;
   const double gamma = gamma_of(set->dim);
   std::vector<int8_t> steps(quads * kQuad);
   std::fill(set->packed, set->packed + num_tiles * quads * kTile, 0);
@@ -933,36 +784,28 @@ void prepare_lists(const Lists* set) {
   std::fill(set->scale, set->scale + num_tiles * kTile, 0.0f);
   std::fill(set->bias, set->bias + num_tiles * kTile, -std::numeric_limits<float>::infinity());
   for (float* bounds_T : {set->norm_T, set->error_T, set->slack_T}) std::fill(bounds_T, bounds_T + num_tiles, 0.0f);
-  for (int64_t list = 0; list < set->num_lists; ++list) {
-    for (int64_t place = 0; place < set->size_I[list]; ++place) {
-      const int64_t slot = set->first_tile_I[list] * kTile + place, tile = slot / kTile, column = slot % kTile;
-      const float* c_D = set->vectors_I[list] + place * set->dim;
-      const Scaled scaled = scale_vector(c_D, set->centre_D, set->dim, steps.data());
-      set->list_T[tile] = static_cast<int32_t>(list);
-      set->offset[slot] = -128 * scaled.sum;
-      set->scale[slot] = scaled.scale;
-      set->bias[slot] = static_cast<float>(-scaled.square / 2);
-      for (int64_t q = 0; q < quads; ++q)
-        std::memcpy(&set->packed[(tile * quads + q) * kTile + column], &steps[q * kQuad], kQuad);
-      const auto raise = [](float* to, double value) { *to = std::max(*to, static_cast<float>(value * kUp)); };
-      raise(set->norm_T + tile, scaled.norms.vector);
-      raise(set->error_T + tile, scaled.norms.error);
-      raise(set->slack_T + tile, gamma * scaled.square);
-    }
+  for (int64_t slot = 0; slot < set->num_vectors; ++slot) {
+    const int64_t tile = slot / kTile, column = slot % kTile;
+    const Scaled scaled = scale_vector(set->vectors_PD + slot * set->dim, set->centre_D, set->dim, steps.data());
+    set->offset[slot] = -128 * scaled.sum;
+    set->scale[slot] = scaled.scale;
+    set->bias[slot] = static_cast<float>(-scaled.square / 2);
+    for (int64_t q = 0; q < quads; ++q)
+      std::memcpy(&set->packed[(tile * quads + q) * kTile + column], &steps[q * kQuad], kQuad);
+    const auto raise = [](float* to, double value) { *to = std::max(*to, static_cast<float>(value * kUp)); };
+    raise(set->norm_T + tile, scaled.norms.vector);
+    raise(set->error_T + tile, scaled.norms.error);
+    raise(set->slack_T + tile, gamma * scaled.square);
   }
 }
 
-void search_top(const Lists* set, const float* x_ND, int64_t num_rows, int64_t k, const int64_t* probes_NI,
-                int64_t num_probes, int64_t* numbers_Nk, float* distances_Nk, int64_t num_threads) {
-  const int64_t share = probes_NI ? num_probes : set->num_lists;
-  const int64_t slots = set->first_tile_I[set->num_lists] * kTile;
-  const int64_t work = num_rows * slots / std::max<int64_t>(1, set->num_lists) * share * set->dim;
-  const int64_t parts = parts_for(work, num_threads, num_rows);
+void search_top(const Vectors* set, const float* x_ND, int64_t num_rows, int64_t k, int64_t* numbers_Nk,
+                float* distances_Nk, int64_t num_threads) {
+  const int64_t parts = parts_for(num_rows * set->num_vectors * set->dim, num_threads, num_rows);
   run_parts(parts, [=](int64_t part) {
     const int64_t first = num_rows * part / parts, last = num_rows * (part + 1) / parts;
     TopSearcher(*set, k, last - first)
-        .search(x_ND + first * set->dim, last - first, probes_NI ? probes_NI + first * num_probes : nullptr,
-                num_probes, numbers_Nk + first * k, distances_Nk + first * k);
+        .search(x_ND + first * set->dim, last - first, numbers_Nk + first * k, distances_Nk + first * k);
   });
 }
 

@@ -7,11 +7,12 @@ is guaranteed:
 
 - A vector's code depends on nothing but the vector and the index: not on the batch, its order, or
   the number of threads.
-- ``ivf_flat``: the code is the canonical answer over all items of the probed lists. The lists are
-  chosen by the canonical rule too, since faiss's own choice takes another formula from 20 queries
-  on. faiss's float32 distances are off by a known share; a candidate list whose end lies within it
-  of the last neighbour wanted is asked for again, twice as long. Lists that hold too few vectors
-  for a code are joined by as many more.
+- ``ivf_flat``: the code is the canonical answer over those items of the probed lists that count by
+  the integer ``sketch``; where fewer count than a code holds, over all items of these lists, and of
+  more lists where these are too short. The lists are chosen by the canonical rule too, since
+  faiss's own choice takes another formula from 20 queries on. faiss's float32 distances are off by
+  a known share; a candidate list whose end lies within it of the last neighbour wanted is asked
+  for again, twice as long.
 - ``hnsw``: the code is the canonical answer over the ``ef_search`` items that the walk through the
   graph ends with; a walk that ends with too few is replaced by a scan of all vectors.
 - Equal vectors stand in the index once and are spread over their rows afterwards. So duplicates
@@ -20,15 +21,18 @@ is guaranteed:
 - The same pool, settings and seed build the same bytes. faiss links a graph in whatever order its
   threads come, so ``hnsw`` is built by one thread.
 
-The vectors are held once, in the index; the kernels hold a copy rounded to 8 bits beside it (of a
-million vectors of 128 columns 160 MB in 4096 lists).
+The vectors are held once, in the index; their digits (a byte each) beside it, by the kernels or by
+those who search without them.
 
-Shape letters in this file: N items, B items of a block, O open items of a block, P pool rows,
-U distinct vectors, D embedding width, I lists, C candidates per item, T (item, candidate) pairs,
-R some rows, k neighbours.
+Shape letters in this file: N items, B items of a block, O open items of a block, S sampled items,
+P pool rows, U distinct vectors, D embedding width, I lists, M nearest lists of an item,
+C candidates per item, T (item, candidate) pairs, R some rows, k neighbours.
 May import: NumPy, faiss through ``devices``, torch through ``search``.
 """
 
+import copy
+import functools
+import itertools
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -38,8 +42,16 @@ from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings, fold_sum
 from qarm_feast.quantizers.devices import ON_CPU, Gpu, Placement, gpu_owner, load_faiss
 from qarm_feast.quantizers.kmeans import lloyd, sample_rows
-from qarm_feast.quantizers.native import MAX_TOP_DIM, NativeTop, kernels
+from qarm_feast.quantizers.native import MAX_TOP_DIM, NativeSketch, kernels
 from qarm_feast.quantizers.search import NearestSearch, squared_distances
+from qarm_feast.quantizers.sketch import (
+    NUM_NEAR_LISTS,
+    Margins,
+    Sketch,
+    SketchedLists,
+    fitted_margins,
+    leaf_order,
+)
 
 Rows = npt.NDArray[np.int64]
 
@@ -82,17 +94,22 @@ class PoolIndex:
     Args:
         faiss_index: Holds the distinct vectors.
         number_of_row_P: For each pool row the number of its vector in there.
+        sketch: Of an ``ivf_flat`` index; None for ``hnsw``.
         placement: Where an ``ivf_flat`` index is searched.
     """
 
     def __init__(
-        self, faiss_index: Any, number_of_row_P: Rows, placement: Placement = ON_CPU
+        self,
+        faiss_index: Any,
+        number_of_row_P: Rows,
+        sketch: Sketch | None = None,
+        placement: Placement = ON_CPU,
     ) -> None:
         self._faiss_index = faiss_index
         self._number_of_row_P = number_of_row_P
-        is_graph = isinstance(faiss_index, load_faiss().IndexHNSW)
-        self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if is_graph else "ivf_flat"
-        self._index: _Index = _Graph(faiss_index) if is_graph else _Lists(faiss_index, placement)
+        self.kind: Literal["ivf_flat", "hnsw"] = "hnsw" if sketch is None else "ivf_flat"
+        self._ivf = None if sketch is None else _Lists(faiss_index, sketch, placement)
+        self._index: _Index = self._ivf or _Graph(faiss_index)
         self._rows_P = np.argsort(number_of_row_P, kind="stable")
         self._counts_U = np.bincount(number_of_row_P)
         self._starts_U = np.cumsum(self._counts_U) - self._counts_U
@@ -100,25 +117,32 @@ class PoolIndex:
         self._is_one_each = np.array_equal(number_of_row_P, np.arange(len(number_of_row_P)))
 
     @classmethod
-    def from_bytes(cls, payload: bytes, number_of_row_P: Rows, placement: Placement) -> "PoolIndex":
+    def from_bytes(cls, payload: bytes, arrays: Arrays, placement: Placement) -> "PoolIndex":
         """Return a stored index.
 
         Args:
             payload: Bytes of the array ``index``, see :meth:`arrays`; their hash has been checked.
-            number_of_row_P: The array ``pool_vector_numbers``.
+            arrays: The other arrays.
             placement: Where an ``ivf_flat`` index is searched; ``hnsw`` always is on the CPU.
 
         Returns:
             The index.
 
         Raises:
+            CodebookError: If the sketch is missing.
             ConfigError: If the device is cuda and faiss sees no GPU.
             MissingDependencyError: If faiss is not installed.
         """
         faiss = load_faiss()
-        return cls(
-            faiss.deserialize_index(np.frombuffer(payload, np.uint8)), number_of_row_P, placement
-        )
+        index = faiss.deserialize_index(np.frombuffer(payload, np.uint8))
+        is_graph = isinstance(index, faiss.IndexHNSW)
+        if not is_graph and "sketch_axes" not in arrays:
+            raise CodebookError(
+                "this codebook's ivf_flat index has no sketch: it is of an earlier version of "
+                "qarm-feast; train it again with `qarm codebook train`"
+            )
+        numbers_P = arrays["pool_vector_numbers"].astype(np.int64, copy=False)
+        return cls(index, numbers_P, None if is_graph else Sketch.from_arrays(arrays), placement)
 
     @property
     def num_distinct(self) -> int:
@@ -142,8 +166,12 @@ class PoolIndex:
     def settings(self) -> dict[str, int]:
         """What the index was built with and is searched with, for the manifest."""
         index = self._faiss_index
-        if self.kind == "ivf_flat":
-            return {"num_lists": int(index.nlist), "num_probes": self.effort}
+        if self._ivf is not None:
+            return {
+                "num_lists": int(index.nlist),
+                "num_probes": self.effort,
+                **{f"{name}_margin": value for name, value in self._ivf.sketch.margins.named()},
+            }
         return {
             "hnsw_m": int(index.hnsw.nb_neighbors(1)),
             "ef_construction": int(index.hnsw.efConstruction),
@@ -162,11 +190,23 @@ class PoolIndex:
             faiss.omp_set_num_threads(num_threads)
 
     def arrays(self) -> Arrays:
-        """Return faiss's own bytes as ``index``, and ``pool_vector_numbers``, row by row."""
+        """Return faiss's own bytes as ``index``, ``pool_vector_numbers``, and the sketch."""
         return {
             "pool_vector_numbers": self._number_of_row_P,
             "index": load_faiss().serialize_index(self._faiss_index),
+            **(self._ivf.sketch.arrays() if self._ivf is not None else {}),
         }
+
+    def fit_margins(self, x_SD: Embeddings, rows_Sk: Codes, allowed_miss: float) -> None:
+        """Set what counts in an ``ivf_flat`` index by the true neighbours of some queries.
+
+        Args:
+            x_SD: The queries, float32.
+            rows_Sk: The pool rows nearest to them.
+            allowed_miss: Share of such neighbours that the search may miss.
+        """
+        assert self._ivf is not None, "a graph has no sketch"
+        self._ivf.fit_margins(x_SD, self._number_of_row_P[rows_Sk], allowed_miss)
 
     def vectors(self, rows_R: Rows) -> Embeddings:
         """Return the vectors of some pool rows, float32 ``[R, D]``."""
@@ -225,9 +265,9 @@ class PoolIndex:
 
 
 class _Lists:
-    """Candidates of an IVF-Flat index: a scan of the lists whose centroids are nearest."""
+    """Candidates of an IVF-Flat index: what counts of the lists whose centroids are nearest."""
 
-    def __init__(self, index: Any, placement: Placement) -> None:
+    def __init__(self, index: Any, sketch: Sketch, placement: Placement) -> None:
         self._index = index
         # Candidates are read back by number, which needs to know where each vector lies.
         index.make_direct_map()
@@ -236,7 +276,9 @@ class _Lists:
         self._coarse = NearestSearch(index.quantizer.reconstruct_n(0, index.nlist))
         self._placement = placement
         self._gpu_copy = _GpuCopy(index, placement.gpu) if placement.has_gpu() else None
-        self._native = self._native_lists() if self._gpu_copy is None else None
+        self._vectors_I, self._numbers_I = _list_memory(index)
+        self.sketch = sketch
+        self._native = self._native_sketch() if self._gpu_copy is None else None
 
     def vectors(self, numbers_R: Rows) -> Embeddings:
         vectors_RD: Embeddings = self._index.reconstruct_batch(numbers_R)
@@ -244,55 +286,78 @@ class _Lists:
 
     def candidates(self, x_BD: Embeddings, k: int) -> tuple[Codes, Embeddings | None]:
         num_probes = min(self._index.nprobe, self._index.nlist)
+        num_near = min(NUM_NEAR_LISTS, num_probes)
+        lists_BI, near_BM = self._coarse.choose(x_BD, (num_probes, num_near))
+        distances_BC: Embeddings | None = None
         if self._native is not None:
-            return self._nearest(self._native, x_BD, k, num_probes)
-        return self._candidates(x_BD, k, k + _NUM_SPARE, num_probes), None
+            margins = self.sketch.margins
+            numbers_BC, distances_BC = self._native.search(x_BD, k, lists_BI, near_BM, margins)
+        else:
+            counting = _Counting(self._lists, self.sketch, x_BD, near_BM)
+            numbers_BC = self._candidates(x_BD, k, k + _NUM_SPARE, lists_BI, counting)
+        is_short_B = (numbers_BC >= 0).sum(axis=1) < k
+        if not is_short_B.any():
+            return numbers_BC, distances_BC
+        # Too few count: then all of the lists do, and of more lists where these are too short.
+        wider = self._candidates(x_BD[is_short_B], k, k + _NUM_SPARE, lists_BI[is_short_B])
+        return _replaced(numbers_BC, is_short_B, wider), None
 
-    def _native_lists(self) -> NativeTop | None:
+    def fit_margins(self, x_SD: Embeddings, numbers_Sk: Codes, allowed_miss: float) -> None:
+        """See :meth:`PoolIndex.fit_margins`."""
+        rank = numbers_Sk.shape[1]
+        self.sketch = self.sketch.with_margins(Margins(rank))
+        digits_SD, _ = self.sketch.digits(x_SD)
+        num_near = min(NUM_NEAR_LISTS, self._index.nlist)
+        (near_SM,) = self._coarse.choose(x_SD, (num_near,))
+        gaps = self._new_lists().gaps(digits_SD, numbers_Sk, near_SM, rank)
+        self.sketch = self.sketch.with_margins(fitted_margins(gaps, rank, allowed_miss))
+
+    @functools.cached_property
+    def _lists(self) -> SketchedLists:
+        """The digits, for those who search without the kernels, which hold a copy of their own."""
+        return self._new_lists()
+
+    def _new_lists(self) -> SketchedLists:
+        return SketchedLists(self.sketch, self._vectors_I, self._numbers_I)
+
+    def _native_sketch(self) -> NativeSketch | None:
         library = kernels()
         if library is None or self._index.d > MAX_TOP_DIM:
             return None
-        lists, rev_swig_ptr = self._index.invlists, load_faiss().rev_swig_ptr
-        sizes = [lists.list_size(number) for number in range(lists.nlist)]
-        # Views of faiss's own memory, which the index keeps where it is: nothing is added any more.
-        vectors = [
-            rev_swig_ptr(lists.get_codes(number), size * lists.code_size).view(np.float32)
-            for number, size in enumerate(sizes)
-        ]
-        numbers = [rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes)]
-        rows = [vectors_R.reshape(-1, self._index.d) for vectors_R in vectors]
-        return NativeTop(library, rows, numbers, self._coarse.centre_D)
+        return NativeSketch(library, self._new_lists(), self._vectors_I, self._numbers_I)
 
-    def _nearest(
-        self, native: NativeTop, x_BD: Embeddings, k: int, num_probes: int
-    ) -> tuple[Codes, Embeddings]:
-        """Return the k nearest of the probed lists, in order; short lists are joined by more."""
-        lists_BI = self._coarse.choose(x_BD, num_probes)
-        numbers_Bk, distances_Bk = native.search(x_BD, k, lists_BI)
-        is_short_B = numbers_Bk[:, -1] < 0
-        if is_short_B.any():
-            probes = min(2 * num_probes, self._index.nlist)
-            found = self._nearest(native, x_BD[is_short_B], k, probes)
-            numbers_Bk[is_short_B], distances_Bk[is_short_B] = found
-        return numbers_Bk, distances_Bk
+    def _candidates(
+        self,
+        x_BD: Embeddings,
+        k: int,
+        num_wanted: int,
+        lists_BI: Codes,
+        counting: "_Counting | None" = None,
+    ) -> Codes:
+        """Return at least k candidates per row, of what counts; without a sketch, of all.
 
-    def _candidates(self, x_BD: Embeddings, k: int, num_wanted: int, num_probes: int) -> Codes:
-        lists_BI = self._coarse.search(x_BD, num_probes)
+        Where too few count the row ends with -1; without a sketch more lists are probed.
+        """
         distances_BC, numbers_BC = self._scan(x_BD, lists_BI, num_wanted)
+        is_end_B = (numbers_BC[:, -1] < 0) | (num_wanted >= self._index.ntotal)
+        last_B = distances_BC[:, -1]
+        if counting is not None:
+            distances_BC, numbers_BC = counting.sift(distances_BC, numbers_BC)
         is_short_B = (numbers_BC >= 0).sum(axis=1) < k
         slack = 4 * (x_BD.shape[1] + 8) * _FLOAT32_ROUNDOFF
         limit_B = distances_BC[:, k - 1].astype(np.float64) * (1 + slack) + _SMALLEST_DISTANCE
         # A vector beyond the end of the list might still be nearer by the rule, or as near.
-        is_end_B = (numbers_BC[:, -1] < 0) | (num_wanted >= self._index.ntotal)
-        is_cut_B = ~is_end_B & (distances_BC[:, -1] <= limit_B)
-        for is_open_B, wanted, probes in (
-            (is_short_B, num_wanted, min(2 * num_probes, self._index.nlist)),
-            (is_cut_B & ~is_short_B, 2 * num_wanted, num_probes),
-        ):
-            if is_open_B.any():
-                wider_OC = self._candidates(x_BD[is_open_B], k, wanted, probes)
-                numbers_BC = _widened(numbers_BC, wider_OC.shape[1])
-                numbers_BC[is_open_B] = _widened(wider_OC, numbers_BC.shape[1])
+        is_cut_B = ~is_end_B & (is_short_B | (last_B <= limit_B))
+        if is_cut_B.any():
+            part = None if counting is None else counting.of(is_cut_B)
+            wider = self._candidates(x_BD[is_cut_B], k, 2 * num_wanted, lists_BI[is_cut_B], part)
+            numbers_BC = _replaced(numbers_BC, is_cut_B, wider)
+        is_out_B = is_short_B & is_end_B
+        if counting is None and is_out_B.any():
+            probes = min(2 * lists_BI.shape[1], self._index.nlist)
+            (more_BI,) = self._coarse.choose(x_BD[is_out_B], (probes,))
+            wider = self._candidates(x_BD[is_out_B], k, num_wanted, more_BI)
+            numbers_BC = _replaced(numbers_BC, is_out_B, wider)
         return numbers_BC
 
     def _scan(self, x_BD: Embeddings, lists_BI: Codes, num_wanted: int) -> tuple[Embeddings, Codes]:
@@ -306,6 +371,36 @@ class _Lists:
                 self._placement.gpu_lost(error)
                 self._gpu_copy = None
         return _scan(self._index, x_BD, lists_BI, num_wanted)
+
+
+class _Counting:
+    """Which candidates of some queries count."""
+
+    def __init__(
+        self, lists: SketchedLists, sketch: Sketch, x_BD: Embeddings, near_BM: Codes
+    ) -> None:
+        self._lists = lists
+        self._digits_BD, _ = sketch.digits(x_BD)
+        self._limits_3B = lists.limits(self._digits_BD, near_BM, sketch.margins)
+
+    def of(self, is_chosen_B: npt.NDArray[np.bool_]) -> "_Counting":
+        """Return the same for some of the queries."""
+        chosen = copy.copy(self)
+        chosen._digits_BD = self._digits_BD[is_chosen_B]
+        chosen._limits_3B = self._limits_3B[:, is_chosen_B]
+        return chosen
+
+    def sift(self, distances_BC: Embeddings, numbers_BC: Codes) -> tuple[Embeddings, Codes]:
+        """Return what counts of ascending candidates in order; -1 and infinity at the end."""
+        scores_3BC = self._lists.scores(self._digits_BD, numbers_BC)
+        counts_BC = (scores_3BC >= self._limits_3B[:, :, None]).all(axis=0) & (numbers_BC >= 0)
+        order_BC = np.argsort(~counts_BC, axis=1, kind="stable")
+        distances_BC = np.where(counts_BC, distances_BC, np.inf).astype(np.float32)
+        numbers_BC = np.where(counts_BC, numbers_BC, -1)
+        return (
+            np.take_along_axis(distances_BC, order_BC, axis=1),
+            np.take_along_axis(numbers_BC, order_BC, axis=1),
+        )
 
 
 class _Graph:
@@ -369,12 +464,13 @@ def build_lists(x_PD: Embeddings, num_lists: int | Literal["auto"], seed: int) -
             "vectors; lower it or set it to auto"
         )
     coarse_ID = _coarse_centroids(x_PD, rows_U, size, seed)
+    sketch = Sketch.fit(x_PD)
     quantizer = faiss.IndexFlatL2(x_PD.shape[1])
     quantizer.add(coarse_ID)
     index = faiss.IndexIVFFlat(quantizer, x_PD.shape[1], size)
     index.is_trained = True
-    _add_by_list(index, x_PD, rows_U, coarse_ID)
-    return PoolIndex(index, number_of_row_P)
+    _add_by_list(index, x_PD, rows_U, coarse_ID, sketch)
+    return PoolIndex(index, number_of_row_P, sketch)
 
 
 def build_graph(
@@ -436,6 +532,27 @@ def _by_query(query_S: Rows, keys_S: Rows, num_queries: int) -> Rows:
     keys_BC = np.full((num_queries, counts_B.max(initial=0)), _NO_KEY)
     keys_BC[query_S, np.arange(len(query_S)) - starts_B[query_S]] = keys_S
     return keys_BC
+
+
+def _replaced(numbers_BC: Codes, is_open_B: npt.NDArray[np.bool_], wider_OC: Codes) -> Codes:
+    numbers_BC = _widened(numbers_BC, wider_OC.shape[1])
+    numbers_BC[is_open_B] = _widened(wider_OC, numbers_BC.shape[1])
+    return numbers_BC
+
+
+def _list_memory(index: Any) -> tuple[list[Embeddings], list[Rows]]:
+    """Return vectors and numbers of each list, as views of faiss's own memory.
+
+    The index keeps it where it is: nothing is added any more.
+    """
+    lists, rev_swig_ptr = index.invlists, load_faiss().rev_swig_ptr
+    vectors_I, numbers_I = [], []
+    for number in range(lists.nlist):
+        size = lists.list_size(number)
+        codes = rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+        vectors_I.append(codes.view(np.float32).reshape(size, index.d))
+        numbers_I.append(rev_swig_ptr(lists.get_ids(number), size))
+    return vectors_I, numbers_I
 
 
 def _widened(numbers_BC: Codes, width: int) -> Codes:
@@ -500,10 +617,12 @@ def _coarse_centroids(x_PD: Embeddings, rows_U: Rows, num_lists: int, seed: int)
     return lloyd(x_PD[rows_U[sample]], centroids_ID, _LAST_LIST_ITERATIONS)
 
 
-def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddings) -> None:
+def _add_by_list(
+    index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddings, sketch: Sketch
+) -> None:
     """Put each distinct vector into the list of its nearest centroid, list after list.
 
-    In this order a list's memory is asked for once, not grown; inside a list numbers ascend.
+    So a list's memory is asked for once, not grown; a list is in the order of its leaves.
     """
     faiss = load_faiss()
     coarse = NearestSearch(coarse_ID)
@@ -513,7 +632,13 @@ def _add_by_list(index: Any, x_PD: Embeddings, rows_U: Rows, coarse_ID: Embeddin
     ]
     lists_U = np.concatenate(blocks)
     order_U = np.argsort(lists_U, kind="stable")
-    for start in range(0, len(order_U), _ROWS_PER_BLOCK):
-        numbers_B = order_U[start : start + _ROWS_PER_BLOCK]
-        x_BD, lists_B = np.ascontiguousarray(x_PD[rows_U[numbers_B]]), lists_U[numbers_B]
-        index.add_core(len(x_BD), *map(faiss.swig_ptr, (x_BD, numbers_B, lists_B)))
+    starts_I = np.searchsorted(lists_U[order_U], np.arange(len(coarse_ID) + 1))
+    for number, (start, end) in enumerate(itertools.pairwise(starts_I)):
+        if start == end:
+            continue
+        numbers_R = order_U[start:end]
+        x_RD = x_PD[rows_U[numbers_R]]
+        order_R = leaf_order(sketch.digits(x_RD)[0])
+        x_RD, numbers_R = np.ascontiguousarray(x_RD[order_R]), numbers_R[order_R]
+        lists_R = np.full(len(order_R), number)
+        index.add_core(len(x_RD), *map(faiss.swig_ptr, (x_RD, numbers_R, lists_R)))

@@ -26,7 +26,7 @@ May import: NumPy, torch. The one file that multiplies matrices.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -108,28 +108,28 @@ class NearestSearch:
         if k == 1 and self._native is not None:
             codes_Nk = self._native.search(_tensor(x_ND))[:, None]
         elif k > 1 and self._native_top is not None:
-            return self._native_top.search(np.ascontiguousarray(x_ND), k)[0]
+            return self._native_top.search(np.ascontiguousarray(x_ND), k)
         else:
             codes_Nk = self._search(_tensor(x_ND), k)
         result: Codes = codes_Nk.numpy()
         return result
 
-    def choose(self, x_ND: Embeddings, k: int) -> Codes:
-        """Return the k nearest centroids of each row in no particular order.
+    def choose(self, x_ND: Embeddings, sizes: Sequence[int]) -> list[Codes]:
+        """Return the nearest centroids of each row in no particular order.
 
-        Cheaper than :meth:`search` for a k in the hundreds: most centroids need no exact distance.
+        Cheaper than :meth:`search`: most centroids need no exact distance.
 
         Args:
             x_ND: Checked vectors, float32.
-            k: How many to return per row, at most K.
+            sizes: How many to return per row, each at most K; several share one product.
 
         Returns:
-            Indices of shape ``[N, k]``, int64.
+            For each size k indices of shape ``[N, k]``, int64.
         """
         if self._native is None:
-            return self.search(x_ND, k)
-        codes_Nk: Codes = self._native.choose(_tensor(x_ND), k).numpy()
-        return codes_Nk
+            codes_NM = self.search(x_ND, max(sizes))
+            return [codes_NM[:, :k] for k in sizes]
+        return self._native.choose(_tensor(x_ND), sizes)
 
     def subtract_nearest(self, residual_ND: Embeddings) -> Codes:
         """Replace each row by what its nearest centroid leaves over, and return those centroids.
@@ -183,13 +183,7 @@ class NearestSearch:
         library = kernels() if self._device.type == "cpu" else None
         if library is None or self._centroids_KD.shape[1] > MAX_TOP_DIM:
             return None
-        return NativeTop(library, [self._centroids_KD.numpy()], None, self._centre_D.numpy())
-
-    @property
-    def centre_D(self) -> Embeddings:  # noqa: N802 - a shape suffix, as elsewhere
-        """A point in the midst of the centroids, float32."""
-        centre_D: Embeddings = self._centre_D.cpu().numpy()
-        return centre_D
+        return NativeTop(library, self._centroids_KD.numpy(), self._centre_D.numpy())
 
     @functools.cached_property
     def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -186,8 +186,7 @@ class NeighborQuantizer:
                 arrays["pool_vectors"].astype(np.float32, copy=False), placement
             )
         else:
-            numbers_P = arrays["pool_vector_numbers"].astype(np.int64, copy=False)
-            quantizer._search = PoolIndex.from_bytes(index, numbers_P, placement)
+            quantizer._search = PoolIndex.from_bytes(index, arrays, placement)
         return quantizer
 
     @property
@@ -349,7 +348,7 @@ class NeighborQuantizer:
     def arrays(self) -> Arrays:
         """Return ``pool_item_ids``, row by row, and what the search stores.
 
-        That is ``pool_vectors``, or ``index`` (bytes) and ``pool_vector_numbers``.
+        That is ``pool_vectors``, or ``index`` (bytes), ``pool_vector_numbers`` and the sketch.
         """
         return {**self._trained().arrays(), "pool_item_ids": self.pool_item_ids_P}
 
@@ -370,6 +369,10 @@ class _RecallSample:
         self._num_neighbors = num_neighbors
         exact_Sk = _exact_rows(self._x_SD, x_PD, searched_rows_R, num_neighbors + 1)
         self._exact_Sk = self._own_left_out(exact_Sk)
+
+    def fit_margins(self, index: PoolIndex, allowed_miss: float) -> None:
+        """Let these neighbours count, but for a part of the share that may be missed."""
+        index.fit_margins(self._x_SD, self._exact_Sk, allowed_miss)
 
     def recall(self, index: PoolIndex, effort: int) -> tuple[float, float]:
         """Return the share of exact neighbours that ``index`` finds, and its standard error."""
@@ -400,6 +403,7 @@ def _built_lists(x_PD: Embeddings, config: VqConfig) -> tuple[PoolSearch, float]
     rows_P = np.arange(len(x_PD))
     queries_S = sample_rows(len(x_PD), _NUM_RECALL_QUERIES, np.random.default_rng(config.seed))
     sample = _RecallSample(x_PD, queries_S, rows_P, config.num_neighbors)
+    sample.fit_margins(index, 1 - config.min_recall)
     bounds = 1, most
     recall, is_enough = _set_effort(index, sample, config.min_recall, config.num_probes, bounds)
     if config.search == "auto" and not is_enough:

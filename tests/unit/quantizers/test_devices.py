@@ -129,7 +129,7 @@ def _index_with_a_lost_copy(placement: Placement, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pool_index, "_GpuCopy", lambda *_: SimpleNamespace(scan=scan))
     x_PD = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
     arrays = build_lists(x_PD, 4, seed=0).arrays()
-    return PoolIndex.from_bytes(arrays["index"].tobytes(), arrays["pool_vector_numbers"], placement)
+    return PoolIndex.from_bytes(arrays["index"].tobytes(), arrays, placement)
 
 
 @pytest.mark.parametrize("enable_cpu_fallback", [False, True])

@@ -9,7 +9,6 @@ import torch
 
 from qarm_feast.quantizers import native, pool_index, search
 from qarm_feast.quantizers.devices import ON_CPU
-from qarm_feast.quantizers.native import NativeTop
 from qarm_feast.quantizers.pool_index import PoolIndex, build_lists
 from qarm_feast.quantizers.search import NearestSearch
 
@@ -91,12 +90,6 @@ def _vectors(generate: object, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return x_ND, x_PD
 
 
-def _in_lists(x_PD: np.ndarray, list_of_row_P: np.ndarray, num_lists: int) -> NativeTop:
-    members = [np.flatnonzero(list_of_row_P == number) for number in range(num_lists)]
-    rows = [np.ascontiguousarray(x_PD[numbers]) for numbers in members]
-    return NativeTop(native.kernels(), rows, members, np.median(x_PD, axis=0))
-
-
 @every_kind
 @every_width
 @pytest.mark.parametrize("k", [2, 26, 100, NUM_VECTORS])
@@ -118,35 +111,10 @@ def test_chosen_centroids_are_the_k_nearest_in_any_order(
 ) -> None:
     x_ND, x_PD = _vectors(generate, dim)
 
-    chosen_Nk = NearestSearch(x_PD).choose(x_ND, k)
+    (chosen_Nk,) = NearestSearch(x_PD).choose(x_ND, (k,))
 
     expected_Nk = np.sort(reference.nearest(x_ND, x_PD, k), axis=1)
     np.testing.assert_array_equal(np.sort(chosen_Nk, axis=1), expected_Nk)
-
-
-@every_kind
-@every_width
-@pytest.mark.usefixtures("num_threads")
-def test_the_nearest_of_some_lists_follow_the_rule_and_stop_where_the_lists_end(
-    generate: object, dim: int
-) -> None:
-    x_ND, x_PD = _vectors(generate, dim)
-    rng = np.random.default_rng(1)
-    list_of_row_P = rng.integers(1, 8, size=NUM_VECTORS)  # list 0 is empty
-    lists_NI = np.stack([rng.permutation(8)[:3] for _ in x_ND])
-
-    numbers_Nk, distances_Nk = _in_lists(x_PD, list_of_row_P, 8).search(x_ND, 110, lists_NI)
-
-    for x_D, probed, numbers, distances in zip(
-        x_ND, lists_NI, numbers_Nk, distances_Nk, strict=True
-    ):
-        members = np.flatnonzero(np.isin(list_of_row_P, probed))
-        size = min(110, len(members))
-        expected = members[reference.nearest(x_D[None], x_PD[members], size)[0]]
-        assert numbers.tolist() == [*expected, *[-1] * (110 - size)]
-        expected_distances = reference.distances(x_D, x_PD[expected])
-        np.testing.assert_array_equal(distances[:size], expected_distances)
-        assert np.isinf(distances[size:]).all()
 
 
 def test_a_row_has_the_same_nearest_in_a_batch_of_any_size() -> None:
@@ -190,7 +158,7 @@ def test_an_index_gives_the_same_codes_with_and_without_kernels(
 
     monkeypatch.setattr(search, "kernels", lambda: None)
     monkeypatch.setattr(pool_index, "kernels", lambda: None)
-    loaded = PoolIndex.from_bytes(arrays["index"].tobytes(), arrays["pool_vector_numbers"], ON_CPU)
+    loaded = PoolIndex.from_bytes(arrays["index"].tobytes(), arrays, ON_CPU)
 
     np.testing.assert_array_equal(loaded.search(x_ND, 30), with_kernels_Nk)
     assert built._index._native is not None
