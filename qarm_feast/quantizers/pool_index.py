@@ -608,13 +608,21 @@ def _auto_num_lists(num_distinct: int) -> int:
 
 def _coarse_centroids(x_PD: Embeddings, rows_U: Rows, num_lists: int, seed: int) -> Embeddings:
     generator = np.random.default_rng(seed)
-    sample = sample_rows(len(rows_U), _FEW_POINTS_PER_LIST * num_lists, generator)
-    points_RD = x_PD[rows_U[sample]]
-    start_ID = points_RD[sample_rows(len(points_RD), num_lists, generator)]
-    centroids_ID = lloyd(points_RD, start_ID, _FIRST_LIST_ITERATIONS)
+    few_RD = _sampled(x_PD, rows_U, _FEW_POINTS_PER_LIST * num_lists, generator)
+    start_ID = few_RD[sample_rows(len(few_RD), num_lists, generator)]
+    centroids_ID = lloyd(few_RD, start_ID, _FIRST_LIST_ITERATIONS)
+    del few_RD
     # Fitted to more of the vectors that will lie in the lists: fewer lists for the same recall.
-    sample = sample_rows(len(rows_U), _MANY_POINTS_PER_LIST * num_lists, generator)
-    return lloyd(x_PD[rows_U[sample]], centroids_ID, _LAST_LIST_ITERATIONS)
+    many_RD = _sampled(x_PD, rows_U, _MANY_POINTS_PER_LIST * num_lists, generator)
+    return lloyd(many_RD, centroids_ID, _LAST_LIST_ITERATIONS)
+
+
+def _sampled(
+    x_PD: Embeddings, rows_U: Rows, size: int, generator: np.random.Generator
+) -> Embeddings:
+    rows_R = rows_U[sample_rows(len(rows_U), size, generator)]
+    # All of a large pool: a copy would take as much again.
+    return x_PD if len(rows_R) == len(x_PD) else x_PD[rows_R]
 
 
 def _add_by_list(
