@@ -10,7 +10,7 @@ import torch
 
 from qarm_feast.errors import ConfigError, GpuLostError
 from qarm_feast.observability import GPU_LOST
-from qarm_feast.quantizers import devices, pool_index
+from qarm_feast.quantizers import devices, ivf_lists
 from qarm_feast.quantizers.devices import (
     Gpu,
     GpuBackend,
@@ -126,7 +126,7 @@ def _index_with_a_lost_copy(placement: Placement, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(Placement, "has_gpu", lambda _: True)
-    monkeypatch.setattr(pool_index, "_GpuCopy", lambda *_: SimpleNamespace(scan=scan))
+    monkeypatch.setattr(ivf_lists, "_GpuCopy", lambda *_: SimpleNamespace(scan=scan))
     x_PD = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
     arrays = build_lists(x_PD, 4, seed=0).arrays()
     return PoolIndex.from_bytes(arrays["index"].tobytes(), arrays, placement)

@@ -7,7 +7,7 @@ import numpy_reference as reference
 import pytest
 import torch
 
-from qarm_feast.quantizers import native, pool_index, search
+from qarm_feast.quantizers import ivf_lists, native, search
 from qarm_feast.quantizers.devices import ON_CPU
 from qarm_feast.quantizers.pool_index import PoolIndex, build_lists
 from qarm_feast.quantizers.search import NearestSearch
@@ -157,7 +157,7 @@ def test_an_index_gives_the_same_codes_with_and_without_kernels(
     arrays = built.arrays()
 
     monkeypatch.setattr(search, "kernels", lambda: None)
-    monkeypatch.setattr(pool_index, "kernels", lambda: None)
+    monkeypatch.setattr(ivf_lists, "kernels", lambda: None)
     loaded = PoolIndex.from_bytes(arrays["index"].tobytes(), arrays, ON_CPU)
 
     np.testing.assert_array_equal(loaded.search(x_ND, 30), with_kernels_Nk)

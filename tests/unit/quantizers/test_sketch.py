@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qarm_feast.errors import CodebookError
-from qarm_feast.quantizers import native, pool_index, search
+from qarm_feast.quantizers import ivf_lists, native, search
 from qarm_feast.quantizers.devices import ON_CPU
 from qarm_feast.quantizers.pool_index import PoolIndex, build_lists
 from qarm_feast.quantizers.sketch import (
@@ -200,7 +200,7 @@ def _without_kernels(index: PoolIndex, monkeypatch: pytest.MonkeyPatch) -> PoolI
     arrays = index.arrays()
     with monkeypatch.context() as patch:
         patch.setattr(search, "kernels", lambda: None)
-        patch.setattr(pool_index, "kernels", lambda: None)
+        patch.setattr(ivf_lists, "kernels", lambda: None)
         return PoolIndex.from_bytes(arrays["index"].tobytes(), arrays, ON_CPU)
 
 
