@@ -184,7 +184,8 @@ class CodeLog:
             )
         schema = read_schema(part)
         logger.warning("offline_seed_damaged path=%s reason=%r schema_of=%s", seed, reason, part)
-        with contextlib.suppress(PermissionError):
+        # A reader on a read-only mount, or a full disk: the read goes on without it.
+        with contextlib.suppress(OSError):
             _write_seed(seed, schema)
         return schema
 

@@ -179,8 +179,11 @@ def list_days(log_dir: Path) -> list[str]:
 
 
 def list_day(day: str | Path) -> list[str]:
-    """Return the paths of the parts of one day that count, in no order."""
-    found = {entry.name for entry in os.scandir(day) if is_part(entry.name)}
+    """Return the paths of the parts of one day that count, in no order; none if it is gone."""
+    try:
+        found = {entry.name for entry in os.scandir(day) if is_part(entry.name)}
+    except FileNotFoundError:
+        return []
     replaced: set[str] = set()
     for name in found:
         if name.startswith(MERGED_PREFIX):
@@ -290,7 +293,8 @@ def _read_streams(
 ) -> list[pa.Table]:
     wanted = schema.names if columns is None else list(columns)
 
-    # A part holds the log's schema, then one batch: not parsing it again is a third of the time.
+    # A part holds the log's schema, then one batch: not parsing the former again is a third of
+    # the time.
     head = schema.serialize().to_pybytes()
 
     def read_block(first: int) -> pa.Table:
@@ -319,8 +323,10 @@ def _read_verified(path: str) -> bytes:
 
 def _decode(content: bytes, head: bytes, schema: pa.Schema) -> list[pa.RecordBatch]:
     if content.startswith(head):
-        return [pa.ipc.read_record_batch(pa.py_buffer(content)[len(head) :], schema)]
-    # Another release of pyarrow may spell the same schema otherwise.
+        message = pa.ipc.read_message(pa.py_buffer(content)[len(head) :])
+        if message.type == "record batch":
+            return [pa.ipc.read_record_batch(message, schema)]
+    # Dictionaries come before the batch; another release of pyarrow may spell a schema otherwise.
     return list(pa.ipc.open_stream(content))
 
 
@@ -359,7 +365,29 @@ def is_damage(error: Exception) -> bool:
 
 def is_gone(error: Exception) -> bool:
     """Return whether an error says that a part was deleted, on a network mount while open."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
+    # pyarrow raises some of the first kind without a number.
+    is_stale = isinstance(error, OSError) and error.errno == errno.ESTALE
+    return is_stale or isinstance(error, FileNotFoundError)
+
+
+def unpacked_bytes(path: str) -> int:
+    """Return about how many bytes the rows of a part take in memory.
+
+    Args:
+        path: A part.
+
+    Returns:
+        Those of the Arrow stream, or of the parquet pages before compression.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        OSError: If its footer cannot be read, or makes no sense.
+        pa.ArrowInvalid: If its footer makes no sense.
+    """
+    if is_stream(path):
+        return os.stat(path).st_size
+    footer = pq.read_metadata(path)
+    return sum(footer.row_group(group).total_byte_size for group in range(footer.num_row_groups))
 
 
 def read_schema(path: str) -> pa.Schema:
@@ -429,7 +457,8 @@ def quarantine(path: str, reason: str) -> bool:
     except OSError as error:
         logger.warning("offline_part_left_out path=%s reason=%r error=%r", path, reason, str(error))
         return False
-    logger.warning("offline_part_quarantined path=%s reason=%r", target, reason)
+    # An error: unless the parts that it was merged of are still there, its rows are lost.
+    logger.error("offline_part_quarantined path=%s reason=%r", target, reason)
     return True
 
 

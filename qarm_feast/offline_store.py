@@ -1,4 +1,4 @@
-"""``CodeLogOfflineStore``: Feast's offline store over append-only logs of parquet parts.
+"""``CodeLogOfflineStore``: Feast's offline store over append-only logs of Arrow and parquet parts.
 
 Named in ``feature_store.yaml`` as ``type: qarm_feast.offline_store.CodeLogOfflineStore``. It keeps
 every row of the entity frame and its order, compares times to the microsecond, keeps lists as

@@ -214,3 +214,12 @@ def test_the_seed_is_a_plain_parquet_file_that_other_tools_read(tmp_path: Path) 
 def test_an_object_store_root_is_refused_with_the_key_to_set() -> None:
     with pytest.raises(ConfigError, match=r"offline_store\.uri"):
         CodeLog("s3://bucket/offline")
+
+
+def test_columns_with_a_dictionary_are_read_back(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    for texts in (["x", "y", "x"], ["z"]):
+        colors = pa.array(texts).dictionary_encode()
+        log.append("codes", pa.table({"color": colors}), written_at=NOON)
+
+    assert sorted(log.read("codes")["color"].to_pylist()) == ["x", "x", "y", "z"]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from qarm_feast import log_parts, schema
+from qarm_feast import code_log, log_parts, schema
 from qarm_feast.cli import qarm
 from qarm_feast.code_log import SEED_PART, CodeLog
 from qarm_feast.compaction import Compactor, log_states
@@ -242,6 +242,21 @@ def test_a_damaged_seed_is_made_good_from_a_part(
     assert log.read("codes").num_rows == 3
     assert CodeLog(tmp_path).schema("codes") == PLAIN
     assert caplog.text.count("offline_seed_damaged") == 1
+
+
+def test_a_damaged_seed_on_a_read_only_mount_does_not_end_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(tmp_path)
+    log.append("codes", rows(0, 3), written_at=NOON)
+    damage(tmp_path / "codes" / SEED_PART, cut)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(code_log, "replace_file", refuse)
+
+    assert log.read("codes").num_rows == 3
 
 
 def test_a_damaged_seed_of_a_log_without_rows_is_an_error_that_names_it(tmp_path: Path) -> None:
