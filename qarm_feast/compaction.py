@@ -36,7 +36,7 @@ from qarm_feast.artifact import replace_file, sync_folder
 from qarm_feast.code_log import SEED_PART, CodeLog
 from qarm_feast.config import Section
 from qarm_feast.erasure import Marks, read_marks, without_marked
-from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.errors import DataError, ServiceUnavailableError
 from qarm_feast.log_parts import (
     DamagedPartError,
     find_damage,
@@ -55,6 +55,7 @@ from qarm_feast.log_parts import (
     read_replaced,
     replaces_path,
     set_aside_damaged,
+    unpacked_bytes,
     write_merged,
 )
 from qarm_feast.observability import OFFLINE_MERGED_PARTS
@@ -79,8 +80,8 @@ _SEARCHED_NAME = ".erased_rows_searched"
 _STALE_WRITE_SECONDS = 3600.0
 """No append takes as long; its temporary file is then of a process that was killed."""
 _ROW = "row_number"
-_STREAM_SHRINKAGE = 4
-"""Bytes of code rows in an Arrow stream over those in compressed parquet."""
+_SHRINKAGE = 4
+"""Bytes of code rows in memory, or in an Arrow stream, over those in compressed parquet."""
 _KEY_OF_LOG = {
     CONTENT_LOG: (ITEM_ID, EVENT_TIMESTAMP, "content_hash", "topic", "partition", "offset"),
     USER_ERASURE_LOG: (USER_ID, EVENT_TIMESTAMP),
@@ -112,7 +113,8 @@ class CompactionConfig(Section):
     target_part_bytes: int = Field(
         default=67_108_864,
         gt=0,
-        description="Most bytes that one merge writes; its memory is some fifteen times as much.",
+        description="Most bytes that one merge writes, and a quarter of the most that it unpacks; "
+        "its memory is some fifteen times as much.",
     )
     min_growth: float = Field(
         default=4.0, ge=1, description="A merge makes a part so many times as large as its largest."
@@ -203,21 +205,36 @@ class Compactor:
         Raises:
             ServiceUnavailableError: If another process is compacting all that time.
             DataError: If a part that was just written reads back wrong.
-            OSError: If the system cannot read or write a file.
+            OSError: If the system cannot read or write a file. The other logs are compacted.
         """
         counts = CompactionCounts()
         with self._lock(wait_seconds):
             started = self._clock()
-            is_erasing = started - self._last_search() >= erasure_interval_seconds
-            for name in self._log.names():
+            # Distances, here and below: a clock that was ahead for a while holds up nothing.
+            is_erasing = abs(started - self._last_search()) >= erasure_interval_seconds
+            failed = self._compact_each(is_full, is_erasing, counts)
+            if is_erasing and INTERACTION_LOG not in failed and not self._should_stop():
+                replace_file(self._log.root / _SEARCHED_NAME, b"")
+                os.utime(self._log.root / _SEARCHED_NAME, (started, started))
+        for error in failed.values():
+            raise error
+        return counts
+
+    def _compact_each(
+        self, is_full: bool, is_erasing: bool, counts: CompactionCounts
+    ) -> dict[str, Exception]:
+        """Compact each log by itself; return errors by log, so that one does not hold up all."""
+        failed: dict[str, Exception] = {}
+        for name in self._log.names():
+            try:
                 job = _LogCompaction(
                     self._log, name, self._rules, self._should_stop, self._clock, counts
                 )
                 job.run(is_full, is_erasing)
-            if is_erasing and not self._should_stop():
-                replace_file(self._log.root / _SEARCHED_NAME, b"")
-                os.utime(self._log.root / _SEARCHED_NAME, (started, started))
-        return counts
+            except (DataError, pa.ArrowException, OSError) as error:
+                logger.error("offline_log_not_compacted log=%s error=%r", name, str(error))
+                failed[name] = error
+        return failed
 
     def _last_search(self) -> float:
         try:
@@ -260,6 +277,8 @@ class _LogCompaction:
 
     def run(self, is_full: bool, is_erasing: bool) -> None:
         for day in self._days():
+            if self.should_stop():
+                return
             self._sweep(day)
             while not self.should_stop() and self._merge_some(day, is_full):
                 pass
@@ -272,20 +291,23 @@ class _LogCompaction:
         return [day for day in days if day != self._folder / SEED_PART.parent]
 
     def _sweep(self, day: Path) -> None:
-        replaced_by: dict[str, float] = {}
+        visible_since: dict[str, float] = {}
         for entry in os.scandir(day):
             part = merged_part_of(entry.name)
-            if part is not None and not (day / part).exists():
-                # Its merge was cut short, or its part is in quarantine: it means nothing.
-                os.unlink(entry.path)
-            elif part is not None:
-                replaced_by[part] = _visible_since(day / part)
-            elif is_merged_leftover(entry.name) or self._is_stale_write(entry):
-                os.unlink(entry.path)
+            since = _visible_since(day / part) if part is not None else None
+            if part is not None and since is not None:
+                visible_since[part] = since
+            elif part is not None or self._is_leftover(entry):
+                # A list without its part: the merge was cut short, or the part is in quarantine.
+                _unlink_if_there(Path(entry.path))
+        replaced = {name for part in visible_since for name in read_replaced(day / part)}
         # Oldest first: a part that was replaced in turn goes after those that it replaced.
-        for part in sorted(replaced_by, key=lambda name: replaced_by[name]):
-            if self.clock() - replaced_by[part] >= self.rules.grace_seconds:
-                self._delete_replaced(day / part)
+        for part in sorted(visible_since, key=lambda name: visible_since[name]):
+            if abs(self.clock() - visible_since[part]) >= self.rules.grace_seconds:
+                self._delete_replaced(day / part, is_replaced=part in replaced)
+
+    def _is_leftover(self, entry: "os.DirEntry[str]") -> bool:
+        return is_merged_leftover(entry.name) or self._is_stale_write(entry)
 
     def _is_stale_write(self, entry: "os.DirEntry[str]") -> bool:
         if not is_part_leftover(entry.name):
@@ -297,13 +319,20 @@ class _LogCompaction:
             return False
         return age_seconds > _STALE_WRITE_SECONDS
 
-    def _delete_replaced(self, part: Path) -> None:
-        reason = find_damage(part)
+    def _delete_replaced(self, part: Path, is_replaced: bool) -> None:
+        try:
+            reason = find_damage(part)
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            # Deleted above together with others, or put into quarantine by a reader.
+            return
         if reason is None:
             self._delete_below(part)
-        else:
+        elif not is_replaced:
             # Without it, what it stands for counts again.
             quarantine(str(part), reason)
+        # Otherwise its rows stand in its successor, which takes it and what is below it away.
 
     def _delete_below(self, part: Path) -> None:
         """Delete what a merged part stands for, and last the list that hides it."""
@@ -428,11 +457,12 @@ def row_key(log_name: str, schema: pa.Schema) -> tuple[str, ...]:
     Returns:
         Column names. Of equal rows the one with the greatest ``created`` stays.
     """
-    if log_name.startswith(code_view_name("")):
-        return _CODE_KEY
     if log_name == INTERACTION_LOG:
         return tuple(name for name in schema.names if name != CREATED)
-    return _KEY_OF_LOG.get(log_name, ())
+    is_code_log = log_name.startswith(code_view_name(""))
+    key = _CODE_KEY if is_code_log else _KEY_OF_LOG.get(log_name, ())
+    # Someone else's log of such a name may lack one of them.
+    return key if set(key) <= set(schema.names) else ()
 
 
 def log_states(log: CodeLog) -> list[LogState]:
@@ -467,15 +497,29 @@ def _log_state(log: CodeLog, name: str) -> LogState:
     )
 
 
-def _visible_since(part: Path) -> float:
-    """Return when a merged part got its name; the rename is the file's last change."""
-    return part.stat().st_ctime
+def _visible_since(part: Path) -> float | None:
+    """Return when a merged part got its name, its file's last change; None if it is not there."""
+    try:
+        return part.stat().st_ctime
+    except FileNotFoundError:
+        return None
 
 
 def merged_size(path: str) -> int | None:
-    """Return about how many bytes the rows of a part take in a merged one; None if it is gone."""
-    size = _size(path)
-    return size // _STREAM_SHRINKAGE if size is not None and is_stream(path) else size
+    """Return about how many bytes the rows of a part take in a merged one; None if it is gone.
+
+    Rows that shrink more than codes do count for more, so that what a merge holds is bounded.
+    """
+    try:
+        shrunk = unpacked_bytes(path) // _SHRINKAGE
+        return shrunk if is_stream(path) else max(os.stat(path).st_size, shrunk)
+    except (pa.ArrowInvalid, OSError) as error:
+        if is_gone(error):
+            return None
+        if not is_damage(error):
+            raise
+        # The merge that takes it puts it into quarantine.
+        return 0
 
 
 def _size(path: str) -> int | None:

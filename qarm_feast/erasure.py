@@ -15,10 +15,13 @@ of pairs depends on the set alone, so late, repeated and reordered events end al
     raw rows    A compaction writes the parts of ``interaction_log`` anew without what is covered,
                 and deletes the old ones after the grace period. ``qarm offline compact`` looks
                 through all parts; a later one deletes what it replaced, once that is
-                ``compaction.grace_seconds`` (600) old. Workers look through all every
-                ``erasure_interval_seconds`` (86,400) and delete every ``interval_seconds`` (60):
-                the rows' bytes are gone after the sum of the three, and the time that the search
-                takes. A damaged part in quarantine may hold such rows for as long as it is kept.
+                ``compaction.grace_seconds`` (600) old. Workers do both at the first compaction
+                after it is due, ``erasure_interval_seconds`` (86,400) after the last search and
+                the grace period after the rewrite. Compactions begin up to 1.25 times
+                ``interval_seconds`` (60) after the one before has ended: the rows' bytes are
+                gone after the two periods, 2.5 intervals, and the time of two compactions, as
+                long as a worker runs. A damaged part in quarantine may hold such rows for as
+                long as it is kept.
     elsewhere   ``user_profile``, the files of ``data.input_dir``, and what was learnt from them
                 before (training rows until they are built again) are left as they are.
 
@@ -29,6 +32,7 @@ May import: numpy, pyarrow, the log.
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qarm_feast.code_log import CodeLog
 from qarm_feast.point_in_time import microseconds
@@ -77,7 +81,7 @@ def read_marks(log: CodeLog) -> Marks:
     if not log.exists(USER_ERASURE_LOG):
         users_M, times_M = np.empty((2, 0), dtype=np.int64)
     else:
-        table = log.read(USER_ERASURE_LOG, [USER_ID, EVENT_TIMESTAMP])
+        table = log.read(USER_ERASURE_LOG, [USER_ID, EVENT_TIMESTAMP]).drop_null()
         users_M = table[USER_ID].to_numpy()
         times_M = microseconds(table[EVENT_TIMESTAMP]).to_numpy()
     return users_M, times_M, np.full(len(users_M), ERASURE_MARK)
@@ -97,9 +101,15 @@ def without_erased(rows: pa.Table, log: CodeLog) -> pa.Table:
 
 
 def without_marked(rows: pa.Table, marks: Marks) -> pa.Table:
-    """Return the rows that no erasure among ``marks`` covers; see :func:`without_erased`."""
+    """Return the rows that no erasure among ``marks`` covers; see :func:`without_erased`.
+
+    A row without a user is nobody's: it stays.
+    """
     # Whatever the items are, none of these rows is a mark.
     items = np.full(rows.num_rows, ERASURE_MARK + 1)
-    own = (rows[USER_ID].to_numpy(), microseconds(rows[EVENT_TIMESTAMP]).to_numpy(), items)
+    # With a null among them the ids would be floats, and neighbours above 2**53 one user.
+    users = rows[USER_ID].fill_null(0).to_numpy()
+    own = (users, microseconds(rows[EVENT_TIMESTAMP]).to_numpy(), items)
     pairs = [np.concatenate(both) for both in zip(own, marks, strict=True)]
-    return rows.filter(pa.array(outlives_erasure(*pairs)[: rows.num_rows]))
+    outlives = pa.array(outlives_erasure(*pairs)[: rows.num_rows])
+    return rows.filter(pc.or_(outlives, rows[USER_ID].is_null()))

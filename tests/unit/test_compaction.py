@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qarm_feast import compaction, log_parts, schema, view_tags
-from qarm_feast.code_log import CodeLog
+from qarm_feast.code_log import SEED_PART, CodeLog
 from qarm_feast.compaction import (
     CompactionCounts,
     CompactionRules,
@@ -27,7 +27,7 @@ from qarm_feast.compaction import (
     log_states,
     row_key,
 )
-from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.errors import DataError, ServiceUnavailableError
 from qarm_feast.source_rows import FeatureRows, RecentItemLists, TimeRange
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -424,6 +424,147 @@ def test_a_reader_that_meets_a_vanished_part_lists_again(
     monkeypatch.setattr(log, "parts", lambda name: next(listings) or list_now(name))
 
     assert items_of(log) == [1, 2]
+
+
+def test_a_part_of_an_earlier_release_that_vanished_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(tmp_path)
+    (tmp_path / CODES / DAY).mkdir(parents=True)
+    append_items(log, 1)
+    gone = str(tmp_path / CODES / DAY / f"part-{'a' * 32}.parquet")
+    listings = iter([[gone, *log.parts(CODES)], None])
+    list_now = log.parts
+    monkeypatch.setattr(log, "parts", lambda name: next(listings) or list_now(name))
+
+    assert items_of(log) == [1]
+
+
+def test_a_day_folder_that_is_taken_away_during_a_listing_has_no_parts(tmp_path: Path) -> None:
+    assert log_parts.list_day(tmp_path / DAY) == []
+
+
+def merged_twice(log: CodeLog) -> tuple[Path, Path]:
+    """Return a merged part that was replaced in turn, and what replaced it."""
+    append_items(log, 1, 2)
+    compact(log)
+    (first,) = log.row_parts(CODES)
+    append_items(log, 3)
+    compact(log)
+    (second,) = log.row_parts(CODES)
+    return Path(first), Path(second)
+
+
+def test_deletion_does_not_depend_on_the_order_of_file_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(tmp_path)
+    first, _ = merged_twice(log)
+    # The clock was set back between the two merges.
+    monkeypatch.setattr(compaction, "_visible_since", lambda part: float(part == first))
+
+    compact(log)
+
+    assert len(file_names(log)) == 1
+    assert items_of(log) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("log_name", [CODES, "pushed_by_others"])
+def test_damage_in_a_part_that_was_replaced_brings_no_row_back(
+    tmp_path: Path, log_name: str
+) -> None:
+    log = CodeLog(tmp_path)
+    for item in (1, 2):
+        log.append(log_name, code_rows((item, 0, "a")), written_at=NOON)
+    compact(log)
+    (first,) = map(Path, log.row_parts(log_name))
+    log.append(log_name, code_rows((3, 0, "a")), written_at=NOON)
+    compact(log)
+    first.write_bytes(first.read_bytes()[:-20])
+
+    for _ in range(2):
+        compact(log, after_seconds=LATER)
+
+        assert sorted(log.read(log_name)["item_id"].to_pylist()) == [1, 2, 3]
+    assert len(file_names(log, log_name)) == 1
+
+
+@pytest.mark.parametrize("seconds_ahead", [0.0, 1e7])
+def test_a_clock_that_was_ahead_for_a_while_holds_up_neither_deletion_nor_erasure(
+    tmp_path: Path, seconds_ahead: float
+) -> None:
+    log = CodeLog(tmp_path)
+    log.append(schema.INTERACTION_LOG, interactions((1, 7, 5, True)), written_at=NOON)
+    compact(log, after_seconds=seconds_ahead)
+    erase(log, user=1, seconds=5)
+
+    counts = compact(log, is_full=False, erasure_interval=3600, after_seconds=4000)
+    compact(log, is_full=False, erasure_interval=3600, after_seconds=-seconds_ahead + 8000)
+
+    assert counts.num_erased_rows == 1
+    assert pairs_in_all_files(log) == set()
+
+
+def test_a_log_that_cannot_be_compacted_is_told_and_the_others_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = CodeLog(tmp_path)
+    append_items(log, 1, 2)
+    log.create("a_log_without_rows", INTERACTIONS)
+    (log.root / "a_log_without_rows" / SEED_PART).write_bytes(b"")
+
+    with pytest.raises(DataError, match="part-seed"):
+        compact(log)
+
+    assert len(log.row_parts(CODES)) == 1
+    assert "offline_log_not_compacted log=a_log_without_rows" in caplog.text
+
+
+def test_a_log_that_lacks_a_column_of_its_key_keeps_all_rows(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    rows = code_rows((1, 0, "a")).drop_columns(["content_hash"])
+    for _ in range(2):
+        log.append("item_codes_by_others", rows, written_at=NOON)
+
+    compact(log)
+
+    assert len(log.row_parts("item_codes_by_others")) == 1
+    assert log.read("item_codes_by_others").num_rows == 2
+
+
+def test_an_erasure_takes_the_rows_of_that_user_only_whatever_the_ids(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    # Neighbours that are one number as float64, which a null among int64 leads to in NumPy.
+    erased, neighbour = 2**53, 2**53 + 1
+    rows = interactions((erased, 7, 5, True), (neighbour, 8, 5, True))
+    users = pa.array([None], type=pa.int64())
+    orphan = interactions((0, 9, 5, True)).set_column(0, INTERACTIONS.field(0), users)
+    for table in (rows, orphan):
+        log.append(schema.INTERACTION_LOG, table, written_at=NOON)
+    erase(log, user=erased, seconds=6)
+
+    compact(log)
+
+    left = log.read(schema.INTERACTION_LOG)
+    assert dict(zip(left["user_id"].to_pylist(), left["item_id"].to_pylist(), strict=True)) == {
+        neighbour: 8,
+        None: 9,
+    }
+
+
+def test_a_merge_is_bounded_by_what_its_rows_take_in_memory(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    text = "a" * log_parts.LARGE_TABLE_BYTES
+    for number in range(3):
+        log.append("notes", pa.table({"text": [text, str(number)]}), written_at=NOON)
+    num_bytes = sum(os.stat(part).st_size for part in log.row_parts("notes"))
+    rules = CompactionRules(target_part_bytes=log_parts.LARGE_TABLE_BYTES * 5 // 8)
+
+    Compactor(log, rules).compact(is_full=True)
+
+    # Four bytes of rows count as one of a file: two of the parts fit, all three do not.
+    assert num_bytes < log_parts.LARGE_TABLE_BYTES // 100
+    assert len(log.row_parts("notes")) == 2
 
 
 def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(
