@@ -167,11 +167,15 @@ class CodeLog:
                 if not is_damage(error):
                     raise
                 damaged = set_aside_damaged(parts)
-                if not damaged:
+                if not damaged and not isinstance(error, DamagedPartError):
                     # A filter that does not fit the columns, for example.
                     raise
                 left_out |= damaged
-        raise DataError(f"parts of {self.root / name} vanish faster than they can be read")
+        raise DataError(
+            f"parts of {self.root / name} vanished, or read differently each time, "
+            f"{_MAX_LISTINGS} times; see that compaction.grace_seconds is longer than a read "
+            "takes, check the disk and the memory of this machine, then read again"
+        )
 
     def _schema_of_parts(self, name: str, reason: str) -> pa.Schema:
         """Make good a damaged seed: every part has the log's schema."""

@@ -231,7 +231,7 @@ class Compactor:
                     self._log, name, self._rules, self._should_stop, self._clock, counts
                 )
                 job.run(is_full, is_erasing)
-            except (DataError, pa.ArrowException, OSError) as error:
+            except (DataError, DamagedPartError, pa.ArrowException, OSError) as error:
                 logger.error("offline_log_not_compacted log=%s error=%r", name, str(error))
                 failed[name] = error
         return failed

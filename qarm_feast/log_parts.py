@@ -466,10 +466,11 @@ def set_aside_damaged(paths: Sequence[str]) -> set[str]:
     """Look through all parts, quarantine those that are damaged, and return them.
 
     Args:
-        paths: Parts; those that are gone by now are passed over.
+        paths: Parts.
 
     Returns:
-        The damaged ones; where this process may not write they are still in their place.
+        The damaged ones, which are still in their place where this process may not write, and
+        those that are gone by now, which another process may have set aside.
     """
     damaged = set()
     for path in paths:
@@ -478,6 +479,7 @@ def set_aside_damaged(paths: Sequence[str]) -> set[str]:
         except OSError as error:
             if not is_gone(error):
                 raise
+            damaged.add(path)
             continue
         if reason is not None:
             quarantine(path, reason)

@@ -16,7 +16,12 @@ from qarm_feast.cli import qarm
 from qarm_feast.code_log import SEED_PART, CodeLog
 from qarm_feast.compaction import Compactor, log_states
 from qarm_feast.errors import DataError
-from qarm_feast.log_parts import LARGE_TABLE_BYTES, QUARANTINE_PREFIX, find_damage
+from qarm_feast.log_parts import (
+    LARGE_TABLE_BYTES,
+    QUARANTINE_PREFIX,
+    DamagedPartError,
+    find_damage,
+)
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 PLAIN = pa.schema([("item_id", pa.int64()), (schema.EVENT_TIMESTAMP, schema.TIMESTAMP)])
@@ -219,6 +224,46 @@ def test_a_system_that_cannot_read_is_an_error_and_no_damage(
     with pytest.raises(OSError, match="Input/output error"):
         log.read("codes")
 
+    assert part.is_file()
+
+
+@pytest.mark.parametrize("is_compacting", [False, True])
+def test_a_damaged_part_that_another_process_sets_aside_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_compacting: bool
+) -> None:
+    log = CodeLog(tmp_path)
+    parts = [log.append("codes", rows(3 * n, 3), written_at=NOON) for n in range(3)]
+    damage(parts[1], cut)
+
+    def find_late(path: str) -> str | None:
+        if path == str(parts[1]) and parts[1].exists():
+            log_parts.quarantine(path, "found by another process")
+        return find_damage(path)
+
+    monkeypatch.setattr(log_parts, "find_damage", find_late)
+    if is_compacting:
+        Compactor(log).compact(is_full=True)
+
+    assert sorted(log.read("codes")["item_id"].to_pylist()) == [0, 1, 2, 6, 7, 8]
+
+
+def test_a_part_that_reads_wrong_once_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(tmp_path)
+    part = log.append("codes", rows(0, 3), written_at=NOON)
+    faults = iter([DamagedPartError("a bit flipped in memory")])
+    read = log_parts._read_verified
+
+    def read_wrong_once(path: str) -> bytes:
+        fault = next(faults, None)
+        if fault is not None:
+            raise fault
+        return read(path)
+
+    monkeypatch.setattr(log_parts, "_read_verified", read_wrong_once)
+
+    assert log.read("codes").num_rows == 3
     assert part.is_file()
 
 
