@@ -161,16 +161,7 @@ class CodeLog:
             try:
                 return read_parts(parts, schema, columns, where)
             except (DamagedPartError, pa.ArrowInvalid, OSError) as error:
-                if is_gone(error):
-                    # Merged with others and deleted since; its rows stand elsewhere.
-                    continue
-                if not is_damage(error):
-                    raise
-                damaged = set_aside_damaged(parts)
-                if not damaged and not isinstance(error, DamagedPartError):
-                    # A filter that does not fit the columns, for example.
-                    raise
-                left_out |= damaged
+                left_out |= _left_out_after(error, parts)
         raise DataError(
             f"parts of {self.root / name} vanished, or read differently each time, "
             f"{_MAX_LISTINGS} times; see that compaction.grace_seconds is longer than a read "
@@ -235,6 +226,26 @@ def _conform_column(column: pa.ChunkedArray, field: pa.Field, where: str) -> pa.
         raise DataError(
             f"{where}: {field.name} is {column.type} and cannot be {field.type}: {error}"
         ) from error
+
+
+def _left_out_after(error: Exception, parts: Sequence[str]) -> set[str]:
+    """Return what to leave out when a read of ``parts`` failed; raise what no part is to blame for.
+
+    Args:
+        error: Why it failed.
+        parts: What was read.
+
+    Returns:
+        Damaged parts, and parts that are gone; empty if the next listing lacks them anyway.
+    """
+    if is_gone(error):
+        # Merged with others and deleted since; its rows stand elsewhere.
+        return set()
+    damaged = set_aside_damaged(parts) if is_damage(error) else set()
+    if not damaged and not isinstance(error, DamagedPartError):
+        # The system's fault, or that of a filter that does not fit the columns.
+        raise error
+    return damaged
 
 
 def _log_schema(schema: pa.Schema) -> pa.Schema:
