@@ -541,7 +541,8 @@ def test_an_erasure_takes_the_rows_of_that_user_only_whatever_the_ids(tmp_path: 
     orphan = interactions((0, 9, 5, True)).set_column(0, INTERACTIONS.field(0), users)
     for table in (rows, orphan):
         log.append(schema.INTERACTION_LOG, table, written_at=NOON)
-    erase(log, user=erased, seconds=6)
+    for user in (erased, None):
+        erase(log, user=user, seconds=6)
 
     compact(log)
 
@@ -590,7 +591,7 @@ def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(
     assert [name[:7] for name in file_names(log)] == [".part-d", "merged-"]
 
 
-def erase(log: CodeLog, user: int, seconds: int) -> None:
+def erase(log: CodeLog, user: int | None, seconds: int) -> None:
     columns = [[user], [NOON + timedelta(seconds=seconds)], [NOON]]
     rows = pa.table(columns, schema=schema.USER_ERASURE_ROWS)
     log.append(schema.USER_ERASURE_LOG, rows, written_at=NOON)
