@@ -37,17 +37,17 @@ MAX_EXACT_POOL_SIZE = 131_072
 """Largest pool that ``search: auto`` searches exactly.
 
 benchmarks/quantize.py prints what each search takes, as ``vq_speedup_vs_own_exact``. With the
-compiled kernels, on one thread, vectors ``low_rank``, batches of 2048, ivf_flat was 1.5 times as
-fast as the exact search over 100,000 rows and 2.7 times over 1,000,000: below this size lists gain
-too little for what they miss and for the seconds that they take to build.
+compiled kernels, on one thread, vectors ``low_rank``, batches of 2048, ivf_flat was 3 times as fast
+as the exact search over 100,000 rows and 5 times over 1,000,000: below this size the exact search
+takes less than .2 ms per vector, misses nothing and needs no building.
 """
 MAX_AUTO_PROBED_SHARE = 1 / 2
 """Share of the lists above which ``search: auto`` goes back to the exact search.
 
-With the compiled kernels 960 of 4096 lists of 1,000,000 rows took .37 of the time of the exact
-search (``low_rank``, benchmarks/quantize.py), so half of them would take about .8 of it. The share
-does not depend on the machine, though faiss's scan, without the kernels, takes longer per row: one
-configuration builds one kind of search.
+Vectors that need so many are those whose sketch tells little: ``low_rank`` ones (1216 of 4096 lists
+of 1,000,000 rows) took .2 of the time of the exact search, ``iid`` ones (3456 lists) 1.6 times as
+long (benchmarks/quantize.py). The share does not depend on the machine, though a search without the
+kernels takes longer: one configuration builds one kind of search.
 """
 MAX_EF_SEARCH = 4096
 _NUM_RECALL_QUERIES = 1024
