@@ -63,9 +63,15 @@ def on_connection(client: Any, work: Callable[[Any], list[Any]]) -> list[Any]:
     Everything that is sent here may be sent twice: reads, and writes under a guard.
     """
     connection = client.connection_pool.get_connection()
+
+    def attempt() -> list[Any]:
+        # The pool's is connected, one that was lost is not; work may look at the socket at once.
+        connection.connect()
+        return work(connection)
+
     try:
         answers: list[Any] = connection.retry.call_with_retry(
-            lambda: work(connection), lambda _: connection.disconnect()
+            attempt, lambda _: connection.disconnect()
         )
     except BaseException:
         # Replies may be under way that nobody will read.

@@ -472,6 +472,36 @@ def test_a_redis_connection_that_was_lost_is_made_again(online: Online) -> None:
 
 
 @pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_a_redis_connection_that_is_lost_within_a_write_is_made_again(
+    online: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qarm_feast.online_stores.redis_scripts, "_ROWS_PER_CALL", 2)
+    monkeypatch.setattr(qarm_feast.online_stores.redis_scripts, "_CALLS_AHEAD", 2)
+    rows = [(item, 1, "a", [item, 0]) for item in range(12)]
+    online.write(code_view(), code_rows(rows[:1]))
+    client = online.store._get_client(online.config.online_store)
+    send = redis.connection.AbstractConnection.send_packed_command
+    num_sent = 0
+
+    def lose_before_the_third(connection: Any, command: Any, check_health: bool = True) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent == 3:
+            client.client_kill_filter(_type="normal", skipme=True)
+        send(connection, command, check_health)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            redis.connection.AbstractConnection, "send_packed_command", lose_before_the_third
+        )
+        # The rows that had arrived are not newer than themselves when they come again.
+        assert online.write(code_view(), code_rows(rows)) <= 11
+
+    assert num_sent > 6
+    assert online.codes(*range(12)) == [codes for *_, codes in rows]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
 def test_redis_forgets_its_scripts_and_the_next_write_loads_them(online: Online) -> None:
     client = online.store._get_client(online.config.online_store)
     for at in (1, 2):
