@@ -8,6 +8,7 @@ Shape letters in this file: N rows or entities. May import: feast, redis.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -55,6 +56,18 @@ from qarm_feast.online_stores.rows import (
 _ROWS_PER_ENCODING = 4_000
 _KEYS_PER_SCAN = 10_000
 _SOCKET_TIMEOUT_SECONDS = 5.0
+_AWAY = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.RedisClusterException,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    redis.ReadOnlyError,
+    redis.OutOfMemoryError,
+)
+_AWAY_CODES = re.compile(r"\b(MISCONF|NOREPLICAS|OOM|READONLY) ")
+"""Refusals that tell of the server and not of the command; redis-py has classes for two of them,
+and Redis 6 hides those two behind the name of the script."""
 
 
 class CodeRedisOnlineStoreConfig(RedisOnlineStoreConfig):
@@ -194,19 +207,15 @@ class CodeRedisOnlineStore(RedisOnlineStore):
 
     @contextmanager
     def _client_of(self, config: RepoConfig) -> Iterator[Any]:
-        """Give the client; a server that does not answer becomes our error."""
+        """Give the client; a server that does not answer or takes no writes becomes our error."""
         options = config.online_store
         try:
             yield self._get_client(options)
-        except (redis.ConnectionError, redis.TimeoutError, redis.RedisClusterException) as error:
-            # Hosts only: the rest of the connection string may hold a password.
+        except redis.RedisError as error:
+            if not (isinstance(error, _AWAY) or _AWAY_CODES.search(str(error))):
+                raise
             nodes, _ = self._parse_connection_string(options.connection_string)
-            hosts = ", ".join(f"{node['host']}:{node.get('port', 6379)}" for node in nodes)
-            raise ServiceUnavailableError(
-                f"redis at {hosts} does not answer: {error}; start it (`redis-server --port "
-                f"{nodes[0].get('port', 6379) if nodes else 6379}`) or mend "
-                "online_store.connection_string in feature_store.yaml, then try again"
-            ) from error
+            raise ServiceUnavailableError(_away_text(nodes, error)) from error
 
     def _read_fields(
         self, config: RepoConfig, entity_keys: Blobs, fields: list[bytes]
@@ -269,6 +278,22 @@ class CodeRedisOnlineStore(RedisOnlineStore):
             return {
                 keys[rows[at]] for rows, reply in run_scripts(client, iter([pack])) for at in reply
             }
+
+
+def _away_text(nodes: list[Any], error: redis.RedisError) -> str:
+    # Hosts only: the rest of the connection string may hold a password.
+    ports = [node.get("port", 6379) for node in nodes]
+    hosts = ", ".join(f"{node['host']}:{port}" for node, port in zip(nodes, ports, strict=True))
+    if isinstance(error, redis.ResponseError):
+        return (
+            f"redis at {hosts} takes no writes: {error}; see `redis-cli info`, give "
+            "it memory, disk or its primary back, then try again"
+        )
+    return (
+        f"redis at {hosts} does not answer: {error}; start it (`redis-server --port "
+        f"{ports[0] if ports else 6379}`) or mend online_store.connection_string in "
+        "feature_store.yaml, then try again"
+    )
 
 
 def _ttl(config: RepoConfig, layout: ViewLayout) -> int:

@@ -643,6 +643,35 @@ def test_a_redis_that_takes_a_write_and_never_answers_is_an_unavailable_service(
             store.write_table(config, code_view(), code_rows([(1, 1, "a", [1, 1])]))
 
 
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ("CONFIG", "SET", "maxmemory", "1"),
+        ("CONFIG", "SET", "min-replicas-to-write", "1"),
+        ("REPLICAOF", "127.0.0.1", "1"),
+    ],
+)
+def test_a_redis_that_takes_no_writes_is_an_unavailable_service(
+    tmp_path: Path, cause: tuple[str, ...]
+) -> None:
+    with running_redis(tmp_path) as port:
+        place = {"connection_string": f"127.0.0.1:{port},password=secret"}
+        config = RepoConfig(**make_settings(tmp_path, REDIS_TYPE, place))
+        store = CodeRedisOnlineStore()
+        with redis.Redis(port=port) as client:
+            client.execute_command("ACL", "SETUSER", "default", ">secret")
+            client.execute_command(*cause)
+
+        for attempt in (
+            lambda: store.write_table(config, code_view(), code_rows([(1, 1, "a", [1, 1])])),
+            lambda: store.write_table(config, recent_view(), recent_rows([(1, [(1, 1)])])),
+        ):
+            with pytest.raises(ServiceUnavailableError, match=f":{port} takes no writes") as hit:
+                attempt()
+            assert "secret" not in str(hit.value)
+        close(store)
+
+
 def test_a_redis_cluster_takes_every_key_in_its_own_slot(tmp_path: Path) -> None:
     with running_redis(tmp_path, "--cluster-enabled", "yes") as port:
         with redis.Redis(port=port) as client:
