@@ -167,7 +167,7 @@ class FeastOnlineTables:
             self._view(name)
 
     def has_view(self, view_name: str) -> bool:
-        """Return whether a view is applied, by a fresh look at Feast's registry.
+        """Return whether a view is applied; one that was not is looked for afresh.
 
         Args:
             view_name: Name of a feature view.
@@ -178,13 +178,7 @@ class FeastOnlineTables:
         Raises:
             ServiceUnavailableError: If the registry does not answer.
         """
-        try:
-            self._view(view_name)
-        except ConfigError:
-            return False
-        except SQLAlchemyError as error:
-            raise ServiceUnavailableError(f"Feast's registry does not answer: {error}") from error
-        return True
+        return self._find(view_name) is not None
 
     def check_reachable(self) -> None:
         """Read one user, there or not.
@@ -224,24 +218,40 @@ class FeastOnlineTables:
         Raises:
             ServiceUnavailableError: If the registry or the store does not answer.
         """
-        view = self._views.pop(view_name, None)
+        view = self._views.get(view_name)
         # Not looked up: not written either.
-        if view is None or self.has_view(view_name):
+        if view is None or self._look_up(view_name) is not None:
             return False
         # What `feast apply` has done before, when it dropped the view.
         self._store.update(self._feature_store.config, [view], [], [], [], partial=True)
+        # Forgotten last: a try that failed above must come here again.
+        del self._views[view_name]
         return True
 
     def _view(self, name: str) -> FeatureView:
+        view = self._find(name)
+        if view is None:
+            raise ConfigError(
+                f"the feature repository has no view {name!r}; "
+                f"run `feast -c {self._feature_store.repo_path} apply`"
+            )
+        return view
+
+    def _find(self, name: str) -> FeatureView | None:
         if name not in self._views:
-            try:
-                self._views[name] = self._feature_store.get_feature_view(name)
-            except FeatureViewNotFoundException as error:
-                raise ConfigError(
-                    f"the feature repository has no view {name!r}; "
-                    f"run `feast -c {self._feature_store.repo_path} apply`"
-                ) from error
+            view = self._look_up(name)
+            if view is None:
+                return None
+            self._views[name] = view
         return self._views[name]
+
+    def _look_up(self, name: str) -> FeatureView | None:
+        try:
+            return self._feature_store.get_feature_view(name)
+        except FeatureViewNotFoundException:
+            return None
+        except SQLAlchemyError as error:
+            raise ServiceUnavailableError(f"Feast's registry does not answer: {error}") from error
 
 
 class DeadLetterTopic:

@@ -7,7 +7,7 @@ import pytest
 from feast import FeatureStore
 from online_store_cases import ITEM, USER, Online, code_rows, code_view, profile_view
 
-from qarm_feast.errors import ConfigError
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from streaming.sink import FeastOnlineTables, FeastSink
 
 
@@ -47,6 +47,30 @@ def test_rows_that_a_late_writer_brings_back_after_the_view_is_dropped_are_remov
     # Looked for afresh: it is not written again.
     with pytest.raises(ConfigError, match="has no view 'item_codes_v1'"):
         tables.write("item_codes_v1", code_rows([(1, 3, "c", [1, 2])]))
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_rows_of_a_late_writer_are_removed_although_the_store_was_away_at_the_first_try(
+    online: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = FeastOnlineTables(_applied(online))
+    sink = FeastSink(NoLog(), tables, history_length=4)
+    tables.check_views(["item_codes_v1"])
+    FeatureStore(config=online.config).apply(
+        [ITEM, USER, profile_view()], objects_to_delete=[code_view()], partial=False
+    )
+    tables.write("item_codes_v1", code_rows([(1, 2, "b", [3, 4])]))
+
+    def be_away(*_: object, **__: object) -> None:
+        raise ServiceUnavailableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(online.store), "update", be_away)
+        with pytest.raises(ServiceUnavailableError):
+            sink.take_back(["v1"])
+    sink.take_back(["v1"])
+
+    assert online.codes(1) == [None]
 
 
 def test_rows_of_a_version_whose_view_is_still_there_stay(online: Online) -> None:
