@@ -187,13 +187,32 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         """
         layout = view_layout(config, table)
         fields = [time_field(layout), *[hash_field(layout, each.name) for each in table.features]]
-        pattern = _redis_key_prefix(table.join_keys) + b"*" + config.project.encode()
         with self._client_of(config) as client:
-            found = client.scan_iter(pattern, count=_KEYS_PER_SCAN)
+            found = _entity_keys(client, config.project, table.join_keys)
             while keys := list(islice(found, _KEYS_PER_SCAN)):
                 with client.pipeline(transaction=False) as pipe:
                     for key in keys:
                         pipe.hdel(key, *fields)
+                    pipe.execute()
+
+    def delete_entity_values(self, config: RepoConfig, join_keys: list[str]) -> None:
+        """Delete the entities of some join keys of this project, as `feast teardown` does.
+
+        Stock Feast also takes those of a project whose name only ends with this one's.
+
+        Args:
+            config: Feast's repository configuration.
+            join_keys: The entities' join keys.
+
+        Raises:
+            ServiceUnavailableError: If redis does not answer.
+        """
+        with self._client_of(config) as client:
+            found = _entity_keys(client, config.project, join_keys)
+            while keys := list(islice(found, _KEYS_PER_SCAN)):
+                with client.pipeline(transaction=False) as pipe:
+                    for key in keys:
+                        pipe.delete(key)
                     pipe.execute()
 
     @staticmethod
@@ -278,6 +297,23 @@ class CodeRedisOnlineStore(RedisOnlineStore):
             return {
                 keys[rows[at]] for rows, reply in run_scripts(client, iter([pack])) for at in reply
             }
+
+
+def _entity_keys(client: Any, project: str, join_keys: list[str]) -> Iterator[bytes]:
+    """Yield the keys of all entities of a project that have these join keys."""
+    prefix, end = _redis_key_prefix(join_keys), project.encode()
+    pattern = re.sub(rb"([*?\[\]\\])", rb"\\\1", prefix) + b"*" + end
+    for key in client.scan_iter(pattern, count=_KEYS_PER_SCAN):
+        # The pattern also finds the keys of a project whose name only ends alike.
+        if _behind_values(key, len(prefix), len(join_keys)) == end:
+            yield key
+
+
+def _behind_values(key: bytes, start: int, num_values: int) -> bytes:
+    """Return what follows an entity's values, each of which stands behind its type and size."""
+    for _ in range(num_values):
+        start += 8 + int.from_bytes(key[start + 4 : start + 8], "little")
+    return key[start:]
 
 
 def _away_text(nodes: list[Any], error: redis.RedisError) -> str:

@@ -565,6 +565,23 @@ def test_redis_never_deletes_an_entity_to_which_another_view_may_write(online: O
 
 
 @pytest.mark.parametrize("online", ["redis"], indirect=True)
+def test_a_project_whose_name_ends_alike_keeps_its_rows(online: Online) -> None:
+    other = RepoConfig(**online.settings | {"project": f"non{online.config.project}"})
+    view = code_view()
+
+    for delete in (
+        lambda: online.store.update(online.config, [view], [], [], [], False),
+        lambda: online.store.teardown(online.config, [view], []),
+    ):
+        for config in (online.config, other):
+            online.store.write_table(config, view, code_rows([(1, 1, "a", [1, 2])]))
+        delete()
+        batch = online.store.read_columns(other, view, np.array([1]), ["rq_code"])
+        assert online.codes(1) == [None]
+        assert batch.columns["rq_code"].values.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("online", ["redis"], indirect=True)
 def test_redis_keys_expire_when_feast_is_told_so(online: Online) -> None:
     place = online.settings["online_store"] | {"key_ttl_seconds": 500}
     config = RepoConfig(**online.settings | {"online_store": place})
@@ -693,6 +710,13 @@ def test_a_redis_cluster_takes_every_key_in_its_own_slot(tmp_path: Path) -> None
         assert codes.present_N.tolist() == [True] * 30 + [False]
         assert codes.columns["rq_code"].values[::2].tolist() == list(range(30))
         assert recent.columns["item_ids"].values.tolist() == list(range(30))
+
+        store.update(config, [code_view()], [recent_view()], [], [], True)
+        gone = store.read_columns(config, code_view(), np.arange(30), ["rq_code"])
+        store.teardown(config, [code_view(), recent_view()], [])
+        with redis.Redis(port=port) as client:
+            assert client.dbsize() == 0
+        assert not gone.present_N.any()
         close(store)
 
 
