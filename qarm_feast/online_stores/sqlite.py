@@ -53,6 +53,7 @@ from qarm_feast.online_stores.rows import (
 )
 
 _GUARD_COLUMN = "qarm_event_micros"
+_OWN_INDEX = " WITHOUT ROWID"
 _KEYS_PER_LOOKUP = 10_000
 _WAL_SWITCH_ATTEMPTS = 20
 _TEXT_TYPES = ("STRING", "INT32", "INT64", "DOUBLE", "FLOAT", "BOOL")
@@ -193,10 +194,13 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
     ) -> None:
         """Create and drop tables as stock Feast does, and add the guard's column."""
         with self._write_lock:
-            super().update(config, tables_to_delete, tables_to_keep, *rest, **options)
+            conn = self._get_conn(config)
+            # Stock would give a table that is its own index a second one at every apply.
+            others = [view for view in tables_to_keep if not _is_index(conn, config, view)]
+            super().update(config, tables_to_delete, others, *rest, **options)
             self._guarded_tables.clear()
             for view in tables_to_keep:
-                self._ensure_guard(self._get_conn(config), config, _table_id(config, view))
+                self._ensure_guard(conn, config, _table_id(config, view))
 
     def teardown(self, config: RepoConfig, *rest: Any, **options: Any) -> None:
         """Close the connections and delete the file."""
@@ -300,10 +304,21 @@ def _drop_row_numbers_if_empty(conn: sqlite3.Connection, table_id: str) -> None:
     """Make the table again as its own index, which also covers stock's second one."""
     if conn.execute(f"SELECT 1 FROM {_quote(table_id)} LIMIT 1").fetchone():
         return
-    by_name = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
-    (definition,) = conn.execute(by_name, (table_id,)).fetchone()
+    definition = _definition(conn, table_id)
     conn.execute(f"DROP TABLE {_quote(table_id)}")
-    conn.execute(f"{definition} WITHOUT ROWID")
+    conn.execute(f"{definition}{_OWN_INDEX}")
+
+
+def _is_index(conn: sqlite3.Connection, config: RepoConfig, view: FeatureView) -> bool:
+    """Tell whether a view's table is there and is its own index."""
+    return _definition(conn, _table_id(config, view)).endswith(_OWN_INDEX)
+
+
+def _definition(conn: sqlite3.Connection, table_id: str) -> str:
+    """Return the statement that made a table, nothing if there is none."""
+    by_name = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+    found = conn.execute(by_name, (table_id,)).fetchone()
+    return str(found[0]) if found else ""
 
 
 @contextmanager

@@ -745,6 +745,22 @@ def test_an_empty_sqlite_table_of_stock_feast_becomes_one_tree_and_stays_stocks_
     assert num_indexes == 2
 
 
+@pytest.mark.parametrize("online", ["sqlite"], indirect=True)
+def test_an_applied_sqlite_table_stays_one_tree_when_it_is_applied_again(online: Online) -> None:
+    online.store.update(online.config, [], [code_view()], [], [], True)
+    online.write(code_view(), code_rows([(1, 1, "a", [1, 2])]))
+
+    online.store.update(online.config, [], [code_view()], [], [], True)
+
+    assert online.codes(1) == [[1, 2]]
+    with sqlite3.connect(online.config.online_store.path) as conn:
+        by_name = "SELECT name FROM sqlite_master WHERE tbl_name = ? AND sql IS NOT NULL"
+        found = conn.execute(by_name, ("qarm_item_codes_v1",)).fetchall()
+    conn.close()
+    # No index besides the table.
+    assert found == [("qarm_item_codes_v1",)]
+
+
 def by_user(user_id: int) -> list[Any]:
     return feast_rows(recent_view(), recent_rows([(user_id, [(5, 50)])]))
 
