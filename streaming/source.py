@@ -254,7 +254,9 @@ class KafkaSource:
         try:
             # What was fetched tells of the ends as they were then.
             ends = self._consumer.end_offsets(partitions, timeout_ms=_END_TIMEOUT_MS)
-        except KafkaError as error:
+        # The client (kafka-python 3.0.12) asks for no partition that is without a leader, and then
+        # misses it in the answers.
+        except (KafkaError, KeyError) as error:
             logger.warning("lag_unknown error=%r", error)
             ends = {}
         self._report_lag(ends)

@@ -84,7 +84,6 @@ def test_memory_stays_flat_over_a_batch_of_records_that_unpack_to_much(tmp_path:
     assert num_rows == 16
     assert path.stat().st_size < 100_000
     assert first_bytes > 16_000_000
-    # Without pieces it would be some sixteen times as much.
     # Without pieces it would be some eight times as much.
     assert all_bytes < 1.5 * first_bytes
 

@@ -12,7 +12,7 @@ from kafka.errors import (
     TopicAuthorizationFailedError,
 )
 from kafka.record import MemoryRecords
-from kafka.structs import OffsetAndMetadata, TopicPartition
+from kafka.structs import OffsetAndMetadata, OffsetAndTimestamp, TopicPartition
 from prometheus_client import REGISTRY
 from stream_fakes import FakeRecord
 
@@ -144,12 +144,15 @@ def test_a_partition_that_another_worker_took_has_no_lag_here(
     assert lags() == [10, 0]
 
 
-def test_the_lag_grows_while_a_batch_waits_for_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [KafkaTimeoutError(), KeyError(P1)])
+def test_the_lag_grows_while_a_batch_waits_for_a_store(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class WaitingConsumer(LaggingConsumer):
-        """The topic grows by 5 records with each look; the broker once does not answer."""
+        """The topic grows by 5 records with each look; once the client does not tell."""
 
         end = 10
-        faults: ClassVar[list[KafkaError]] = []
+        faults: ClassVar[list[Exception]] = []
 
         def end_offsets(
             self, partitions: list[TopicPartition], timeout_ms: int
@@ -172,7 +175,7 @@ def test_the_lag_grows_while_a_batch_waits_for_a_store(monkeypatch: pytest.Monke
     monkeypatch.setattr("streaming.source._LAG_SECONDS", 0.0)
     source.keep_alive(batch)
     after = lag()
-    consumer.faults.append(KafkaTimeoutError())
+    consumer.faults.append(fault)
     source.keep_alive(batch)
     unknown = lag()
     source.keep_alive(batch)
@@ -298,3 +301,12 @@ def test_a_broker_that_refuses_this_member_ends_the_reading(
 
     with pytest.raises(ServiceUnavailableError, match="run `qarm-stream check`"):
         _source_of(consumer, monkeypatch).read()
+
+
+def test_the_client_still_stumbles_over_a_partition_without_a_leader() -> None:
+    """What ``KafkaSource`` catches the KeyError for; when this fails, it need not any more."""
+    fetcher = Fetcher.__new__(Fetcher)
+    fetcher._net = SimpleNamespace(run=lambda *_: {P0: OffsetAndTimestamp(7, -1, -1)})
+
+    with pytest.raises(KeyError):
+        fetcher.end_offsets([P0, P1], timeout_ms=1)
