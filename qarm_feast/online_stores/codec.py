@@ -478,7 +478,10 @@ def _decode_scalars(value_type: str, spans: _Spans) -> Column:
     values = np.empty(len(starts_P), dtype=np.object_)
     ranges = zip(starts_P.tolist(), spans.ends_P.tolist(), strict=True)
     parts = [blob[start:end] for start, end in ranges]
-    values[:] = [part.decode() for part in parts] if value_type == "STRING" else parts
+    try:
+        values[:] = [part.decode() for part in parts] if value_type == "STRING" else parts
+    except UnicodeDecodeError as error:
+        raise DataError(f"a stored text is damaged: {error}; write the row again") from error
     return Column(values, lengths_N)
 
 
@@ -490,7 +493,8 @@ def _decode_varint_lists(element_type: str, tag: int, spans: _Spans) -> Column |
     """
     ends_M = np.flatnonzero(spans.buffer[:-_LONGEST_VARINT] < 0x80) + 1
     stops_P = np.searchsorted(ends_M, spans.ends_P)
-    if not np.array_equal(ends_M[stops_P], spans.ends_P):
+    # A blob that is cut off within a number, the last one behind all ends.
+    if (stops_P >= len(ends_M)).any() or not np.array_equal(ends_M[stops_P], spans.ends_P):
         return None
     firsts_P = np.searchsorted(ends_M, spans.starts_P, side="right")
     is_filled_P = stops_P - firsts_P >= _LIST_HEAD

@@ -249,3 +249,13 @@ def test_a_blob_that_was_cut_off_is_refused(value_type: str) -> None:
 
     with pytest.raises(DataError, match="write the row again"):
         decode_values(value_type, [whole[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("value_type", "value"), [("INT64_LIST", [1, 300]), ("STRING", "a")], ids=["number", "text"]
+)
+def test_a_blob_whose_last_byte_was_damaged_is_refused(value_type: str, value: object) -> None:
+    damaged = reference(value_type, value)[:-1] + b"\x80"
+
+    with pytest.raises(DataError, match="write the row again"):
+        decode_values(value_type, [damaged])
