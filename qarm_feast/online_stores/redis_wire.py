@@ -63,15 +63,9 @@ def on_connection(client: Any, work: Callable[[Any], list[Any]]) -> list[Any]:
     Everything that is sent here may be sent twice: reads, and writes under a guard.
     """
     connection = client.connection_pool.get_connection()
-
-    def attempt() -> list[Any]:
-        # The pool's is connected, one that was lost is not; work may look at the socket at once.
-        connection.connect()
-        return work(connection)
-
     try:
         answers: list[Any] = connection.retry.call_with_retry(
-            attempt, lambda _: connection.disconnect()
+            lambda: work(connection), lambda _: connection.disconnect()
         )
     except BaseException:
         # Replies may be under way that nobody will read.
@@ -115,8 +109,8 @@ class Replies:
     """
 
     def __init__(self, connection: Any) -> None:
-        # redis-py has no public way to these two.
-        self._socket = connection._sock
+        self._connection = connection
+        # redis-py has no public way to this, nor to the socket.
         self._reader = hiredis.Reader(replyError=connection._parser.parse_error)
         self._buffer = bytearray(_READ_BYTES)
 
@@ -131,7 +125,8 @@ class Replies:
             redis.TimeoutError: If the server does not answer in time.
         """
         while (reply := self._reader.gets()) is False:
-            num_bytes = _receive(self._socket, self._buffer)
+            # Not kept from the start: a lost connection has a socket again once it has sent.
+            num_bytes = _receive(self._connection._sock, self._buffer)
             self._reader.feed(self._buffer, 0, num_bytes)  # type: ignore[arg-type]  # any buffer
         return reply
 
