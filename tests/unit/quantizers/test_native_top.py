@@ -1,11 +1,8 @@
 """Shape letters in this file: N items, P vectors, D embedding width, I lists, k nearest wanted."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy_reference as reference
 import pytest
-import torch
 
 from qarm_feast.quantizers import ivf_lists, native, search
 from qarm_feast.quantizers.devices import ON_CPU
@@ -72,14 +69,6 @@ GENERATORS = [
 ]
 every_kind = pytest.mark.parametrize("generate", GENERATORS)
 every_width = pytest.mark.parametrize("dim", [1, 5, 33, 64])
-
-
-@pytest.fixture(params=[1, 2])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def _vectors(generate: object, dim: int) -> tuple[np.ndarray, np.ndarray]:

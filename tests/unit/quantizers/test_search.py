@@ -101,14 +101,6 @@ def filter_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return request.param
 
 
-@pytest.fixture(params=[1, 2])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("filter_name")
 @pytest.mark.parametrize("generate", GENERATORS)
 @pytest.mark.parametrize("dim", [1, 5, 33])

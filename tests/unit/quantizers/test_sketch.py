@@ -1,11 +1,8 @@
 """Shape letters in this file: N queries, P vectors, D embedding width, I lists, k wanted."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy_reference as reference
 import pytest
-import torch
 
 from qarm_feast.errors import CodebookError
 from qarm_feast.quantizers import ivf_lists, native, search
@@ -178,14 +175,6 @@ def test_margins_leave_out_the_allowed_share_of_true_neighbours() -> None:
     assert left_out == [39, 19, 4]
     assert fitted_margins(gaps_3Nk, rank=10, allowed_miss=0.0).leaf == 499
     assert fitted_margins(gaps_3Nk - 1000, rank=10, allowed_miss=0.1).score == 0
-
-
-@pytest.fixture(params=[1, 2])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def _index(x_PD: np.ndarray, num_probes: int, allowed_miss: float) -> PoolIndex:
