@@ -28,6 +28,9 @@ _BOOTSTRAP_TIMEOUT_MS = 10_000
 _PROBE_SECONDS = 0.25
 _SEND_SECONDS = 30.0
 _BOOTSTRAP_FAULT = re.compile(r"^Bootstrap connection to \S+ failed: (.*?)( \(backoff .*)?$")
+_LOST_CONNECTION = re.compile(
+    "socket disconnected|Connection reset by peer|Broken pipe|Request timed out"
+)
 _MAX_REASONS = 3
 _RECONNECT_BACKOFF_MAX_MS = 1_000
 """kafka-python's own 30 s would keep a worker away long after a broker has come back."""
@@ -175,9 +178,10 @@ def _connect(client_type: Any, config: StreamConfig, fixed: dict[str, Any]) -> A
             raise ConfigError(f"stream.kafka_options do not work: {error}") from error
         except (KafkaError, OSError) as error:
             protocol = options.get("security_protocol", "PLAINTEXT")
+            reasons = warnings.reasons(with_login=protocol.startswith("SASL")) or error
             raise ServiceUnavailableError(
                 f"{config.bootstrap_servers} answers, but gives no Kafka session with "
-                f"security_protocol={protocol} ({warnings.reasons() or error}); look at "
+                f"security_protocol={protocol} ({reasons}); look at "
                 "stream.kafka_options (security_protocol, ssl_*, sasl_*) and the broker's log"
             ) from error
 
@@ -187,7 +191,8 @@ class _BootstrapFaults(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        # A refused password shows as such or as a lost connection, from try to try.
+        # A refused password shows as such or as a lost connection, from try to try: a broker
+        # answers and closes at once, and kafka-python drops an answer that it reads with the end.
         self._reasons: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -195,9 +200,19 @@ class _BootstrapFaults(logging.Handler):
         if found and len(self._reasons) < _MAX_REASONS:
             self._reasons[found[1]] = None
 
-    def reasons(self) -> str:
-        """Return the different reasons in the order in which they came first."""
-        return "; ".join(self._reasons)
+    def reasons(self, with_login: bool) -> str:
+        """Return the different reasons in the order in which they came first.
+
+        Args:
+            with_login: Whether a user logs in, so that a lost connection may mean a refused one.
+
+        Returns:
+            The reasons, empty if the client gave none.
+        """
+        reasons = list(self._reasons)
+        if with_login and reasons and all(map(_LOST_CONNECTION.search, reasons)):
+            reasons.append("a broker that refuses a user name or a password closes so, too")
+        return "; ".join(reasons)
 
 
 @contextmanager

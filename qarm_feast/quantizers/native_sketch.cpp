@@ -4,7 +4,7 @@
 // nearest by the canonical rule. Everything up to the rule is arithmetic on integers, so the same
 // vectors count whatever the processor, the batch or the order.
 //
-// A vector has num_dims 8-bit digits; the first 64 give its score, all of them its full score. The
+// A vector has an 8-bit digit per column; the first 64 give its score, all of them its full score. The
 // lists lie in leaves of 16 vectors, whose digits are transposed so that one instruction takes four
 // digits of all 16; a leaf has a head, its mean digits. Digits of vectors are stored with 128 added
 // (the instruction wants one side unsigned), which moves every score of a row by the same amount:
@@ -35,6 +35,8 @@ constexpr int64_t kGroups = kDigits / 4;   // registers that hold a leaf
 constexpr int64_t kLeafBytes = kLeaf * kDigits;
 constexpr int64_t kMaskLanes = 32;         // 16-bit numbers in a register
 constexpr int64_t kBlockRows = 2048;       // a row's number in its block takes 16 bits
+constexpr int64_t kMostNearScores = 1 << 24;  // of a block of rows, unless one row alone has more
+constexpr int64_t kMostHits = 1 << 22;        // before they are measured
 constexpr int64_t kAhead = 16;             // distances between a vector's prefetch and its use
 constexpr int32_t kAll = -(1 << 29);       // below every score; empty places of a leaf lie below it
 
@@ -176,6 +178,19 @@ struct Hit {
   int32_t slot;
 };
 
+// Of the rows from `row` on, how many fit a block.
+int64_t block_size(const Sketched& set, const int64_t* near_NM, int64_t num_near, int64_t row, int64_t last) {
+  int64_t scores = 0, size = 0;
+  for (; size < std::min(kBlockRows, last - row); ++size) {
+    for (int64_t i = 0; i < num_near; ++i) {
+      const int64_t list = near_NM[(row + size) * num_near + i];
+      scores += (set.first_leaf_I[list + 1] - set.first_leaf_I[list]) * kLeaf;
+    }
+    if (size > 0 && scores > kMostNearScores) break;
+  }
+  return size;
+}
+
 // What one thread needs to search its rows.
 class SketchSearcher {
  public:
@@ -191,6 +206,7 @@ class SketchSearcher {
         leaf_limits_(kBlockRows),
         score_limits_(kBlockRows),
         full_limits_(kBlockRows),
+        measured_B_(kBlockRows),
         terms_D_(terms_size(set.dim)) {
     std::iota(places_.begin(), places_.end(), 0);
   }
@@ -209,9 +225,10 @@ class SketchSearcher {
     block_ = block;
     set_limits();
     probing_.sort(block.probes_BI, block.num_rows, block.num_probes, set_.num_lists);
-    num_hits_ = 0;
+    for (int64_t row = 0; row < block.num_rows; ++row) measured_B_[row].clear();
     for (int64_t list = 0; list < set_.num_lists; ++list)
       if (probing_.count(list)) scan_list(list);
+    measure_hits();
     decide(numbers_Bk, distances_Bk);
   }
 
@@ -321,6 +338,7 @@ class SketchSearcher {
     score(number, queue_.data(), num_rows);
     const int64_t num_chosen = select(leaf_masks_.data(), num_rows, 0xffff, places_.data(), chosen_.data());
     for (int64_t i = 0; i < num_chosen; ++i) keep(number, chosen_[i]);
+    if (num_hits_ > kMostHits) measure_hits();
   }
 
   void keep(int64_t number, int64_t place) {
@@ -334,32 +352,35 @@ class SketchSearcher {
     }
   }
 
-  // Let the rule order what counts, row by row.
-  void decide(int64_t* numbers_Bk, float* distances_Bk) {
+  // Measure what counts, row by row, and keep of it what may be among the nearest.
+  void measure_hits() {
     std::vector<int64_t> ends(block_.num_rows + 1, 0);
     for (int64_t i = 0; i < num_hits_; ++i) ++ends[hits_[i].row + 1];
     std::partial_sum(ends.begin(), ends.end(), ends.begin());
     slots_.resize(num_hits_);
     std::vector<int64_t> next(ends.begin(), ends.end() - 1);
     for (int64_t i = 0; i < num_hits_; ++i) slots_[next[hits_[i].row]++] = hits_[i].slot;
-    for (int64_t row = 0; row < block_.num_rows; ++row) {
-      measure(row, slots_.data() + ends[row], ends[row + 1] - ends[row]);
-      decide_nearest(
-          measured_, block_.x_BD + row * set_.dim, set_.dim, k_, [this](int64_t slot) { return vector_of(slot); },
-          [this](int64_t slot) { return number_of(slot); }, terms_D_, decided_, numbers_Bk + row * k_,
-          distances_Bk + row * k_);
-    }
+    for (int64_t row = 0; row < block_.num_rows; ++row) measure(row, slots_.data() + ends[row], ends[row + 1] - ends[row]);
+    num_hits_ = 0;
   }
 
   void measure(int64_t row, const int32_t* slots, int64_t count) {
     const float* x_D = block_.x_BD + row * set_.dim;
-    measured_.clear();
+    std::vector<Rough>& measured = measured_B_[row];
     for (int64_t i = 0; i < std::min(kAhead, count); ++i) prefetch(vector_of(slots[i]), set_.dim);
     for (int64_t i = 0; i < count; ++i) {
       if (i + kAhead < count) prefetch(vector_of(slots[i + kAhead]), set_.dim);
-      measured_.push_back({rough_distance(x_D, vector_of(slots[i]), set_.dim), slots[i]});
+      measured.push_back({rough_distance(x_D, vector_of(slots[i]), set_.dim), slots[i]});
     }
-    if (count >= k_) keep_nearest(measured_, k_, set_.dim);
+    if (static_cast<int64_t>(measured.size()) >= k_) keep_nearest(measured, k_, set_.dim);
+  }
+
+  void decide(int64_t* numbers_Bk, float* distances_Bk) {
+    for (int64_t row = 0; row < block_.num_rows; ++row)
+      decide_nearest(
+          measured_B_[row], block_.x_BD + row * set_.dim, set_.dim, k_,
+          [this](int64_t slot) { return vector_of(slot); }, [this](int64_t slot) { return number_of(slot); }, terms_D_,
+          decided_, numbers_Bk + row * k_, distances_Bk + row * k_);
   }
 
   const float* vector_of(int64_t slot) const {
@@ -383,7 +404,7 @@ class SketchSearcher {
   std::vector<Hit> hits_;
   int64_t num_hits_ = 0;
   std::vector<int32_t> slots_;
-  std::vector<Rough> measured_;
+  std::vector<std::vector<Rough>> measured_B_;
   std::vector<Decided> decided_;
   std::vector<double> terms_D_;
 };
@@ -401,10 +422,11 @@ void search_sketched(const Sketched* set, const int8_t* digits_NS, const int8_t*
   run_parts(parts, [=](int64_t part) {
     SketchSearcher searcher(*set, k);
     const int64_t last = num_rows * (part + 1) / parts;
-    for (int64_t row = num_rows * part / parts; row < last; row += kBlockRows) {
+    for (int64_t row = num_rows * part / parts, size; row < last; row += size) {
+      size = block_size(*set, near_NM, num_near, row, last);
       const SketchSearcher::Block block{
           digits_NS + row * kDigits, rest_NW + row * set->rest_width, x_ND + row * set->dim,
-          probes_NI + row * num_probes, near_NM + row * num_near, std::min(kBlockRows, last - row), num_probes, num_near};
+          probes_NI + row * num_probes, near_NM + row * num_near, size, num_probes, num_near};
       searcher.search(block, numbers_Nk + row * k, distances_Nk + row * k);
     }
   });

@@ -49,8 +49,9 @@ _AXIS_UNIT = 1 << 14
 _FINE_STEPS = 256
 """Steps of a centred value per step of a digit: what is rounded twice is rounded finely first."""
 _MOST_FINE = 1 << 19
-_FIT_ROWS = 65_536
-_ROWS_PER_BLOCK = 1 << 16
+_FIT_VALUES = 1 << 23
+_VALUES_PER_BLOCK = 1 << 21
+_LEAVES_PER_BLOCK = 1 << 16
 _SPREAD = 8
 """Digits reach that many times the standard deviation of the first axis, if not the whole pool."""
 _POWER_STEPS = 4
@@ -96,7 +97,8 @@ class Sketch:
         Returns:
             The sketch.
         """
-        sample_RD = x_PD[:: -(-len(x_PD) // _FIT_ROWS)].astype(np.float64)
+        num_rows = max(1, _FIT_VALUES // x_PD.shape[1])
+        sample_RD = x_PD[:: -(-len(x_PD) // num_rows)].astype(np.float64)
         centre_D = sample_RD.mean(axis=0).astype(np.float32)
         sample_RD -= centre_D
         variances_D, axes_DD = np.linalg.eigh(sample_RD.T @ sample_RD / len(sample_RD))
@@ -132,8 +134,9 @@ class Sketch:
         digits_ND = np.empty(x_ND.shape, dtype=np.int8)
         halves_N = np.empty(len(x_ND), dtype=np.int32)
         centre_D, axes_DD = self.centre_D.astype(np.float64), self.axes_DD.astype(np.float64)
-        for start in range(0, len(x_ND), _ROWS_PER_BLOCK):
-            block = slice(start, start + _ROWS_PER_BLOCK)
+        num_rows = max(1, _VALUES_PER_BLOCK // x_ND.shape[1])
+        for start in range(0, len(x_ND), num_rows):
+            block = slice(start, start + num_rows)
             fine_BD = np.rint((x_ND[block] - centre_D) * (_FINE_STEPS / self.step))
             np.clip(fine_BD, -_MOST_FINE, _MOST_FINE, out=fine_BD)
             turned_BD = np.rint(fine_BD @ axes_DD / (_FINE_STEPS * _AXIS_UNIT))
@@ -243,9 +246,9 @@ class SketchedLists:
         counts_L = np.diff(np.append(starts_L, len(self.leaf_U)))
         digits_LD = np.empty((len(starts_L), self.digits_UD.shape[1]), dtype=np.int8)
         # Some leaves at a time: their vectors' digits widen on the way.
-        for start in range(0, len(starts_L), _ROWS_PER_BLOCK):
-            block = slice(start, start + _ROWS_PER_BLOCK)
-            ends = np.append(starts_L, len(self.leaf_U))[start : start + _ROWS_PER_BLOCK + 1]
+        for start in range(0, len(starts_L), _LEAVES_PER_BLOCK):
+            block = slice(start, start + _LEAVES_PER_BLOCK)
+            ends = np.append(starts_L, len(self.leaf_U))[start : start + _LEAVES_PER_BLOCK + 1]
             rows_RD = self.digits_UD[ends[0] : ends[-1]]
             sums_BD = np.add.reduceat(rows_RD, ends[:-1] - ends[0], axis=0, dtype=np.int64)
             digits_LD[block] = np.rint(sums_BD / counts_L[block, None])

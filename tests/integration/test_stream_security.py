@@ -1,6 +1,7 @@
 """A broker that asks for TLS and a password, and the settings that are passed through to it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,8 @@ def test_check_says_why_a_secured_broker_refuses(
 
     assert good[0] == 0, good[1]
     assert wrong_password[0] == 6
-    assert "Invalid username or password" in wrong_password[1]
+    # The client does not always get to read what the broker says before it closes.
+    assert re.search("Invalid username or password|refuses a user name", wrong_password[1])
     assert "wrong-one" not in wrong_password[1]
     assert no_trust[0] == 6
     assert "no certificate" in no_trust[1]

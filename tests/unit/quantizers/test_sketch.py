@@ -5,7 +5,7 @@ import numpy_reference as reference
 import pytest
 
 from qarm_feast.errors import CodebookError
-from qarm_feast.quantizers import ivf_lists, native, search
+from qarm_feast.quantizers import ivf_lists, search
 from qarm_feast.quantizers.devices import ON_CPU
 from qarm_feast.quantizers.pool_index import PoolIndex, build_lists
 from qarm_feast.quantizers.sketch import (
@@ -254,10 +254,13 @@ def test_where_too_few_count_whole_lists_do(
     np.testing.assert_array_equal(found_Nk, reference.nearest(x_ND, x_PD, 300))
 
 
-@pytest.mark.skipif(native.kernels() is None, reason="needs AVX-512 bf16 and a compiler")
-def test_codes_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_codes_do_not_depend_on_the_batch(
+    with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x_PD, x_ND = _vectors(3000, 70), _vectors(2100, 70, seed=4)
     index = _index(x_PD, 20, 0.1)
+    index = index if with_kernels else _without_kernels(index, monkeypatch)
     whole_Nk = index.search(x_ND, RANK)
 
     for batch_size, rows in ((1, 40), (19, 400), (20, 400), (2048, 2100)):
@@ -266,6 +269,28 @@ def test_codes_do_not_depend_on_the_batch() -> None:
             for start in range(0, rows, batch_size)
         ]
         np.testing.assert_array_equal(np.concatenate(parts), whole_Nk[:rows])
+
+
+def test_few_long_lists_are_searched_in_bounded_parts() -> None:
+    """Two lists of 10,000: more near scores and more candidates than are held at once."""
+    x_PD, x_ND = _vectors(20_000, 5), _vectors(2100, 5, seed=4)
+    index = build_lists(x_PD, 2, seed=0)
+    index.effort = 2
+
+    found_Nk = index.search(x_ND, RANK)
+
+    np.testing.assert_array_equal(found_Nk[:100], reference.nearest(x_ND[:100], x_PD, RANK))
+    parts = [index.search(x_ND[start : start + 300], RANK) for start in range(0, 2100, 300)]
+    np.testing.assert_array_equal(found_Nk, np.concatenate(parts))
+
+
+def test_the_same_pool_has_the_same_sketch() -> None:
+    x_PD = _vectors(2000, 70)
+    first, second = (_index(x_PD, 20, 0.2).arrays() for _ in range(2))
+
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
 
 
 def test_a_stored_index_searches_as_the_built_one() -> None:
