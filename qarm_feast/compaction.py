@@ -58,7 +58,6 @@ from qarm_feast.log_parts import (
     unpacked_bytes,
     write_merged,
 )
-from qarm_feast.observability import OFFLINE_MERGED_PARTS
 from qarm_feast.point_in_time import latest_rows, microseconds
 from qarm_feast.schema import (
     CONTENT_LOG,
@@ -379,7 +378,6 @@ class _LogCompaction:
         counts.num_written_rows += kept.num_rows
         counts.num_dropped_duplicates += num_rows - num_distinct
         counts.num_erased_rows += num_distinct - kept.num_rows
-        OFFLINE_MERGED_PARTS.inc(len(paths))
 
     def _read(self, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table | None:
         """Return the rows; None if parts are damaged or were taken away, so that others must do."""

@@ -86,8 +86,8 @@ CODEBOOK_DRIFT_ITEMS = Gauge(
 
 OFFLINE_DAMAGED_PARTS = Counter(
     "qarm_offline_damaged_parts",
-    "Damaged parts of the offline logs that this process met; `qarm offline status` lists those in "
-    "quarantine.",
+    "Damaged parts of the offline logs that this process or its compactions met; `qarm offline "
+    "status` lists those in quarantine.",
 )
 OFFLINE_MERGED_PARTS = Counter(
     "qarm_offline_merged_parts", "Parts that this process's compactions took together."

@@ -2,20 +2,30 @@
 
 import logging
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qarm_feast.code_log import CodeLog
-from qarm_feast.compaction import CompactionConfig, Compactor
+from qarm_feast.compaction import CompactionConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import ServiceUnavailableError
-from qarm_feast.observability import OFFLINE_COMPACTION_FAILED
+from qarm_feast.observability import (
+    OFFLINE_COMPACTION_FAILED,
+    OFFLINE_DAMAGED_PARTS,
+    OFFLINE_MERGED_PARTS,
+    ObservabilityConfig,
+)
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.repo_paths import open_feature_store
+from streaming.compaction_process import CompactionAnswer, CompactionRequest
 
 logger = logging.getLogger(__name__)
+
+_COMMAND = (sys.executable, "-m", "streaming.compaction_process")
+_POLL_SECONDS = 0.2
 
 
 @contextmanager
@@ -34,28 +44,31 @@ def background_compaction(config_path: str, is_draining: Callable[[], bool]) -> 
         yield
         return
     log = open_code_log(open_feature_store(Path(config_path).resolve().parent).config)
-    with compaction_thread(log, config, is_draining):
+    request = CompactionRequest(
+        root=str(log.root.absolute()),
+        compaction=config,
+        observability=load_section(config_path, "observability", ObservabilityConfig),
+    )
+    with compaction_thread(request, is_draining):
         yield
 
 
 @contextmanager
 def compaction_thread(
-    log: CodeLog, config: CompactionConfig, is_draining: Callable[[], bool]
+    request: CompactionRequest, is_draining: Callable[[], bool]
 ) -> Iterator[threading.Thread]:
-    """Compact ``log`` at intervals in a thread that ends with the block.
+    """Start compactions at intervals, from a thread that ends with the block.
 
     Args:
-        log: The logs.
-        config: Section ``compaction``.
+        request: What is compacted, and how.
         is_draining: As in :func:`background_compaction`.
 
     Yields:
         The thread.
     """
     is_over = threading.Event()
-    compactor = Compactor(log, config.rules, lambda: is_over.is_set() or is_draining())
     thread = threading.Thread(
-        target=_compact_at_intervals, args=(compactor, config, is_over), name="compaction"
+        target=_compact_at_intervals, args=(request, is_over, is_draining), name="compaction"
     )
     thread.start()
     try:
@@ -66,21 +79,40 @@ def compaction_thread(
 
 
 def _compact_at_intervals(
-    compactor: Compactor, config: CompactionConfig, is_over: threading.Event
+    request: CompactionRequest, is_over: threading.Event, is_draining: Callable[[], bool]
 ) -> None:
+    interval = request.compaction.interval_seconds
     # Workers that were started together shall not all ask for the lock together.
-    while not is_over.wait(config.interval_seconds * random.uniform(0.75, 1.25)):
+    while not is_over.wait(interval * random.uniform(0.75, 1.25)) and not is_draining():
         try:
-            counts = compactor.compact(
-                is_full=False, erasure_interval_seconds=config.erasure_interval_seconds
-            )
-        except ServiceUnavailableError:
-            logger.debug("offline_compaction_left_to_another_process")
-        except Exception:
-            # A full disk, or a bug: the worker goes on, and the next round tries again.
-            logger.exception("offline_compaction_failed")
+            answer = _compact_once(request, is_over, is_draining)
+        except OSError:
+            # No memory or no process left: as with a compaction that failed, the next round tries.
+            logger.exception("offline_compaction_not_started")
             OFFLINE_COMPACTION_FAILED.set(1)
-        else:
-            OFFLINE_COMPACTION_FAILED.set(0)
-            if counts.num_new_parts or counts.num_deleted_parts:
-                logger.info("offline_compacted %s", counts)
+            continue
+        if answer is not None and answer.summary:
+            logger.info("offline_compacted %s", answer.summary)
+
+
+def _compact_once(
+    request: CompactionRequest, is_over: threading.Event, is_draining: Callable[[], bool]
+) -> CompactionAnswer | None:
+    """Run the process; return its answer, or None if it failed or left the work to another."""
+    command = [*_COMMAND, request.model_dump_json()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if is_over.wait(_POLL_SECONDS) or is_draining():
+                break
+        # The end of its input lets it end after the merge in hand.
+        output, _ = process.communicate()
+    if process.returncode == ServiceUnavailableError.exit_code:
+        return None
+    OFFLINE_COMPACTION_FAILED.set(process.returncode != 0)
+    if process.returncode != 0:
+        logger.error("offline_compaction_ended status=%d", process.returncode)
+        return None
+    answer = CompactionAnswer.model_validate_json(output)
+    OFFLINE_MERGED_PARTS.inc(answer.num_merged_parts)
+    OFFLINE_DAMAGED_PARTS.inc(answer.num_damaged_parts)
+    return answer
