@@ -10,7 +10,7 @@ processor, with and without the compiled kernels, on a GPU, at any batch size.
             square. The greater, the nearer; the full score takes all digits.
     leaf    Each list lies in leaves of 16 vectors that are near each other; a leaf's head is the
             mean of their digits and of their squares, its score an estimate of theirs.
-    limits  Among the vectors of the 16 nearest lists, the best score number ``rank`` is a query's
+    limits  Among the vectors of the 8 nearest lists, the best score number ``rank`` is a query's
             mark; the best full score number ``rank``, of those that reach the mark less the score
             margin, its full mark.
 
@@ -38,7 +38,7 @@ Rows = npt.NDArray[np.int64]
 
 SCORE_DIGITS = 64
 LEAF_SIZE = 16
-NUM_NEAR_LISTS = 16
+NUM_NEAR_LISTS = 8
 COUNTS_ALL = -(1 << 29)
 """A limit below every score: squares are cut at 2 ** 28, products stay far below that."""
 NO_MARGIN = 1 << 29
@@ -290,12 +290,12 @@ def fitted_margins(gaps_3Nk: Rows, rank: int, allowed_miss: float) -> Margins:
         gaps_3Nk: What :meth:`SketchedLists.gaps` gives of true neighbours.
         rank: Which score is the mark.
         allowed_miss: Share of the neighbours that may be missed in all; the three margins
-            together take less than half of it, the lists that are not probed the rest.
+            together take less than two thirds of it, the lists that are not probed the rest.
 
     Returns:
         The margins, none below 0.
     """
-    shares = (0.4, 0.2, 0.05)
+    shares = (0.5, 0.1, 0.05)
     fitted = [
         max(0, int(np.quantile(gaps_Nk, 1 - share * allowed_miss, method="higher")))
         for gaps_Nk, share in zip(gaps_3Nk, shares, strict=True)

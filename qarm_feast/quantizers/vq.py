@@ -50,8 +50,8 @@ long (benchmarks/quantize.py). The share does not depend on the machine, though 
 kernels takes longer: one configuration builds one kind of search.
 """
 MAX_EF_SEARCH = 4096
-_NUM_RECALL_QUERIES = 1024
-_NUM_BISECTIONS = 4
+_NUM_RECALL_QUERIES = 2048
+_NUM_BISECTIONS = 5
 _ROWS_PER_BLOCK = 1 << 16
 
 

@@ -172,7 +172,7 @@ def test_margins_leave_out_the_allowed_share_of_true_neighbours() -> None:
         int((gaps > margin).sum())
         for gaps, (_, margin) in zip(gaps_3Nk, margins.named(), strict=True)
     ]
-    assert left_out == [39, 19, 4]
+    assert left_out == [49, 9, 4]
     assert fitted_margins(gaps_3Nk, rank=10, allowed_miss=0.0).leaf == 499
     assert fitted_margins(gaps_3Nk - 1000, rank=10, allowed_miss=0.1).score == 0
 
@@ -198,7 +198,7 @@ def _expected(index: PoolIndex, x_PD: np.ndarray, x_ND: np.ndarray, k: int) -> n
     ivf = index._ivf
     coarse_ID = ivf._index.quantizer.reconstruct_n(0, ivf._index.nlist)
     lists = SketchedLists(ivf.sketch, ivf._vectors_I, ivf._numbers_I)
-    near_NM = reference.nearest(x_ND, coarse_ID, min(16, index.effort))
+    near_NM = reference.nearest(x_ND, coarse_ID, min(8, index.effort))
     probes_NI = reference.nearest(x_ND, coarse_ID, index.effort)
     digits_ND, _ = ivf.sketch.digits(x_ND)
     limits_3N = lists.limits(digits_ND, near_NM, ivf.sketch.margins)
