@@ -11,8 +11,8 @@ index and the bare float32 product of vectors and pool in torch, which picks no 
 ``vq_speedup_vs_own_exact`` is against our own exact search, the one that ``search: auto`` weighs
 the lists against. Each is on the same batch of 2048 new vectors (the most that the streaming worker
 reads at once), and again one vector at a time. Times are the process's own seconds, so another
-process on the machine does not count, though it takes memory bandwidth; of a batch the fewest of
-three runs stand, for every search alike.
+process on the machine does not count, though it takes memory bandwidth and may share a core. So the
+searches that are compared take turns, and of each the fewest seconds of three turns stand.
 
 Shape letters in this file: N rows, P pool rows, D embedding width, Q queries, k neighbours,
 M latent dimensions.
@@ -35,6 +35,7 @@ from qarm_feast.quantizers.base import Codes, Embeddings
 from qarm_feast.quantizers.search import NearestSearch
 
 Kind = Literal["ivf_flat", "hnsw", "auto"]
+Search = Callable[[Embeddings], Codes]
 
 EMBEDDING_DIM = 128
 NUM_NEIGHBORS = 25
@@ -126,64 +127,71 @@ def _figures(
     names: dict[Kind, str],
 ) -> dict[str, float]:
     """Return the figures of some searches of one pool; ``names`` are their suffixes."""
-    exact_Qk, seconds, single_seconds = _exact(pool_PD, x_QD)
-    kind = next(iter(names.values()))
-    ending = kind[len("_ivf_flat") :]
-    figures = {
-        f"vq_exact_ms_{name}{ending}": 1e3 * spent / len(x_QD) for name, spent in seconds.items()
-    }
+    exact = _exact_searches(pool_PD)
+    exact_Qk = exact["ours"](x_QD)
+    figures: dict[str, float] = {}
     for search, suffix in names.items():
         build = _Build()
         quantizer = NeighborQuantizer(VqConfig(search=search, seed=1), pool_PD)
         build.end()
-        found_Qk, spent = _timed(quantizer.encode, x_QD)
-        single = _single_seconds(quantizer.encode, x_QD)
-        hits_Qkk = found_Qk[:, :, None] == exact_Qk[:, None, :]
-        figures |= {
-            f"vq_recall_at_25{suffix}": float(hits_Qkk.any(axis=2).mean()),
-            f"vq_ms{suffix}": 1e3 * spent / len(x_QD),
-            f"vq_speedup_vs_exact{suffix}": min(seconds[name] for name in YARDSTICKS) / spent,
-            f"vq_speedup_vs_own_exact{suffix}": seconds["ours"] / spent,
-            f"vq_single_speedup_vs_exact{suffix}": (
-                min(single_seconds[name] for name in YARDSTICKS) / single
-            ),
-            f"vq_build_seconds{suffix}": build.seconds,
-            f"vq_build_peak_gib{suffix}": build.peak_gib,
-        }
         _say(
             f"{suffix or ' auto on low_rank'}: {quantizer.search_kind} "
-            f"{quantizer.search_settings} recall at training {quantizer.search_recall:.4f}, "
-            f"{1e3 * spent / len(x_QD):.3f} ms per vector, singly "
-            f"{1e3 * single / NUM_SINGLES:.3f}"
+            f"{quantizer.search_settings} recall at training {quantizer.search_recall:.4f}"
         )
+        hits_Qkk = quantizer.encode(x_QD)[:, :, None] == exact_Qk[:, None, :]
+        own = {
+            "vq_recall_at_25": float(hits_Qkk.any(axis=2).mean()),
+            "vq_build_seconds": build.seconds,
+            "vq_build_peak_gib": build.peak_gib,
+            **_times({**exact, "": quantizer.encode}, x_QD),
+        }
+        figures |= {f"{name}{suffix}": value for name, value in own.items()}
     _say(json.dumps({name: round(value, 3) for name, value in figures.items()}))
     return figures
 
 
-def _exact(
-    pool_PD: Embeddings, x_QD: Embeddings
-) -> tuple[Codes, dict[str, float], dict[str, float]]:
-    """Return the exact neighbours, and by name the seconds of a batch and of single vectors."""
+def _exact_searches(pool_PD: Embeddings) -> dict[str, Search]:
+    """Return the exact searches by name; ours gives the canonical answer."""
     flat = faiss.IndexFlatL2(EMBEDDING_DIM)
     flat.add(pool_PD)
     ours = NearestSearch(pool_PD)
     # Prepared at first use, which is no part of a search.
-    ours.search(x_QD[:1], NUM_NEIGHBORS)
-    searches: dict[str, Callable[[Embeddings], Codes]] = {
+    ours.search(pool_PD[:1], NUM_NEIGHBORS)
+    return {
         "faiss_flat": lambda x_BD: flat.search(x_BD, NUM_NEIGHBORS)[1],
         "product": lambda x_BD: _product(x_BD, pool_PD),
         "ours": lambda x_BD: ours.search(x_BD, NUM_NEIGHBORS),
     }
-    batch, single = {}, {}
-    for name, search in searches.items():
-        exact_Qk, batch[name] = _timed(search, x_QD)
-        single[name] = _single_seconds(search, x_QD)
+
+
+def _times(searches: dict[str, Search], x_QD: Embeddings) -> dict[str, float]:
+    """Return times and ratios of the exact searches and the one whose name is empty."""
+    batch = _fewest_seconds(searches, x_QD)
+    singles = [_fewest_seconds(searches, x_QD[row : row + 1]) for row in range(NUM_SINGLES)]
+    single = {name: sum(seconds[name] for seconds in singles) for name in searches}
+    for name in searches:
         _say(
-            f"exact over {len(pool_PD)}, {name}: {1e3 * batch[name] / len(x_QD):.3f} ms per "
-            f"vector, singly {1e3 * single[name] / NUM_SINGLES:.3f}"
+            f"  {name or 'this one'}: {1e3 * batch[name] / len(x_QD):.3f} ms per vector, singly "
+            f"{1e3 * single[name] / NUM_SINGLES:.3f}"
         )
-    # Ours came last: its answer is the canonical one.
-    return exact_Qk, batch, single
+    return {
+        **{f"vq_exact_ms_{name}": 1e3 * batch[name] / len(x_QD) for name in searches if name},
+        "vq_ms": 1e3 * batch[""] / len(x_QD),
+        "vq_speedup_vs_exact": min(batch[name] for name in YARDSTICKS) / batch[""],
+        "vq_speedup_vs_own_exact": batch["ours"] / batch[""],
+        "vq_single_speedup_vs_exact": min(single[name] for name in YARDSTICKS) / single[""],
+    }
+
+
+def _fewest_seconds(searches: dict[str, Search], x_BD: Embeddings) -> dict[str, float]:
+    """Return the fewest seconds of each search in a few turns."""
+    fewest = dict.fromkeys(searches, np.inf)
+    for _ in range(NUM_RUNS):
+        for name, search in searches.items():
+            start = time.process_time()
+            search(x_BD)
+            fewest[name] = min(fewest[name], time.process_time() - start)
+    return fewest
 
 
 def _product(x_BD: Embeddings, pool_PD: Embeddings) -> Codes:
@@ -194,20 +202,6 @@ def _product(x_BD: Embeddings, pool_PD: Embeddings) -> Codes:
         block_RD = torch.from_numpy(pool_PD[start : start + PRODUCT_ROWS])
         torch.mm(x, block_RD.T, out=scores_BR[:, : len(block_RD)])
     return np.empty((len(x_BD), 0), dtype=np.int64)
-
-
-def _timed(search: Callable[[Embeddings], Codes], x_BD: Embeddings) -> tuple[Codes, float]:
-    """Return what a search finds, and the fewest seconds of a few runs."""
-    seconds = []
-    for _ in range(NUM_RUNS):
-        start = time.process_time()
-        found_Bk = search(x_BD)
-        seconds.append(time.process_time() - start)
-    return found_Bk, min(seconds)
-
-
-def _single_seconds(search: Callable[[Embeddings], Codes], x_QD: Embeddings) -> float:
-    return sum(_timed(search, x_QD[row : row + 1])[1] for row in range(NUM_SINGLES))
 
 
 class _Build:

@@ -36,7 +36,7 @@ constexpr int64_t kLeafBytes = kLeaf * kDigits;
 constexpr int64_t kMaskLanes = 32;         // 16-bit numbers in a register
 constexpr int64_t kBlockRows = 2048;       // a row's number in its block takes 16 bits
 constexpr int64_t kMostNearScores = 1 << 24;  // of a block of rows, unless one row alone has more
-constexpr int64_t kMostHits = 1 << 22;        // before they are measured
+constexpr int64_t kMostHits = 1 << 22;        // before they are handed to their rows
 constexpr int64_t kAhead = 16;             // distances between a vector's prefetch and its use
 constexpr int32_t kAll = -(1 << 29);       // below every score; empty places of a leaf lie below it
 
@@ -174,8 +174,9 @@ int64_t select(const uint16_t* masks, int64_t count, uint16_t bits, const uint16
 
 // A vector that counts for a row.
 struct Hit {
-  uint16_t row;
+  float distance;
   int32_t slot;
+  uint16_t row;
 };
 
 // Of the rows from `row` on, how many fit a block.
@@ -228,7 +229,7 @@ class SketchSearcher {
     for (int64_t row = 0; row < block.num_rows; ++row) measured_B_[row].clear();
     for (int64_t list = 0; list < set_.num_lists; ++list)
       if (probing_.count(list)) scan_list(list);
-    measure_hits();
+    sort_hits();
     decide(numbers_Bk, distances_Bk);
   }
 
@@ -328,6 +329,8 @@ class SketchSearcher {
         const int64_t queued = select(masks_.data(), num_rows, 1u << i, rows, queue_.data());
         if (queued) scan_leaf(first + i, queued);
       }
+      measure_hits(list);
+      if (num_hits_ > kMostHits) sort_hits();
     }
   }
 
@@ -338,7 +341,6 @@ class SketchSearcher {
     score(number, queue_.data(), num_rows);
     const int64_t num_chosen = select(leaf_masks_.data(), num_rows, 0xffff, places_.data(), chosen_.data());
     for (int64_t i = 0; i < num_chosen; ++i) keep(number, chosen_[i]);
-    if (num_hits_ > kMostHits) measure_hits();
   }
 
   void keep(int64_t number, int64_t place) {
@@ -347,32 +349,30 @@ class SketchSearcher {
     for (unsigned left = leaf_masks_[place]; left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
       const int32_t slot = static_cast<int32_t>(number * kLeaf + lane);
-      hits_[num_hits_] = {row, slot};
+      hits_[num_hits_] = {0.0F, slot, row};
       num_hits_ += full_score(scores_[place * kLeaf + lane], row, slot) >= full_limits_[row];
     }
   }
 
-  // Measure what counts, row by row, and keep of it what may be among the nearest.
-  void measure_hits() {
-    std::vector<int64_t> ends(block_.num_rows + 1, 0);
-    for (int64_t i = 0; i < num_hits_; ++i) ++ends[hits_[i].row + 1];
-    std::partial_sum(ends.begin(), ends.end(), ends.begin());
-    slots_.resize(num_hits_);
-    std::vector<int64_t> next(ends.begin(), ends.end() - 1);
-    for (int64_t i = 0; i < num_hits_; ++i) slots_[next[hits_[i].row]++] = hits_[i].slot;
-    for (int64_t row = 0; row < block_.num_rows; ++row) measure(row, slots_.data() + ends[row], ends[row + 1] - ends[row]);
-    num_hits_ = 0;
+  // Measure what counts of a list, while its vectors lie side by side.
+  void measure_hits(int64_t list) {
+    const float* vectors = set_.vectors_I[list];
+    const int64_t first_slot = set_.first_leaf_I[list] * kLeaf;
+    const auto vector_of_hit = [&](int64_t i) { return vectors + (hits_[i].slot - first_slot) * set_.dim; };
+    for (int64_t i = num_measured_; i < std::min(num_measured_ + kAhead, num_hits_); ++i) prefetch(vector_of_hit(i), set_.dim);
+    for (int64_t i = num_measured_; i < num_hits_; ++i) {
+      if (i + kAhead < num_hits_) prefetch(vector_of_hit(i + kAhead), set_.dim);
+      hits_[i].distance = rough_distance(block_.x_BD + hits_[i].row * set_.dim, vector_of_hit(i), set_.dim);
+    }
+    num_measured_ = num_hits_;
   }
 
-  void measure(int64_t row, const int32_t* slots, int64_t count) {
-    const float* x_D = block_.x_BD + row * set_.dim;
-    std::vector<Rough>& measured = measured_B_[row];
-    for (int64_t i = 0; i < std::min(kAhead, count); ++i) prefetch(vector_of(slots[i]), set_.dim);
-    for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) prefetch(vector_of(slots[i + kAhead]), set_.dim);
-      measured.push_back({rough_distance(x_D, vector_of(slots[i]), set_.dim), slots[i]});
-    }
-    if (static_cast<int64_t>(measured.size()) >= k_) keep_nearest(measured, k_, set_.dim);
+  // Hand the hits to their rows, which keep what may be among their nearest.
+  void sort_hits() {
+    for (int64_t i = 0; i < num_hits_; ++i) measured_B_[hits_[i].row].push_back({hits_[i].distance, hits_[i].slot});
+    num_hits_ = num_measured_ = 0;
+    for (int64_t row = 0; row < block_.num_rows; ++row)
+      if (static_cast<int64_t>(measured_B_[row].size()) >= k_) keep_nearest(measured_B_[row], k_, set_.dim);
   }
 
   void decide(int64_t* numbers_Bk, float* distances_Bk) {
@@ -402,7 +402,7 @@ class SketchSearcher {
   std::unique_ptr<int32_t[]> near_scores_;
   std::vector<int64_t> near_starts_, near_ends_, sorted_near_;
   std::vector<Hit> hits_;
-  int64_t num_hits_ = 0;
+  int64_t num_hits_ = 0, num_measured_ = 0;
   std::vector<int32_t> slots_;
   std::vector<std::vector<Rough>> measured_B_;
   std::vector<Decided> decided_;
