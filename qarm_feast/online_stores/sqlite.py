@@ -193,7 +193,8 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
         **options: Any,
     ) -> None:
         """Create and drop tables as stock Feast does, and add the guard's column."""
-        with self._write_lock:
+        names = ", ".join(view.name for view in [*tables_to_keep, *tables_to_delete])
+        with self._write_lock, _readable_errors(self._get_db_path(config), names):
             conn = self._get_conn(config)
             # Stock would give a table that is its own index a second one at every apply.
             others = [view for view in tables_to_keep if not _is_index(conn, config, view)]

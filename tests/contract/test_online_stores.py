@@ -787,6 +787,8 @@ def test_sqlite_reports_a_file_that_stays_locked_and_leaves_it_unchanged(online:
 
     with pytest.raises(ServiceUnavailableError, match="locked"):
         online.store.write_table(config, code_view(), code_rows([(1, 2, "a", [2, 2])]))
+    with pytest.raises(ServiceUnavailableError, match="locked"):
+        online.store.update(config, [code_view()], [], [], [], True)
     seen_meanwhile = online.codes(1)
     holder.execute("ROLLBACK")
     holder.close()

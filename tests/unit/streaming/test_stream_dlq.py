@@ -13,6 +13,7 @@ from streaming.dlq import (
     LetterFilter,
     OffsetRange,
     Offsets,
+    list_letters,
     parse_range,
     parse_since,
     refusal_of,
@@ -201,5 +202,24 @@ def test_a_replay_does_not_wait_for_ever_for_a_broker_that_is_gone(
 
     with pytest.raises(ServiceUnavailableError, match="run `qarm-stream check`"):
         replay_reasons(StreamConfig(), ["undecodable"], is_dry_run=True)
+
+    assert consumer.is_closed
+
+
+class LeaderlessConsumer(SilentConsumer):
+    """As kafka-python answers for a partition that has no leader."""
+
+    def beginning_offsets(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        raise KeyError(partitions[0])
+
+
+def test_letters_of_a_partition_without_a_leader_are_said_to_be_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    consumer = LeaderlessConsumer()
+    monkeypatch.setattr("streaming.dlq.connect_reader", lambda config, group: consumer)
+
+    with pytest.raises(ServiceUnavailableError, match="run `qarm-stream check`"):
+        list_letters(StreamConfig(), LetterFilter(), limit=1)
 
     assert consumer.is_closed
