@@ -19,14 +19,17 @@ May import: kafka-python.
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
-from kafka import KafkaConsumer
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
+from streaming.clients import connect_admin
+from streaming.config import StreamConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,56 @@ def decode_acknowledgement(metadata: str | None) -> Acknowledgement | None:
         return Acknowledgement(offsets, int(content["owner_epoch"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def read_acknowledgements(config: StreamConfig) -> dict[TopicPartition, Acknowledgement | None]:
+    """Return what the owners of the item topic's partitions have acknowledged; joins no group.
+
+    Args:
+        config: Section ``stream``.
+
+    Returns:
+        One entry per partition; None where no worker has committed anything yet.
+
+    Raises:
+        ConfigError: If there is no such topic.
+        ServiceUnavailableError: If the broker does not answer.
+    """
+    topic, group = config.item_topic, config.consumer_group
+    with closing(connect_admin(config)) as admin:
+        try:
+            described = {found["name"]: found for found in admin.describe_topics()}
+            if topic not in described:
+                raise ConfigError(f"no topic {topic}; create it, then run `qarm-stream check`")
+            stored = _committed_offsets(admin, group)
+        except KafkaError as error:
+            raise ServiceUnavailableError(
+                f"the broker does not tell the committed offsets of group {group}: {error!r}; "
+                "run `qarm-stream check`"
+            ) from error
+    numbers = sorted(found["partition_index"] for found in described[topic]["partitions"])
+    partitions = [TopicPartition(topic, number) for number in numbers]
+    return {
+        partition: decode_acknowledgement(stored[partition].metadata)
+        if partition in stored
+        else None
+        for partition in partitions
+    }
+
+
+def _committed_offsets(
+    admin: KafkaAdminClient, group: str
+) -> Mapping[TopicPartition, OffsetAndMetadata]:
+    try:
+        found: Mapping[TopicPartition, OffsetAndMetadata] = admin.list_group_offsets({group: None})[
+            group
+        ]
+    except KafkaError as error:
+        if not error.retriable:
+            raise
+        # The broker makes the topic of offsets when the first group joins.
+        return {}
+    return found
 
 
 class ReadMarks(Protocol):

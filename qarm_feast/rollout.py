@@ -1,0 +1,629 @@
+"""A codebook version from staged to default, and the version before it to retired: step by step.
+
+:meth:`Rollout.start` takes these steps, and :meth:`Rollout.finish` the last two:
+
+1. The record of the rollout is written: which version, in place of which.
+2. `feast apply` has declared the version's view; this is asked for, not done.
+3. The version becomes live: workers write it beside the others. One that is still acknowledged
+   from an earlier rollout is not made live before the owners have withdrawn it: their first
+   offsets would hide what was stored without it in between.
+4. The owner of each partition acknowledges the version, with the first offset written in it. These
+   offsets are kept: what lies before them is the backfill's, and any later owner writes on.
+5. The backfill fills up what lies before them.
+6. A sample of the old view is held against the new one.
+7. The version becomes the default, the old one live.
+8. The old version is retired: from here on there is no way back to it.
+9. The owners withdraw the old version; then nothing writes its view, and `feast apply` drops it.
+
+Each step looks at the world first and does what is left, so a process that is killed anywhere is
+followed by another one with the same command. Only what no look can tell is kept, in
+``rollout.json`` beside the registry: the two versions, the offsets, and that backfill and
+comparison came to their end.
+
+Training a ranker on the new version, switching services to it and letting the old ones drain lies
+between 7 and 8 and is the user's. Nothing here reads Kafka or Feast: :class:`RolloutParts` does.
+May import: pydantic, filelock, the registry.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Literal, NamedTuple, Protocol
+
+from filelock import FileLock, Timeout
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from qarm_feast.artifact import replace_file
+from qarm_feast.errors import (
+    CodebookError,
+    CodebookMismatchError,
+    ConfigError,
+    DataError,
+    QarmError,
+    ServiceUnavailableError,
+)
+from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest, registry_folder
+from qarm_feast.schema import code_view_name
+
+logger = logging.getLogger(__name__)
+
+Partition = tuple[str, int]
+"""Topic and number."""
+
+RECORD_NAME = "rollout.json"
+_LOCK_NAME = ".rollout.lock"
+_POLL_SECONDS = 0.5
+_GONE = (VersionState.RETIRED, VersionState.PURGED)
+_WRITTEN = (VersionState.LIVE, VersionState.DEFAULT)
+
+
+class Phase(StrEnum):
+    """Where a rollout is going: on, back, or nowhere any more."""
+
+    UNDER_WAY = "under way"
+    UNDOING = "undoing"
+    UNDONE = "undone"
+    FINISHED = "finished"
+
+
+class FirstOffset(NamedTuple):
+    """The first record of a partition that an owner wrote in the new version."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+class RolloutRecord(BaseModel):
+    """What ``rollout.json`` holds; ``found_as`` is the state that an undo gives back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    version: str
+    previous: str
+    found_as: VersionState
+    phase: Phase = Phase.UNDER_WAY
+    started: AwareDatetime
+    first_offsets: tuple[FirstOffset, ...] = ()
+    backfill: str | None = None
+    verification: str | None = None
+
+
+class Verdict(Protocol):
+    """What a comparison of two versions' rows gave; ``rollout_sample.Comparison``."""
+
+    def faults(self) -> list[str]:
+        """Return what is wrong, each with its figure and its limit; none: all is right."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutParts:
+    """The world around the registry.
+
+    Attributes:
+        has_view: Whether ``feast apply`` has made a version's view.
+        first_offsets: Of each partition of the item topic the first offset that its owner has
+            acknowledged for a version; None where the owner does not write it.
+        has_encoder: Whether an encoder version is stored where workers load it.
+        backfill: Fills a version's view with what lies before the offsets; returns its counts.
+        verify: Compares the rows of a new version (first) with those of an old one.
+        service_name: Name of the feature service of a version.
+    """
+
+    has_view: Callable[[str], bool]
+    first_offsets: Callable[[str], Mapping[Partition, int | None]]
+    has_encoder: Callable[[str], bool]
+    backfill: Callable[[str, Mapping[Partition, int]], object]
+    verify: Callable[[str, str], Verdict]
+    service_name: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for the owners of partitions."""
+
+    seconds: float = 60.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+class StepState(StrEnum):
+    """What is known of a step; ``YOURS`` leaves no trace that could be looked at."""
+
+    DONE = "done"
+    OPEN = "open"
+    YOURS = "yours"
+    UNKNOWN = "unknown"
+
+
+class Step(NamedTuple):
+    """One line of a plan or a status."""
+
+    name: str
+    state: StepState
+    detail: str
+
+
+@dataclass(frozen=True)
+class RolloutStatus:
+    """The rollout under way or the last one, its steps as they are now, and what comes next."""
+
+    record: RolloutRecord | None
+    steps: tuple[Step, ...]
+    next_step: str
+    fault: str | None = None
+
+
+class Rollout:
+    """Walks one version at a time; every change is made under a file lock.
+
+    Args:
+        registry: States of the versions.
+        parts: The world around it.
+        patience: How long to wait for the owners of partitions.
+    """
+
+    def __init__(
+        self, registry: CodebookRegistry, parts: RolloutParts, patience: Patience | None = None
+    ) -> None:
+        self._registry = registry
+        self._parts = parts
+        self._patience = patience or Patience()
+        self._folder = registry_folder(registry.uri)
+        self._path = self._folder / RECORD_NAME
+
+    def plan(self, version: str) -> RolloutStatus:
+        """Return what :meth:`start` would do and what is done already; changes nothing.
+
+        Args:
+            version: The version to roll out.
+
+        Returns:
+            The steps.
+
+        Raises:
+            CodebookNotFoundError: If the version is not published.
+            CodebookError: If it cannot be rolled out, or another rollout is half done.
+            CodebookMismatchError: If workers cannot encode for it.
+        """
+        return self._status_of(self._continued(version) or self._anew(version))
+
+    def status(self) -> RolloutStatus:
+        """Return the rollout under way or the last one; changes nothing."""
+        record = self.record()
+        if record is None:
+            default = self._registry.default_version()
+            text = f"`qarm rollout plan --codebook-version VERSION`; the default is {default}"
+            return RolloutStatus(None, (), text)
+        return self._status_of(record)
+
+    def start(self, version: str) -> RolloutStatus:
+        """Take a staged version up to the default; called again, it goes on where it was.
+
+        Args:
+            version: The version to roll out.
+
+        Returns:
+            The steps as they are afterwards.
+
+        Raises:
+            CodebookError: If the version cannot be rolled out, another rollout is half done or
+                runs now, or somebody changed the states in between.
+            ConfigError: If ``feast apply`` has not declared the view.
+            DataError: If the new view does not hold what the old one holds.
+            ServiceUnavailableError: If owners do not acknowledge the version in time, or the
+                broker or a store does not answer.
+        """
+        with self._lock():
+            record = self._continued(version)
+            if record is None:
+                record = self._store(self._anew(version))
+            self._check_unchanged(record)
+            self._check_view(version)
+            self._make_live(record)
+            record = self._await_owners(record)
+            record = self._fill_up(record)
+            record = self._compare(record)
+            if self._registry.states()[version] is not VersionState.DEFAULT:
+                self._registry.set_state(version, VersionState.DEFAULT)
+                logger.info("rollout_default version=%s previous=%s", version, record.previous)
+            return self._status_of(record)
+
+    def finish(self) -> RolloutStatus:
+        """Retire the old version once nobody reads it; called again, it changes nothing.
+
+        Returns:
+            The steps as they are afterwards.
+
+        Raises:
+            CodebookError: If no rollout is there, the new version is not the default yet, or
+                another process is at it.
+            ServiceUnavailableError: If workers do not stop writing the old version in time.
+        """
+        with self._lock():
+            record = self.check_finishable()
+            if record.phase is Phase.FINISHED:
+                return self._status_of(record)
+            previous = record.previous
+            if self._registry.states()[previous] not in _GONE:
+                self._registry.set_state(previous, VersionState.RETIRED)
+                logger.info("rollout_retired version=%s", previous)
+            self._await_withdrawal(previous, "finish")
+            return self._status_of(self._store(record.model_copy(update={"phase": Phase.FINISHED})))
+
+    def check_finishable(self) -> RolloutRecord:
+        """Return the rollout that :meth:`finish` would end, or has ended.
+
+        Returns:
+            Its record.
+
+        Raises:
+            CodebookError: If no rollout is there, or its version is not the default yet.
+        """
+        record = self.record()
+        if record is None or record.phase is Phase.UNDONE:
+            raise CodebookError(
+                f"no rollout is under way in {self._registry.uri}; run "
+                "`qarm rollout start --codebook-version VERSION` first"
+            )
+        if record.phase is Phase.FINISHED:
+            return record
+        self._check_not_undoing(record)
+        self._check_unchanged(record)
+        state = self._registry.states()[record.version]
+        if state is not VersionState.DEFAULT or record.verification is None:
+            raise CodebookError(
+                f"the rollout of {record.version!r} is not far enough to retire "
+                f"{record.previous!r}: {record.version!r} is {state.value}, and its rows are "
+                f"{'compared' if record.verification else 'not compared yet'}; run "
+                f"`qarm rollout start --codebook-version {record.version}` first"
+            )
+        return record
+
+    def undo(self) -> RolloutStatus:
+        """Give the default back to the old version, the new one its state before.
+
+        1. The record says that this is on its way back, so that nothing goes on from here.
+        2. If the new version is the default, the old one becomes it.
+        3. The new version gets its state before the rollout; staged, so workers stop writing it.
+
+        Views and rows of the new version stay; nothing reads them. Called again, and where there
+        is no rollout, it changes nothing.
+
+        Returns:
+            The steps as they are afterwards.
+
+        Raises:
+            CodebookError: If the old version is retired, so that nothing has written it since; or
+                another process is at it.
+        """
+        with self._lock():
+            record = self.record()
+            if record is None or record.phase is Phase.UNDONE:
+                return self.status()
+            self._check_way_back(record)
+            record = self._store(record.model_copy(update={"phase": Phase.UNDOING}))
+            if self._registry.states().get(record.version) is VersionState.DEFAULT:
+                self._registry.set_state(record.previous, VersionState.DEFAULT)
+            if self._registry.states().get(record.version) is VersionState.LIVE:
+                self._registry.set_state(record.version, record.found_as)
+            logger.info("rollout_undone version=%s default=%s", record.version, record.previous)
+            return self._status_of(self._store(record.model_copy(update={"phase": Phase.UNDONE})))
+
+    def record(self) -> RolloutRecord | None:
+        """Return the rollout under way or the last one; None: there was none.
+
+        Returns:
+            What is stored.
+
+        Raises:
+            CodebookError: If the file is damaged.
+        """
+        if not self._path.is_file():
+            return None
+        try:
+            return RolloutRecord.model_validate_json(self._path.read_bytes())
+        except ValidationError as error:
+            raise CodebookError(
+                f"{self._path} is no rollout that this version of qarm-feast reads: {error}; put "
+                "back a copy of it, or look at the states with `qarm codebook list`, remove the "
+                "file and run `qarm rollout start --codebook-version VERSION` again"
+            ) from error
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the lock, which a process that is killed gives back; nobody waits for it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / _LOCK_NAME
+        try:
+            with FileLock(path, timeout=0):
+                yield
+        except Timeout as error:
+            raise CodebookError(
+                f"another `qarm rollout` is at work on {self._registry.uri}; let it finish, look "
+                f"with `qarm rollout status`, or who holds the lock with `fuser {path}`"
+            ) from error
+
+    def _store(self, record: RolloutRecord) -> RolloutRecord:
+        replace_file(self._path, (record.model_dump_json(indent=2) + "\n").encode())
+        return record
+
+    def _continued(self, version: str) -> RolloutRecord | None:
+        """Return the record to go on with, None if there is none; refuse another version."""
+        record = self.record()
+        if record is None or record.phase in (Phase.UNDONE, Phase.FINISHED):
+            return None
+        self._check_not_undoing(record)
+        if record.version != version:
+            raise CodebookError(
+                f"the rollout of {record.version!r} in place of {record.previous!r} is half done, "
+                f"{version!r} has to wait: run {self._next(record)}, or `qarm rollout undo`"
+            )
+        return record
+
+    def _anew(self, version: str) -> RolloutRecord:
+        self._registry.check_published(version)
+        state, previous = self._registry.states()[version], self._registry.default_version()
+        if state is VersionState.DEFAULT:
+            raise CodebookError(
+                f"codebook version {version!r} is the default of {self._registry.uri} already; "
+                "publish another one, then `qarm rollout plan --codebook-version OTHER`"
+            )
+        if state is VersionState.RETIRED:
+            raise CodebookError(
+                f"codebook version {version!r} is retired: nothing has written its rows since; "
+                "publish a new version with `qarm codebook train --codebook-version "
+                f"{self._registry.next_name(version)} --parent {version}`"
+            )
+        self._check_encoder(version, previous)
+        return RolloutRecord(
+            version=version, previous=previous, found_as=state, started=datetime.now(UTC)
+        )
+
+    def _check_encoder(self, version: str, previous: str) -> None:
+        uri = self._registry.uri
+        new, old = (read_manifest(uri, name) for name in (version, previous))
+        if new.encoder_version == old.encoder_version:
+            if new.encoder_hash != old.encoder_hash:
+                raise CodebookMismatchError(
+                    expected=f"{old.encoder_version} ({old.encoder_hash[:12]}), that of {previous}",
+                    found=f"{new.encoder_version} ({new.encoder_hash[:12]})",
+                    where=f"codebook {version!r} (encoder)",
+                    command=f"qarm codebook train --codebook-version "
+                    f"{self._registry.next_name(version)}",
+                )
+        elif not self._parts.has_encoder(new.encoder_version):
+            raise ConfigError(
+                f"codebook {version!r} takes vectors of encoder {new.encoder_version!r}, the "
+                f"default {previous!r} of {old.encoder_version!r}, and no encoder "
+                f"{new.encoder_version!r} is stored in alignment.encoder_uri: no worker could "
+                "encode an item for it; put the encoder there, or run `qarm align train` with "
+                f"alignment.encoder_version={new.encoder_version}"
+            )
+
+    def _check_not_undoing(self, record: RolloutRecord) -> None:
+        if record.phase is Phase.UNDOING:
+            raise CodebookError(
+                f"the rollout of {record.version!r} was being undone and is half way back; run "
+                "`qarm rollout undo` to the end first"
+            )
+
+    def _check_unchanged(self, record: RolloutRecord) -> None:
+        fault = self._outside_change(record)
+        if fault:
+            raise CodebookError(f"{fault}; run `qarm rollout undo`")
+
+    def _outside_change(self, record: RolloutRecord) -> str | None:
+        """Return what somebody did to the states that no step of this rollout does."""
+        if record.phase is not Phase.UNDER_WAY:
+            return None
+        states = self._registry.states()
+        state = states.get(record.version)
+        if state is None or state in _GONE:
+            is_now = "missing" if state is None else state.value
+            return f"{record.version!r}, whose rollout is half done, is {is_now} by now"
+        default = self._registry.default_version()
+        if default not in (record.version, record.previous):
+            return (
+                f"the rollout of {record.version!r} began with the default {record.previous!r}, "
+                f"but the default is {default!r} by now"
+            )
+        return None
+
+    def _check_way_back(self, record: RolloutRecord) -> None:
+        states = self._registry.states()
+        old, new = states[record.previous], states.get(record.version)
+        is_too_late = old in _GONE and new is VersionState.DEFAULT
+        if is_too_late or record.phase is Phase.FINISHED:
+            raise CodebookError(
+                f"{record.previous!r} is {old.value}, nothing has written its rows since, so "
+                f"{record.version!r} cannot be undone any more; run `qarm codebook train "
+                f"--codebook-version {self._registry.next_name(record.version)} --parent "
+                f"{record.version}` for another version, and roll that out"
+            )
+
+    def _check_view(self, version: str) -> None:
+        if not self._parts.has_view(version):
+            raise ConfigError(
+                f"the feature repository has no view {code_view_name(version)!r}; run `feast "
+                f"apply`, then `qarm rollout start --codebook-version {version}` again"
+            )
+
+    def _make_live(self, record: RolloutRecord) -> None:
+        if self._registry.states()[record.version] in _WRITTEN:
+            return
+        self._await_withdrawal(record.version, f"start --codebook-version {record.version}")
+        self._registry.set_state(record.version, VersionState.LIVE)
+        logger.info("rollout_live version=%s", record.version)
+
+    def _await_withdrawal(self, version: str, command: str) -> None:
+        def still_told() -> list[Partition]:
+            offsets = self._parts.first_offsets(version)
+            return sorted(place for place, offset in offsets.items() if offset is not None)
+
+        self._wait_until_none(still_told, f"acknowledge {version!r} still", command)
+
+    def _await_owners(self, record: RolloutRecord) -> RolloutRecord:
+        if record.first_offsets:
+            return record
+        found: dict[Partition, int | None] = {}
+
+        def missing() -> list[Partition]:
+            found.update(self._parts.first_offsets(record.version))
+            return sorted(place for place, offset in found.items() if offset is None)
+
+        self._wait_until_none(
+            missing,
+            f"do not acknowledge {record.version!r} yet",
+            f"start --codebook-version {record.version}",
+        )
+        offsets = tuple(
+            FirstOffset(*place, offset)
+            for place, offset in sorted(found.items())
+            if offset is not None
+        )
+        logger.info("rollout_acknowledged version=%s partitions=%d", record.version, len(offsets))
+        return self._store(record.model_copy(update={"first_offsets": offsets}))
+
+    def _wait_until_none(
+        self, look: Callable[[], list[Partition]], what: str, command: str
+    ) -> None:
+        deadline = self._patience.clock() + self._patience.seconds
+        while places := look():
+            if self._patience.clock() >= deadline:
+                raise ServiceUnavailableError(
+                    f"after {self._patience.seconds:g} s the owners of {_names(places)} {what}; "
+                    "see that workers run (`qarm-stream run`) and what they log, then "
+                    f"`qarm rollout {command}` goes on from here"
+                )
+            self._patience.sleep(_POLL_SECONDS)
+
+    def _fill_up(self, record: RolloutRecord) -> RolloutRecord:
+        if record.backfill is not None:
+            return record
+        up_to = {(topic, partition): offset for topic, partition, offset in record.first_offsets}
+        counts = self._parts.backfill(record.version, up_to)
+        logger.info("rollout_backfilled version=%s counts=%s", record.version, counts)
+        return self._store(record.model_copy(update={"backfill": str(counts)}))
+
+    def _compare(self, record: RolloutRecord) -> RolloutRecord:
+        if record.verification is not None:
+            return record
+        verdict = self._parts.verify(record.version, record.previous)
+        faults = verdict.faults()
+        if faults:
+            # What was taken for filled up is not: the next start asks and fills anew.
+            self._store(record.model_copy(update={"first_offsets": (), "backfill": None}))
+            raise DataError(
+                f"{code_view_name(record.version)} does not hold what "
+                f"{code_view_name(record.previous)} holds ({verdict}):\n"
+                + "\n".join(f"  - {fault}" for fault in faults)
+                + f"\n{record.previous!r} stays the default; run `qarm rollout start "
+                f"--codebook-version {record.version}`, which fills it up again"
+            )
+        logger.info("rollout_compared version=%s result=%s", record.version, verdict)
+        return self._store(record.model_copy(update={"verification": str(verdict)}))
+
+    def _status_of(self, record: RolloutRecord) -> RolloutStatus:
+        fault = self._outside_change(record)
+        next_step = "`qarm rollout undo`" if fault else self._next(record)
+        return RolloutStatus(record, tuple(self._steps(record)), next_step, fault)
+
+    def _next(self, record: RolloutRecord) -> str:
+        version, previous = record.version, record.previous
+        if record.phase is Phase.UNDOING:
+            return "`qarm rollout undo`"
+        if record.phase is Phase.UNDONE:
+            return f"`qarm rollout start --codebook-version {version}` begins anew"
+        if record.phase is Phase.FINISHED:
+            is_left = self._parts.has_view(previous)
+            drop = f"`feast apply`, which drops {code_view_name(previous)}"
+            return drop if is_left else "nothing is left to do"
+        states = self._registry.states()
+        if not self._parts.has_view(version):
+            return f"`feast apply`, then `qarm rollout start --codebook-version {version}`"
+        if states[version] is not VersionState.DEFAULT or record.verification is None:
+            return f"`qarm rollout start --codebook-version {version}`"
+        if states[previous] in _GONE:
+            return "`qarm rollout finish`"
+        return (
+            f"train a ranker on {version} (`qarm-rank`, `torchrun -m torchrec_models.train`), "
+            f"switch its services to {self._parts.service_name(version)}, let the old ones drain; "
+            "then `qarm rollout finish`, or back with `qarm rollout undo`"
+        )
+
+    def _steps(self, record: RolloutRecord) -> Iterator[Step]:
+        version, previous = record.version, record.previous
+        states = self._registry.states()
+        state, old_state = states.get(version), states.get(previous)
+        named = "missing" if state is None else state.value
+        yield Step("stage", _done(state is not None), f"{version} is {named}")
+        yield self._view_step("declare", version, is_wanted=True)
+        yield Step("live", _done(state in _WRITTEN), f"workers write {version} beside {previous}")
+        yield self._acknowledgement_step(record)
+        yield Step(
+            "backfill", _done(record.backfill is not None), record.backfill or _to_fill(record)
+        )
+        yield Step(
+            "compare",
+            _done(record.verification is not None),
+            record.verification or f"a sample of {previous}'s items is looked for in {version}",
+        )
+        is_default = state is VersionState.DEFAULT
+        yield Step("default", _done(is_default), f"new services are made from {version}")
+        service = self._parts.service_name
+        yield Step("train ranker", StepState.YOURS, f"on {service(version)}")
+        yield Step("switch service", StepState.YOURS, f"{service(previous)} to {service(version)}")
+        yield Step("drain", StepState.YOURS, f"nothing reads {service(previous)} any more")
+        yield Step("retire", _done(old_state in _GONE), f"nothing writes {previous} any more")
+        yield self._withdrawal_step(previous, is_due=old_state in _GONE)
+        if record.phase is Phase.FINISHED:
+            yield self._view_step("drop", previous, is_wanted=False)
+
+    def _view_step(self, name: str, version: str, *, is_wanted: bool) -> Step:
+        text = f"`feast apply` {'declares' if is_wanted else 'drops'} {code_view_name(version)}"
+        return Step(name, _done(self._parts.has_view(version) is is_wanted), text)
+
+    def _acknowledgement_step(self, record: RolloutRecord) -> Step:
+        name, version = "acknowledge", record.version
+        if record.first_offsets:
+            found = ", ".join(f"{topic} {n} from {at}" for topic, n, at in record.first_offsets)
+            return Step(name, StepState.DONE, found)
+        if self._registry.states().get(version) not in _WRITTEN:
+            return Step(name, StepState.OPEN, "the owner of each partition, once it is live")
+        try:
+            offsets = self._parts.first_offsets(version)
+        except QarmError as error:
+            return Step(name, StepState.UNKNOWN, str(error))
+        num_told = sum(offset is not None for offset in offsets.values())
+        return Step(name, StepState.OPEN, f"{num_told} of {len(offsets)} partitions")
+
+    def _withdrawal_step(self, version: str, *, is_due: bool) -> Step:
+        name = "withdraw"
+        if not is_due:
+            return Step(name, StepState.OPEN, f"the owners tell that they write {version} no more")
+        try:
+            offsets = self._parts.first_offsets(version)
+        except QarmError as error:
+            return Step(name, StepState.UNKNOWN, str(error))
+        num_told = sum(offset is not None for offset in offsets.values())
+        text = f"{num_told} of {len(offsets)} partitions acknowledge {version}"
+        return Step(name, _done(num_told == 0), text)
+
+
+def _done(is_done: bool) -> StepState:
+    return StepState.DONE if is_done else StepState.OPEN
+
+
+def _to_fill(record: RolloutRecord) -> str:
+    return f"what came before the acknowledged offsets gets its {record.version} rows"
+
+
+def _names(places: list[Partition]) -> str:
+    return ", ".join(f"{topic} {partition}" for topic, partition in places)
