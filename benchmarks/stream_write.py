@@ -39,6 +39,7 @@ from benchmarks.stream_bench import (
 )
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_stores import code_online_store
+from qarm_feast.online_tables import FeastOnlineTables
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
     CODE_ROWS,
@@ -60,7 +61,7 @@ from streaming.rows import (
     hash_rows,
     interaction_log_rows,
 )
-from streaming.sink import BatchRows, FeastOnlineTables, FeastSink
+from streaming.sink import BatchRows, FeastSink
 from tests.stream_repo import StreamRepo
 
 BATCH_SIZE = 2048

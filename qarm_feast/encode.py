@@ -16,7 +16,9 @@ import pyarrow.compute as pc
 
 from qarm_feast.errors import CodebookMismatchError, DataError
 from qarm_feast.schema import (
+    ABSENT_CODE,
     CODE_ROWS,
+    CODES,
     CONTENT_BINARY_COLUMNS,
     CONTENT_TEXT_COLUMNS,
     EVENT_TIMESTAMP,
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 _EMBEDDING = "embedding"
 _ENCODER_VERSION = "encoder_version"
 _HASH_BYTES = 16
+
+CONTENT_HASH = "content_hash"
+TAKEDOWN_HASH = "takedown"
+"""Stands in for a hash and sorts after every hex digest: at equal times the takedown wins."""
 
 
 def content_hash(
@@ -154,6 +160,48 @@ def encode_items(
     return rows
 
 
+def takedown_rows(takedowns: pa.Table, codebook: "Codebook", created: datetime) -> pa.Table:
+    """Return the code rows that mark items as deleted: ``ABSENT_CODE`` in lists of full length.
+
+    Args:
+        takedowns: Columns ``item_id``, ``event_timestamp``, ``content_hash``.
+        codebook: The version whose rows these are.
+        created: When the rows are written, aware UTC.
+
+    Returns:
+        Rows of ``schema.CODE_ROWS`` in the order of ``takedowns``.
+    """
+    num_rows = takedowns.num_rows
+    manifest = codebook.manifest
+    columns = [
+        takedowns[ITEM_ID],
+        _absent_codes(num_rows, manifest.num_levels),
+        _absent_codes(num_rows, manifest.num_neighbors),
+        pa.repeat(pa.scalar(manifest.encoder_version), num_rows),
+        takedowns[CONTENT_HASH],
+        pa.repeat(pa.scalar(True), num_rows),
+        takedowns[EVENT_TIMESTAMP],
+        pa.repeat(pa.scalar(created, TIMESTAMP), num_rows),
+    ]
+    return pa.table(columns, schema=CODE_ROWS)
+
+
+def newest_per_item(codes: pa.Table) -> pa.Table:
+    """Return one row per item: the greatest by (event_timestamp, content_hash)."""
+    order = pc.sort_indices(
+        codes,
+        sort_keys=[
+            (ITEM_ID, "ascending"),
+            (EVENT_TIMESTAMP, "ascending"),
+            ("content_hash", "ascending"),
+        ],
+    ).to_numpy()
+    ids_N = codes[ITEM_ID].to_numpy()[order]
+    is_last_N = np.ones(len(ids_N), dtype=bool)
+    is_last_N[:-1] = ids_N[1:] != ids_N[:-1]
+    return codes.take(pa.array(order[is_last_N]))
+
+
 def _check_encoder(codebook: "Codebook", version: str, encoder_version: str) -> None:
     wanted = codebook.manifest.encoder_version
     if wanted != encoder_version:
@@ -189,3 +237,9 @@ def _list_array(codes_NK: np.ndarray) -> pa.Array:
     offsets = pa.array(np.arange(num_rows + 1, dtype=np.int32) * np.int32(width))
     values = pa.array(np.ascontiguousarray(codes_NK, dtype=np.int64).reshape(-1))
     return pa.ListArray.from_arrays(offsets, values)
+
+
+def _absent_codes(num_rows: int, width: int) -> pa.Array:
+    offsets = np.arange(num_rows + 1, dtype=np.int32) * np.int32(width)
+    values = np.full(num_rows * width, ABSENT_CODE, dtype=np.int64)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=CODES)

@@ -21,7 +21,9 @@ from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import CodebookError, ConfigError
 from qarm_feast.input_data import DataConfig
+from qarm_feast.item_vectors import Encoder
 from qarm_feast.offline_store import open_code_log
+from qarm_feast.online_tables import FeastOnlineTables
 from qarm_feast.registry import CodebookRegistry
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
@@ -39,8 +41,7 @@ from streaming.codebook_watch import (
     written_versions,
 )
 from streaming.config import StreamConfig
-from streaming.rows import Encoder
-from streaming.sink import DeadLetterTopic, FeastOnlineTables, FeastSink
+from streaming.sink import DeadLetterTopic, FeastSink
 from streaming.source import KafkaSource
 from streaming.worker import Pipeline, WorkerSettings
 

@@ -17,12 +17,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from qarm_feast.config import load_section
 from qarm_feast.errors import ConfigError, QarmError, ServiceUnavailableError
 from qarm_feast.offline_store import open_code_log
+from qarm_feast.online_tables import FeastOnlineTables
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import RECENT_ITEMS_VIEW, code_view_name
 from streaming.assembly import history_length, load_codebooks, worker_settings
 from streaming.clients import connect_admin
 from streaming.config import StreamConfig
-from streaming.sink import FeastOnlineTables
 
 _REQUIRED_TOPIC_SETTINGS = {
     "message.timestamp.type": "LogAppendTime",

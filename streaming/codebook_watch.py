@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from qarm_feast.errors import CodebookError, ConfigError, QarmError
+from qarm_feast.item_vectors import Encoder
 from qarm_feast.observability import CODEBOOK_INFO, CODEBOOK_REFRESH_FAILED
 from qarm_feast.registry import VersionState
-from streaming.rows import Encoder, LiveCodebooks
+from streaming.rows import LiveCodebooks
 
 if TYPE_CHECKING:
     from qarm_feast.codebook import Codebook

@@ -175,12 +175,6 @@ def letters_of_rows(
     return letters
 
 
-def embedding_matrix(embeddings: pa.ChunkedArray, width: int) -> np.ndarray:
-    """Return ready embeddings as float32 of shape ``[N, width]``; every row has that width."""
-    flat: np.ndarray = pc.list_flatten(embeddings).to_numpy()
-    return flat.reshape(-1, width)
-
-
 def _is_arrow(record: Record, limits: EventLimits) -> bool:
     """Tell the form of a record that is not too large, packed or unpacked."""
     if isinstance(record, UnreadableRecord):

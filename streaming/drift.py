@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from qarm_feast.item_vectors import EncodedItems
 from qarm_feast.observability import (
     CODEBOOK_CODE_DIVERGENCE,
     CODEBOOK_DRIFT_ITEMS,
@@ -30,7 +31,7 @@ from qarm_feast.observability import (
 )
 from qarm_feast.quantizers.base import unit_rows
 from qarm_feast.training_reference import Counts, TrainingReference, level_errors
-from streaming.rows import EncodedItems, LiveCodebooks
+from streaming.rows import LiveCodebooks
 
 if TYPE_CHECKING:
     from qarm_feast.codebook import Codebook

@@ -7,20 +7,22 @@ May import: numpy, pyarrow.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qarm_feast.encode import content_hashes, encode_items
-from qarm_feast.errors import DataError
+from qarm_feast.encode import (
+    CONTENT_HASH,
+    TAKEDOWN_HASH,
+    content_hashes,
+    encode_items,
+    takedown_rows,
+)
+from qarm_feast.item_vectors import EncodedItems, Encoder, vectors_of
 from qarm_feast.schema import (
-    ABSENT_CODE,
-    CODE_ROWS,
-    CODES,
     CONTENT_LOG_ROWS,
-    CONTENT_TEXT_COLUMNS,
     CREATED,
     EVENT_TIMESTAMP,
     ITEM_ID,
@@ -28,35 +30,13 @@ from qarm_feast.schema import (
     USER_ERASURE_ROWS,
     interaction_rows,
 )
-from streaming.columns import DeadLetter, embedding_matrix, letters_of_rows
+from streaming.columns import DeadLetter, letters_of_rows
 from streaming.event_columns import CONTENT, IS_DELETED, RECORD_INDEX
 from streaming.limits import Reason
 from streaming.messages import EMBEDDING, ENCODER_VERSION, Record, UserErasure
 
 if TYPE_CHECKING:
     from qarm_feast.codebook import Codebook
-
-CONTENT_HASH = "content_hash"
-TAKEDOWN_HASH = "takedown"
-"""Stands in for a hash and sorts after every hex digest: at equal times the takedown wins."""
-
-
-class Encoder(Protocol):
-    """Content to aligned embeddings; ``qarm_feast.alignment.encoder.ItemEncoder`` is one."""
-
-    def encode(self, items: pa.Table) -> np.ndarray:
-        """Return one L2-normalised float32 row per item.
-
-        Args:
-            items: Text columns; any may be null.
-
-        Returns:
-            Aligned embeddings in the order of the items.
-
-        Raises:
-            DataError: If this encoder reads no text.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,15 +57,6 @@ class LiveCodebooks:
         for version, codebook in self.codebooks.items():
             groups.setdefault(codebook.manifest.encoder_version, {})[version] = codebook
         return groups
-
-
-@dataclass(frozen=True)
-class EncodedItems:
-    """Vectors of one encoder for some of the batch's item rows, ``positions_N``."""
-
-    encoder_version: str
-    positions_N: np.ndarray
-    vectors_ND: np.ndarray
 
 
 def hash_rows(rows: pa.Table) -> pa.Table:
@@ -111,23 +82,11 @@ def encode_rows(
     dead_letters: list[DeadLetter] = []
     for encoder_version, codebooks in live.by_encoder().items():
         width = next(iter(codebooks.values())).embedding_dim
-        parts = _split_by_readiness(rows, encoder_version, width)
-        refusals = parts.refused(encoder_version, width)
-        # Outside of the try: a missing encoder is no fault of the event, and stops the worker.
-        encoder = live.load_encoder(encoder_version) if len(parts.readable) else None
-        try:
-            made_ND = _encode_content(rows, parts, encoder, width)
-        except DataError as error:
-            # An encoder that takes vectors only cannot read text, whatever the item.
-            refusals.append((parts.readable, Reason.ENCODER_MISMATCH, str(error)))
-            parts, made_ND = parts._replace(readable=parts.readable[:0]), _no_vectors(width)
-        for refused_N, reason, detail in refusals:
-            letter = (reason, detail, ",".join(codebooks))
-            dead_letters += letters_of_rows(records, rows.take(refused_N), letter)
-        ready_ND = embedding_matrix(rows[EMBEDDING].take(parts.ready), width)
-        positions_N = np.concatenate([parts.ready, parts.readable])
-        vectors_ND = np.concatenate([ready_ND, made_ND])
-        encoded.append(EncodedItems(encoder_version, positions_N, vectors_ND))
+        group, refusals = vectors_of(rows, encoder_version, width, live.load_encoder)
+        encoded.append(group)
+        for refused in refusals:
+            letter = (Reason(refused.reason), refused.detail, ",".join(codebooks))
+            dead_letters += letters_of_rows(records, rows.take(refused.positions_N), letter)
     return encoded, dead_letters
 
 
@@ -160,23 +119,6 @@ def quantize_rows(
         )
         for version in live.codebooks
     }
-
-
-def takedown_rows(takedowns: pa.Table, codebook: "Codebook", created: datetime) -> pa.Table:
-    """Return the code rows that mark items as deleted: ``ABSENT_CODE`` in lists of full length."""
-    num_rows = takedowns.num_rows
-    manifest = codebook.manifest
-    columns = [
-        takedowns[ITEM_ID],
-        _absent_codes(num_rows, manifest.num_levels),
-        _absent_codes(num_rows, manifest.num_neighbors),
-        pa.repeat(pa.scalar(manifest.encoder_version), num_rows),
-        takedowns[CONTENT_HASH],
-        pa.repeat(pa.scalar(True), num_rows),
-        takedowns[EVENT_TIMESTAMP],
-        pa.repeat(pa.scalar(created, TIMESTAMP), num_rows),
-    ]
-    return pa.table(columns, schema=CODE_ROWS)
 
 
 def content_log_rows(
@@ -228,60 +170,9 @@ def erasure_log_rows(erasures: Sequence[UserErasure], created: datetime) -> pa.T
     return pa.table(columns, schema=USER_ERASURE_ROWS)
 
 
-class _Parts(NamedTuple):
-    """Positions of the uploads of a batch, as one encoder sees them."""
-
-    ready: np.ndarray
-    readable: np.ndarray
-    wrong_width: np.ndarray
-    unreadable: np.ndarray
-
-    def refused(self, encoder_version: str, width: int) -> list[tuple[np.ndarray, str, str]]:
-        """Return positions, reason and detail of each kind of row that cannot be encoded."""
-        return [
-            (
-                self.wrong_width,
-                Reason.EMBEDDING_WIDTH,
-                f"encoder {encoder_version!r} makes vectors of {width} numbers",
-            ),
-            (
-                self.unreadable,
-                Reason.ENCODER_MISMATCH,
-                f"no text, and no embedding of encoder {encoder_version!r}",
-            ),
-        ]
-
-
-def _split_by_readiness(rows: pa.Table, encoder_version: str, width: int) -> _Parts:
-    is_upload_N = ~_mask(rows[IS_DELETED])
-    is_own_N = _mask(pc.equal(rows[ENCODER_VERSION], encoder_version))
-    is_wide_N = _mask(pc.equal(pc.list_value_length(rows[EMBEDDING]), width))
-    has_text_N = np.zeros(rows.num_rows, dtype=bool)
-    for name in CONTENT_TEXT_COLUMNS:
-        has_text_N |= _mask(pc.is_valid(rows[name]))
-    return _Parts(
-        ready=np.flatnonzero(is_upload_N & is_own_N & is_wide_N),
-        readable=np.flatnonzero(is_upload_N & ~is_own_N & has_text_N),
-        wrong_width=np.flatnonzero(is_upload_N & is_own_N & ~is_wide_N),
-        unreadable=np.flatnonzero(is_upload_N & ~is_own_N & ~has_text_N),
-    )
-
-
 def _mask(condition: pa.ChunkedArray) -> np.ndarray:
     mask_N: np.ndarray = pc.fill_null(condition, False).to_numpy().astype(bool)
     return mask_N
-
-
-def _encode_content(
-    rows: pa.Table, parts: _Parts, encoder: Encoder | None, width: int
-) -> np.ndarray:
-    if encoder is None:
-        return _no_vectors(width)
-    return encoder.encode(rows.select(CONTENT_TEXT_COLUMNS).take(parts.readable))
-
-
-def _no_vectors(width: int) -> np.ndarray:
-    return np.empty((0, width), dtype=np.float32)
 
 
 def _with_vectors(rows: pa.Table, first: EncodedItems) -> pa.Table:
@@ -304,9 +195,3 @@ def _with_vectors(rows: pa.Table, first: EncodedItems) -> pa.Table:
 def _vector_array(x_ND: np.ndarray) -> pa.ListArray:
     offsets = np.arange(len(x_ND) + 1, dtype=np.int32) * np.int32(x_ND.shape[1])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(x_ND.reshape(-1)))
-
-
-def _absent_codes(num_rows: int, width: int) -> pa.Array:
-    offsets = np.arange(num_rows + 1, dtype=np.int32) * np.int32(width)
-    values = np.full(num_rows * width, ABSENT_CODE, dtype=np.int64)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=CODES)

@@ -8,7 +8,8 @@ from feast import FeatureStore
 from online_store_cases import ITEM, USER, Online, code_rows, code_view, profile_view
 
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
-from streaming.sink import FeastOnlineTables, FeastSink
+from qarm_feast.online_tables import FeastOnlineTables
+from streaming.sink import FeastSink
 
 
 class NoLog:

@@ -16,10 +16,10 @@ from qarm_feast.errors import (
     CorruptArtifactError,
     ServiceUnavailableError,
 )
+from qarm_feast.item_vectors import Encoder
 from qarm_feast.quantizers import RqConfig, VqConfig
 from qarm_feast.registry import CodebookRegistry, VersionState
 from streaming.codebook_watch import CodebookWatch, EncoderCache, VersionParts
-from streaming.rows import Encoder
 
 DEFAULT, LIVE, STAGED, RETIRED = (
     VersionState.DEFAULT,

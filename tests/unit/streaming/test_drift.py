@@ -8,10 +8,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
+from qarm_feast.item_vectors import EncodedItems
 from qarm_feast.quantizers import RqConfig, VqConfig
 from qarm_feast.schema import CODES
 from streaming.drift import DriftMonitor, jensen_shannon_bits
-from streaming.rows import EncodedItems, LiveCodebooks
+from streaming.rows import LiveCodebooks
 
 NUM_LEVELS, DIM = 2, 6
 

@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow as pa
 from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, png_of, record_of
 
+from qarm_feast.encode import TAKEDOWN_HASH
 from qarm_feast.errors import DataError
 from qarm_feast.schema import CODE_ROWS, CONTENT_LOG_ROWS, interaction_rows
 from streaming.columns import decode_interactions, decode_items
 from streaming.messages import InteractionEvent, ItemEvent, encode_interaction_event
 from streaming.messages import encode_item_event as encode_event
 from streaming.rows import (
-    TAKEDOWN_HASH,
     LiveCodebooks,
     content_log_rows,
     encode_rows,

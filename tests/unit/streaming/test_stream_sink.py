@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from stream_fakes import NOW
 
+from qarm_feast.encode import newest_per_item
 from qarm_feast.schema import (
     CODE_ROWS,
     CONTENT_LOG_ROWS,
@@ -19,7 +20,6 @@ from qarm_feast.schema import (
 from streaming.sink import (
     BatchRows,
     FeastSink,
-    newest_per_item,
     recent_item_rows,
 )
 

@@ -1,0 +1,153 @@
+"""Aligned vectors of item rows: ready ones as they came, the others from content.
+
+Stream and backfill read items by this one function, so that neither sees another vector than the
+other. Shape letters in this file: N rows, D embedding width.
+May import: numpy, pyarrow.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qarm_feast.errors import DataError
+from qarm_feast.schema import CONTENT_TEXT_COLUMNS
+
+EMBEDDING_WIDTH = "embedding_width"
+"""Why a row is refused: its ready vector is of the right encoder, but of another width."""
+ENCODER_MISMATCH = "encoder_mismatch"
+"""Why a row is refused: neither a vector of the right encoder, nor content that it reads."""
+
+_EMBEDDING = "embedding"
+_ENCODER_VERSION = "encoder_version"
+_IS_DELETED = "is_deleted"
+
+
+class Encoder(Protocol):
+    """Content to aligned embeddings; ``qarm_feast.alignment.encoder.ItemEncoder`` is one."""
+
+    def encode(self, items: pa.Table) -> np.ndarray:
+        """Return the items' aligned embeddings.
+
+        Args:
+            items: The text columns.
+
+        Returns:
+            Float32 ``[N, D]``, L2-normalised.
+
+        Raises:
+            DataError: If this encoder reads no text.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """Vectors of one encoder for some of the given item rows, ``positions_N``."""
+
+    encoder_version: str
+    positions_N: np.ndarray
+    vectors_ND: np.ndarray
+
+
+class RefusedItems(NamedTuple):
+    """Positions of rows that an encoder cannot read, and why."""
+
+    positions_N: np.ndarray
+    reason: str
+    detail: str
+
+
+def vectors_of(
+    rows: pa.Table, encoder_version: str, width: int, load_encoder: Callable[[str], Encoder]
+) -> tuple[EncodedItems, list[RefusedItems]]:
+    """Return one encoder's vectors of item rows; takedowns are passed over.
+
+    Args:
+        rows: Columns ``is_deleted``, ``encoder_version``, ``embedding`` (list of float32) and the
+            text columns.
+        encoder_version: The encoder that vectors must come from.
+        width: Numbers in each of them.
+        load_encoder: Gives the encoder; called only when content must be encoded.
+
+    Returns:
+        The vectors, and the rows that have none, by reason; some entries may be empty.
+    """
+    parts = _split_by_readiness(rows, encoder_version, width)
+    refused = parts.refused(encoder_version, width)
+    # Outside of the try: a missing encoder is no fault of the row, and ends the job.
+    encoder = load_encoder(encoder_version) if len(parts.readable) else None
+    try:
+        made_ND = _encode_content(rows, parts, encoder, width)
+    except DataError as error:
+        # An encoder that takes vectors only cannot read text, whatever the item.
+        refused.append(RefusedItems(parts.readable, ENCODER_MISMATCH, str(error)))
+        parts, made_ND = parts._replace(readable=parts.readable[:0]), _no_vectors(width)
+    ready_ND = embedding_matrix(rows[_EMBEDDING].take(parts.ready), width)
+    positions_N = np.concatenate([parts.ready, parts.readable])
+    return EncodedItems(encoder_version, positions_N, np.concatenate([ready_ND, made_ND])), refused
+
+
+def embedding_matrix(embeddings: pa.ChunkedArray, width: int) -> np.ndarray:
+    """Return ready embeddings as float32 of shape ``[N, width]``; every row has that width."""
+    flat: np.ndarray = pc.list_flatten(embeddings).to_numpy()
+    return flat.reshape(-1, width)
+
+
+class _Parts(NamedTuple):
+    """Positions of uploads, as one encoder sees them."""
+
+    ready: np.ndarray
+    readable: np.ndarray
+    wrong_width: np.ndarray
+    unreadable: np.ndarray
+
+    def refused(self, encoder_version: str, width: int) -> list[RefusedItems]:
+        """Return the rows that cannot be encoded, by kind."""
+        return [
+            RefusedItems(
+                self.wrong_width,
+                EMBEDDING_WIDTH,
+                f"encoder {encoder_version!r} makes vectors of {width} numbers",
+            ),
+            RefusedItems(
+                self.unreadable,
+                ENCODER_MISMATCH,
+                f"no text, and no embedding of encoder {encoder_version!r}",
+            ),
+        ]
+
+
+def _split_by_readiness(rows: pa.Table, encoder_version: str, width: int) -> _Parts:
+    is_upload_N = ~_mask(rows[_IS_DELETED])
+    is_own_N = _mask(pc.equal(rows[_ENCODER_VERSION], encoder_version))
+    is_wide_N = _mask(pc.equal(pc.list_value_length(rows[_EMBEDDING]), width))
+    has_text_N = np.zeros(rows.num_rows, dtype=bool)
+    for name in CONTENT_TEXT_COLUMNS:
+        has_text_N |= _mask(pc.is_valid(rows[name]))
+    return _Parts(
+        ready=np.flatnonzero(is_upload_N & is_own_N & is_wide_N),
+        readable=np.flatnonzero(is_upload_N & ~is_own_N & has_text_N),
+        wrong_width=np.flatnonzero(is_upload_N & is_own_N & ~is_wide_N),
+        unreadable=np.flatnonzero(is_upload_N & ~is_own_N & ~has_text_N),
+    )
+
+
+def _mask(condition: pa.ChunkedArray) -> np.ndarray:
+    mask_N: np.ndarray = pc.fill_null(condition, False).to_numpy().astype(bool)
+    return mask_N
+
+
+def _encode_content(
+    rows: pa.Table, parts: _Parts, encoder: Encoder | None, width: int
+) -> np.ndarray:
+    if encoder is None:
+        return _no_vectors(width)
+    return encoder.encode(rows.select(CONTENT_TEXT_COLUMNS).take(parts.readable))
+
+
+def _no_vectors(width: int) -> np.ndarray:
+    return np.empty((0, width), dtype=np.float32)
