@@ -10,7 +10,7 @@ apart by whoever reads; see ``offline_store``. May import: pyarrow.
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 SEED_PART = Path("written_date=1970-01-01") / "part-seed.parquet"
 _REQUIRED_TIMES = (EVENT_TIMESTAMP, CREATED)
+_PARTS_PER_TABLE = 16
 _MAX_LISTINGS = 20
 """A read lists again when a part is gone; grace periods let that happen once in a long read."""
 
@@ -161,8 +162,46 @@ class CodeLog:
             try:
                 return read_parts(parts, schema, columns, where)
             except (DamagedPartError, pa.ArrowInvalid, OSError) as error:
-                left_out |= _left_out_after(error, parts)
-        raise DataError(
+                left_out |= left_out_after(error, parts)
+        raise DataError(self._vanished(name))
+
+    def tables(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield all rows of the log, those of some parts at a time, in no particular order.
+
+        Rows that a compaction merges meanwhile may come twice; damaged parts are treated as in
+        :meth:`read`.
+
+        Args:
+            name: Folder name below the root.
+            columns: Columns to read.
+
+        Yields:
+            Rows of at most ``_PARTS_PER_TABLE`` parts.
+
+        Raises:
+            DataError: If the log was never created, or its parts vanish all the time.
+            OSError: If the system cannot read a part.
+        """
+        schema = self.schema(name)
+        known: set[str] = set()
+        for _ in range(_MAX_LISTINGS):
+            listed = [path for path in self.row_parts(name) if path not in known]
+            num_cut = 0
+            for first in range(0, len(listed), _PARTS_PER_TABLE):
+                parts = listed[first : first + _PARTS_PER_TABLE]
+                try:
+                    yield read_parts(parts, schema, columns)
+                except (DamagedPartError, pa.ArrowInvalid, OSError) as error:
+                    known |= left_out_after(error, parts)
+                    num_cut += 1
+                    continue
+                known.update(parts)
+            if not num_cut:
+                return
+        raise DataError(self._vanished(name))
+
+    def _vanished(self, name: str) -> str:
+        return (
             f"parts of {self.root / name} vanished, or read differently each time, "
             f"{_MAX_LISTINGS} times; see that compaction.grace_seconds is longer than a read "
             "takes, check the disk and the memory of this machine, then read again"
@@ -228,7 +267,7 @@ def _conform_column(column: pa.ChunkedArray, field: pa.Field, where: str) -> pa.
         ) from error
 
 
-def _left_out_after(error: Exception, parts: Sequence[str]) -> set[str]:
+def left_out_after(error: Exception, parts: Sequence[str]) -> set[str]:
     """Return what to leave out when a read of ``parts`` failed; raise what no part is to blame for.
 
     Args:

@@ -1,14 +1,14 @@
-"""``qarm codebook``: train, evaluate, publish, compare and remove codebook versions.
+"""``qarm codebook``: train, evaluate, publish, fill, compare and remove codebook versions.
 
-Parsing and printing only; the work is in ``codebook_jobs``, ``codebook_release`` and ``registry``,
-imported when a command runs, so that ``--help`` stays fast. May import: click.
+Parsing and printing only; the work is in ``codebook_jobs``, ``codebook_release``, ``backfill`` and
+``registry``, imported when a command runs, so that ``--help`` stays fast. May import: click.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -201,6 +201,66 @@ def default(config_path: str, log_level: str | None, version: str) -> None:
     uri = load_section(config_path, "codebook", CodebookConfig).uri
     CodebookRegistry(uri).set_state(version, VersionState.DEFAULT)
     click.echo(f"{version} is the default of {uri}")
+
+
+def _offsets(
+    _: click.Context, __: click.Parameter, texts: tuple[str, ...]
+) -> dict[tuple[str, int], int]:
+    ends = {}
+    for text in texts:
+        parts = text.split(":")
+        if len(parts) != 3 or not (parts[0] and all(map(str.isdecimal, parts[1:]))):
+            raise click.BadParameter(
+                f"{text!r} is not TOPIC:PARTITION:OFFSET, like item-events:0:1200"
+            )
+        ends[parts[0], int(parts[1])] = int(parts[2])
+    return ends
+
+
+@codebook_group.command(epilog="Example: qarm codebook backfill --codebook-version v2 --engine ray")
+@config_option
+@log_level_option
+@_version_option
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: Ray Data, on this machine's cores or the cluster of RAY_ADDRESS.",
+)
+@click.option(
+    "--up-to",
+    "up_to",
+    multiple=True,
+    metavar="TOPIC:PARTITION:OFFSET",
+    callback=_offsets,
+    help="Leave events of a partition from this offset on to the workers; may be repeated.",
+)
+def backfill(
+    config_path: str,
+    log_level: str | None,
+    version: str,
+    engine: Literal["local", "ray"],
+    up_to: dict[tuple[str, int], int],
+) -> None:
+    """Write a version's codes of all logged content events and all catalogue items.
+
+    Offline every event gets a row at its own time; online an item's newest row wins, also over
+    those that workers write meanwhile. A backfill that was stopped goes on where it was.
+    """
+    from qarm_feast.backfill import backfill_codes
+
+    start_logging(config_path, log_level)
+    counts = backfill_codes(config_path, version, up_to=up_to, engine=engine)
+    click.echo(
+        f"backfilled {version}: {counts.num_code_rows} rows of codes ({counts.num_requantized} "
+        f"from stored vectors, {counts.num_reencoded} from content, {counts.num_deleted} "
+        f"takedowns), {counts.num_online_changes} newer than what was online"
+    )
+    for reason, count in sorted(counts.num_refused.items()):
+        click.echo(f"without codes: {count} ({reason}); the log names the first of each piece")
+    if counts.num_damaged_parts:
+        click.echo(f"{counts.num_damaged_parts} damaged parts left out; see `qarm offline status`")
 
 
 @codebook_group.command(epilog="Example: qarm codebook purge --codebook-version v1 --yes")

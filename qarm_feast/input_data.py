@@ -38,6 +38,7 @@ UPLOAD_TIMESTAMP = "upload_timestamp"
 SPLIT = "split"
 EMBEDDING = "embedding"
 CONTENT_COLUMNS = (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS, EMBEDDING)
+_ITEMS_FILE = "items.parquet"
 TRAIN_QUANTILE = 0.8
 """Share of event times before the automatic cut-off."""
 
@@ -238,13 +239,42 @@ def _read_tables(problems: _Problems) -> dict[str, pa.Table]:
 
 def _read_parquet(path: Path, problems: _Problems) -> pa.Table | None:
     try:
-        return _plain_strings(pq.read_table(path))
+        return plain_strings(pq.read_table(path))
     except (pa.ArrowException, OSError) as error:
         problems.add(path.name, None, f"cannot be read as parquet: {error}")
         return None
 
 
-def _plain_strings(table: pa.Table) -> pa.Table:
+def read_catalogue_times(config: DataConfig) -> pa.Table | None:
+    """Return id and upload time of every item of ``items.parquet``, for readers by the piece.
+
+    Args:
+        config: Section ``data``.
+
+    Returns:
+        Both columns in file order, checked; None if there is no such file.
+
+    Raises:
+        ContractError: Listing every breach in these columns, and in the types of the others.
+    """
+    problems = _Problems(Path(config.input_dir))
+    path = problems.directory / _ITEMS_FILE
+    if not path.is_file():
+        return None
+    try:
+        schema = pq.read_schema(path)
+        wanted = [name for name in _FILE_COLUMNS[_ITEMS_FILE] if name in schema.names]
+        times = pq.read_table(path, columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        problems.add(path.name, None, f"cannot be read as parquet: {error}")
+        raise ContractError(str(problems.directory), problems.lines) from error
+    _check_table(_ITEMS_FILE, times, problems)
+    _check_content(plain_strings(schema.remove_metadata().empty_table()), problems)
+    problems.raise_if_any()
+    return times
+
+
+def plain_strings(table: pa.Table) -> pa.Table:
     """Turn dictionary and large strings into plain ones: writers differ, readers need not."""
     for index, field in enumerate(table.schema):
         kind = field.type

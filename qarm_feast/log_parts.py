@@ -279,6 +279,29 @@ def read_parts(
     return pa.concat_tables(tables)
 
 
+def read_row_group(path: str, number: int, columns: Sequence[str]) -> pa.Table:
+    """Return some columns of one row group of a parquet part.
+
+    Args:
+        path: The part.
+        number: Which group, from 0.
+        columns: Columns to read.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        DamagedPartError: If a checksum does not hold.
+        FileNotFoundError: If the part is not there.
+        OSError: If it cannot be read, or its content makes no sense.
+        pa.ArrowInvalid: If its content makes no sense.
+    """
+    _check_footer(path)
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        rows: pa.Table = file.read_row_group(number, columns=list(columns))
+    return rows
+
+
 def _dataset(files: Sequence[str], schema: pa.Schema) -> pads.Dataset:
     options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
     parquet = pads.ParquetFileFormat(default_fragment_scan_options=options)

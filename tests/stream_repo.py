@@ -83,12 +83,6 @@ def build_stream_repo(
         stores: Sections of ``feature_store.yaml`` that replace the repository's.
         publish: Publishes the codebook of a folder and version; None: :func:`publish_codebook`.
     """
-    directory.mkdir(parents=True)
-    shutil.copyfile(
-        REPO / "feature_repo" / "feature_definitions.py", directory / "feature_definitions.py"
-    )
-    declared = yaml.safe_load((REPO / "feature_repo" / "feature_store.yaml").read_text())
-    (directory / "feature_store.yaml").write_text(yaml.safe_dump(declared | (stores or {})))
     suffix = uuid.uuid4().hex[:8]
     sections = {
         "data": {"input_dir": "data/input", "history_length": HISTORY_LENGTH},
@@ -106,11 +100,35 @@ def build_stream_repo(
         },
         "ranker": {"name": "ranker"},
     }
+    repo = build_repo(directory, sections, stores, publish)
+    create_topics(repo.stream_config)
+    return repo
+
+
+def build_repo(
+    directory: Path,
+    sections: dict[str, Any],
+    stores: dict[str, Any] | None = None,
+    publish: Callable[[Path, str], Codebook] | None = None,
+) -> StreamRepo:
+    """Make a fresh repository with codebook v1 and applied views; no broker is needed.
+
+    Args:
+        directory: A folder that does not exist yet.
+        sections: What ``qarm.yaml`` holds.
+        stores: Sections of ``feature_store.yaml`` that replace the repository's.
+        publish: Publishes the codebook of a folder and version; None: :func:`publish_codebook`.
+    """
+    directory.mkdir(parents=True)
+    shutil.copyfile(
+        REPO / "feature_repo" / "feature_definitions.py", directory / "feature_definitions.py"
+    )
+    declared = yaml.safe_load((REPO / "feature_repo" / "feature_store.yaml").read_text())
+    (directory / "feature_store.yaml").write_text(yaml.safe_dump(declared | (stores or {})))
     (directory / "qarm.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     _write_interactions(directory / "data" / "input")
     repo = StreamRepo(directory, (publish or publish_codebook)(directory, "v1"))
     repo.apply()
-    create_topics(repo.stream_config)
     return repo
 
 
@@ -129,7 +147,9 @@ def _write_interactions(input_dir: Path) -> None:
     pq.write_table(schema.empty_table(), input_dir / "interactions.parquet")
 
 
-def publish_codebook(directory: Path, version: str, seed: int = 0) -> Codebook:
+def publish_codebook(
+    directory: Path, version: str, seed: int = 0, encoder_version: str = ENCODER_VERSION
+) -> Codebook:
     """Train and publish a version in a repository's codebook registry."""
     uri = str(directory / "data" / "codebooks")
     vectors_ND = np.random.default_rng(seed).standard_normal((NUM_POOL_ITEMS, EMBEDDING_DIM))
@@ -140,7 +160,7 @@ def publish_codebook(directory: Path, version: str, seed: int = 0) -> Codebook:
         config=QuantizerConfig(
             rq=RqConfig(num_levels=2, codebook_size=8), vq=VqConfig(num_neighbors=4)
         ),
-        encoder=EncoderFacts(ENCODER_VERSION, "0" * 64, None),
+        encoder=EncoderFacts(encoder_version, "0" * 64, None),
         created=datetime(2024, 1, 1, tzinfo=UTC),
     )
     codebook.save(uri)

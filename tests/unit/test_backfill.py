@@ -1,0 +1,509 @@
+"""Backfill against what the stream made of the same events."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from click.testing import CliRunner
+from filelock import FileLock
+
+from qarm_feast import backfill, backfill_parts, backfill_writer
+from qarm_feast.backfill import backfill_codes
+from qarm_feast.backfill_progress import progress_path
+from qarm_feast.backfill_writer import BackfillCounts, PieceWriter
+from qarm_feast.codebook import Codebook
+from qarm_feast.codebook_cli import codebook_group
+from qarm_feast.compaction import CompactionRules, Compactor
+from qarm_feast.errors import (
+    CodebookError,
+    CodebookNotFoundError,
+    ConfigError,
+    ContractError,
+    DataError,
+    ServiceUnavailableError,
+)
+from qarm_feast.registry import VersionState
+from streaming.messages import ItemEvent
+from tests.backfill_repo import (
+    TOPIC,
+    LoggedStream,
+    TitleEncoder,
+    code_log,
+    newest,
+    offline_rows,
+    online_codes,
+    takedown,
+    upload,
+    write_catalogue,
+    write_online,
+)
+from tests.stream_repo import EMBEDDING_DIM, START, StreamRepo, build_repo, publish_codebook
+
+VIEW = "item_codes_v2"
+LATER = START + 60_000_000
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL at one place."""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> StreamRepo:
+    """Codebooks v1 and v2 of encoder e1 and v3 of e2, views applied."""
+    directory = tmp_path_factory.mktemp("backfill") / "repo"
+    repo = build_repo(directory, {"data": {"input_dir": "data/input"}})
+    publish_codebook(directory, "v2", seed=1)
+    publish_codebook(directory, "v3", seed=2, encoder_version="e2")
+    repo.apply()
+    return repo
+
+
+@pytest.fixture
+def repo(template: StreamRepo, tmp_path: Path) -> StreamRepo:
+    shutil.copytree(template.directory, tmp_path / "repo")
+    return StreamRepo(tmp_path / "repo", template.codebook)
+
+
+@pytest.fixture
+def stream(repo: StreamRepo) -> LoggedStream:
+    uri = str(repo.directory / "data" / "codebooks")
+    return LoggedStream(repo, {name: Codebook.load(uri, name) for name in ("v1", "v2")})
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One piece per part of the log."""
+    monkeypatch.setattr(backfill_parts, "SMALL_PARTS_BYTES", 1)
+
+
+def _log_three_parts(stream: LoggedStream) -> None:
+    """Uploads, an edit, a replay of an upload, a takedown."""
+    stream.log(upload(1), upload(2), upload(3))
+    stream.log(upload(2, minute=5), upload(1), partition=1)
+    stream.log(takedown(3, minute=7), upload(4, minute=1))
+
+
+def _num_parts(repo: StreamRepo) -> int:
+    log = code_log(repo)
+    return len(log.row_parts(VIEW)) if log.exists(VIEW) else 0
+
+
+def test_backfilled_rows_are_those_of_the_stream_bit_for_bit_at_the_events_own_times(
+    stream: LoggedStream,
+) -> None:
+    _log_three_parts(stream)
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    expected = stream.rows("v2")
+    assert offline_rows(stream.repo, "v2") == expected
+    assert len(expected) == 6
+    assert online_codes(stream.repo, "v2", 1, 2, 3, 4) == newest(expected)
+    assert (counts.num_requantized, counts.num_deleted, counts.num_reencoded) == (5, 1, 0)
+
+
+def test_a_takedown_is_carried_over_as_a_deleted_row_that_keeps_older_rows_out(
+    stream: LoggedStream,
+) -> None:
+    stream.log(upload(3))
+    stream.log(takedown(3, minute=7))
+
+    backfill_codes(stream.repo.config_path, "v2")
+    late = pc.equal(stream.codes["v2"][0]["item_id"], 3)
+    write_online(stream.repo, "v2", stream.codes["v2"][0].filter(late))
+
+    assert online_codes(stream.repo, "v2", 3) == {3: None}
+    deleted = [row for row in offline_rows(stream.repo, "v2").values() if row["is_deleted"]]
+    assert [row["rq_code"] for row in deleted] == [[-1, -1]]
+
+
+@pytest.mark.parametrize("streamed_first", [True, False])
+def test_a_newer_streamed_row_wins_online_whoever_writes_first(
+    stream: LoggedStream, streamed_first: bool
+) -> None:
+    stream.log(upload(1))
+    newer = LoggedStream(stream.repo, stream.codebooks, next_offsets={0: 1})
+    newer.log(upload(1, minute=9))
+    steps: list[Callable[[], object]] = [
+        lambda: write_online(stream.repo, "v2", newer.codes["v2"][0]),
+        lambda: backfill_codes(stream.repo.config_path, "v2", up_to={(TOPIC, 0): 1}),
+    ]
+
+    for step in steps if streamed_first else reversed(steps):
+        step()
+
+    assert online_codes(stream.repo, "v2", 1) == newest(newer.rows("v2"))
+    assert newest(newer.rows("v2")) != newest(stream.rows("v2"))
+
+
+def test_events_without_a_vector_of_the_encoder_are_encoded_from_content_or_told_by_reason(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    stream.log(upload(1, title="mug"), upload(2), upload(3), takedown(4, minute=1))
+    both = LoggedStream(stream.repo, {"v3": _codebook(stream.repo, "v3")})
+    both.next_offsets[0] = 4
+    both.log(ItemEvent(5, START, {"title": "lamp"}))
+
+    with caplog.at_level("WARNING"):
+        counts = backfill_codes(stream.repo.config_path, "v3")
+
+    rows = offline_rows(stream.repo, "v3")
+    assert sorted(key[0] for key in rows) == [1, 4, 5]
+    assert {row["encoder_version"] for row in rows.values()} == {"e2"}
+    assert {k: v for k, v in rows.items() if k[0] == 5} == both.rows("v3")
+    assert (counts.num_reencoded, counts.num_requantized, counts.num_deleted) == (1, 1, 1)
+    assert counts.num_refused == {"encoder_mismatch": 2}
+    assert "reason=encoder_mismatch count=2 first_item_id=2" in caplog.text
+
+
+def test_up_to_is_exclusive_and_a_source_that_it_does_not_name_is_read_to_its_end(
+    stream: LoggedStream,
+) -> None:
+    stream.log(upload(1), upload(2), upload(3))
+    stream.log(upload(4), partition=1)
+
+    backfill_codes(stream.repo.config_path, "v2", up_to={(TOPIC, 0): 2, (TOPIC, 7): 0})
+    first = sorted(key[0] for key in offline_rows(stream.repo, "v2"))
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    assert first == [1, 2, 4]
+    assert counts.num_log_rows == counts.num_requantized == 1
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_a_finished_backfill_writes_nothing_again_and_loads_no_codebook(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _log_three_parts(stream)
+    write_catalogue(stream.repo, item_id=[1], title=["mug"])
+    backfill_codes(stream.repo.config_path, "v2", up_to={(TOPIC, 1): 1})
+    backfill_codes(stream.repo.config_path, "v2")
+    num_parts = _num_parts(stream.repo)
+    Compactor(code_log(stream.repo)).compact(is_full=True)
+    merged = _num_parts(stream.repo)
+    monkeypatch.delattr(Codebook, "load")
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    assert counts == BackfillCounts()
+    assert _num_parts(stream.repo) == merged < num_parts
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("place", ["read", "offline", "online", "note"])
+def test_a_killed_backfill_goes_on_behind_the_last_noted_piece_and_gives_the_same(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    _log_three_parts(stream)
+    with monkeypatch.context() as patched:
+        _kill_at_second_call(patched, place)
+        with pytest.raises(KilledError):
+            backfill_codes(stream.repo.config_path, "v2")
+    noted = json.loads(progress_path(code_log(stream.repo).root, "v2").read_text())["done"]
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    assert len(noted) == 1
+    assert counts.num_pieces == 2
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+    assert online_codes(stream.repo, "v2", 1, 2, 3, 4) == newest(stream.rows("v2"))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_compaction_between_a_kill_and_its_resumption_loses_nothing(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _log_three_parts(stream)
+    with monkeypatch.context() as patched:
+        _kill_at_second_call(patched, "read")
+        with pytest.raises(KilledError):
+            backfill_codes(stream.repo.config_path, "v2")
+    Compactor(code_log(stream.repo)).compact(is_full=True)
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    assert counts.num_pieces == 1
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_parts_that_a_compaction_takes_away_during_a_backfill_are_read_where_they_are_now(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _log_three_parts(stream)
+    write, log = PieceWriter.write, code_log(stream.repo)
+    rules = CompactionRules(grace_seconds=0)
+
+    def write_and_compact(writer: PieceWriter, piece: backfill_writer.Piece) -> object:
+        result = write(writer, piece)
+        Compactor(log, rules).compact(is_full=True)
+        Compactor(log, rules).compact(is_full=True)
+        return result
+
+    monkeypatch.setattr(PieceWriter, "write", write_and_compact)
+
+    backfill_codes(stream.repo.config_path, "v2")
+
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_progress_of_rows_that_are_gone_does_not_count(stream: LoggedStream) -> None:
+    stream.log(upload(1))
+    backfill_codes(stream.repo.config_path, "v2")
+    shutil.rmtree(code_log(stream.repo).root / VIEW)
+
+    backfill_codes(stream.repo.config_path, "v2")
+
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_a_damaged_part_is_quarantined_the_rest_is_filled_and_a_mended_one_is_filled_later(
+    stream: LoggedStream,
+) -> None:
+    stream.log(upload(1))
+    part = stream.log(upload(2))
+    sound = part.read_bytes()
+    part.write_bytes(sound[:-20] + b"x" * 20)
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+    filled = sorted(key[0] for key in offline_rows(stream.repo, "v2"))
+    part.write_bytes(sound)
+    backfill_codes(stream.repo.config_path, "v2")
+
+    assert counts.num_damaged_parts == 1
+    assert filled == [1]
+    assert (part.parent / f".quarantined-{part.name}").is_file()
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_large_parts_are_cut_by_row_group_and_small_ones_are_read_together(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qarm_feast.log_parts.LARGE_TABLE_BYTES", 1000)
+    monkeypatch.setattr("qarm_feast.log_parts.ROWS_PER_GROUP", 4)
+    stream.log(upload(100))
+    stream.log(*[upload(number) for number in range(10)])
+    stream.log(upload(101))
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    # 4 + 4 + 2 rows of the large part, and both small ones.
+    assert counts.num_pieces == 4
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_catalogue_items_get_a_row_at_their_upload_unless_an_event_of_that_time_has_one(
+    repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    monkeypatch.setattr(backfill_parts, "CATALOGUE_ROWS", 2)
+    streamed = LoggedStream(repo, {"v3": _codebook(repo, "v3")})
+    streamed.log(ItemEvent(1, START, {"title": "as streamed"}))
+    streamed.log(ItemEvent(2, LATER, {"title": "edited"}))
+    write_catalogue(
+        repo, item_id=[5, 4, 3, 2, 1], title=["cup", "", None, "first", "in the catalogue"]
+    )
+
+    counts = backfill_codes(repo.config_path, "v3")
+
+    rows = offline_rows(repo, "v3")
+    assert sorted((item, time) for item, time, _ in rows) == [
+        (1, START), (2, START), (2, LATER), (4, START), (5, START),
+    ]  # fmt: skip
+    streamed_rows = streamed.rows("v3")
+    assert {key: rows[key] for key in streamed_rows} == streamed_rows
+    assert online_codes(repo, "v3", 1, 2) == newest(streamed_rows)
+    assert (counts.num_catalogue_rows, counts.num_reencoded, counts.num_requantized) == (4, 3, 2)
+    assert counts.num_refused == {"encoder_mismatch": 1}
+
+
+def test_catalogue_rows_are_those_that_the_stream_makes_of_the_same_content(
+    repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    titles = ["cup", "lamp", "tablecloth"]
+    write_catalogue(repo, item_id=[1, 2, 3], title=pa.array(titles).dictionary_encode())
+
+    backfill_codes(repo.config_path, "v3")
+
+    streamed = LoggedStream(repo, {"v3": _codebook(repo, "v3")})
+    streamed.log(*[ItemEvent(n, START, {"title": t}) for n, t in enumerate(titles, start=1)])
+    assert offline_rows(repo, "v3") == streamed.rows("v3")
+
+
+def test_wrong_types_in_the_catalogue_are_refused_before_anything_is_written(
+    stream: LoggedStream,
+) -> None:
+    stream.log(upload(1))
+    write_catalogue(stream.repo, item_id=pa.array([1], pa.int32()), title=pa.array([7]))
+
+    with pytest.raises(ContractError, match=r"item_id.*int32.*int64[\s\S]*title.*int64.*string"):
+        backfill_codes(stream.repo.config_path, "v2")
+
+    assert _num_parts(stream.repo) == 0
+
+
+def test_vectors_of_the_catalogue_that_are_no_numbers_are_refused(
+    repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = np.arange(3 * EMBEDDING_DIM, dtype=np.float32)
+    flat[EMBEDDING_DIM] = np.nan
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(flat), EMBEDDING_DIM)
+    path = write_catalogue(repo, item_id=[1, 2, 3], embedding=embedding)
+
+    with pytest.raises(DataError, match=rf"{path}.*1 vector.*row group 0.*item 2.*check-data"):
+        backfill_codes(repo.config_path, "v3")
+
+
+def test_a_missing_encoder_is_told_with_what_needs_it(stream: LoggedStream) -> None:
+    stream.log(upload(1, title="mug"))
+
+    with pytest.raises(
+        DataError, match=r"codebook 'v3'.*no encoder at .*e2; run `qarm align train`"
+    ):
+        backfill_codes(stream.repo.config_path, "v3")
+
+
+@pytest.mark.parametrize(
+    ("up_to", "words"),
+    [
+        ({("clicks", 0): 5}, r"--up-to clicks:0:5: no such topic.*'item-events'.*item-events:0"),
+        ({(TOPIC, 3): 5}, r"--up-to item-events:3:5: no event of that partition.*item-events:0"),
+        ({(TOPIC, 0): -1}, r"--up-to item-events:0:-1: an offset is 0 or more"),
+    ],
+)
+def test_bounds_that_the_log_does_not_know_are_refused(
+    stream: LoggedStream, up_to: dict[tuple[str, int], int], words: str
+) -> None:
+    stream.log(upload(1))
+
+    with pytest.raises(ConfigError, match=words):
+        backfill_codes(stream.repo.config_path, "v2", up_to=up_to)
+
+
+def test_versions_that_nothing_reads_are_refused(stream: LoggedStream) -> None:
+    stream.log(upload(1))
+    stream.repo.registry.set_state("v2", VersionState.RETIRED)
+
+    with pytest.raises(CodebookNotFoundError, match="'v9'"):
+        backfill_codes(stream.repo.config_path, "v9")
+    with pytest.raises(CodebookError, match=r"'v2' is retired.*v1, v3.*qarm codebook list"):
+        backfill_codes(stream.repo.config_path, "v2")
+
+
+def test_a_view_that_is_not_applied_is_refused(stream: LoggedStream) -> None:
+    stream.log(upload(1))
+    publish_codebook(stream.repo.directory, "v4")
+
+    with pytest.raises(ConfigError, match=r"item_codes_v4.*apply"):
+        backfill_codes(stream.repo.config_path, "v4")
+
+
+def test_nothing_to_read_is_an_error_that_names_both_places(repo: StreamRepo) -> None:
+    with pytest.raises(DataError, match=r"item_content_log nor .*items\.parquet is there"):
+        backfill_codes(repo.config_path, "v2")
+
+
+def test_a_version_that_is_retired_and_dropped_meanwhile_keeps_no_rows_online(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream.log(upload(1))
+    write = PieceWriter.write
+
+    def write_then_retire(writer: PieceWriter, piece: backfill_writer.Piece) -> object:
+        stream.repo.registry.set_state("v2", VersionState.RETIRED)
+        return write(writer, piece)
+
+    monkeypatch.setattr(PieceWriter, "write", write_then_retire)
+
+    with pytest.raises(CodebookError, match="'v2' is retired"):
+        backfill_codes(stream.repo.config_path, "v2")
+
+
+def test_two_backfills_of_one_version_do_not_run_at_once(stream: LoggedStream) -> None:
+    stream.log(upload(1))
+    path = progress_path(code_log(stream.repo).root, "v2")
+    path.parent.mkdir()
+
+    with (
+        FileLock(path.with_suffix(".lock")),
+        pytest.raises(ServiceUnavailableError, match="another process is filling item_codes_v2"),
+    ):
+        backfill_codes(stream.repo.config_path, "v2")
+
+
+def test_damaged_progress_is_an_error_that_says_what_to_do(stream: LoggedStream) -> None:
+    stream.log(upload(1))
+    path = progress_path(code_log(stream.repo).root, "v2")
+    path.parent.mkdir()
+    path.write_text('{"done": 7}')
+
+    with pytest.raises(DataError, match=rf"{path} is no progress[\s\S]*remove it and run"):
+        backfill_codes(stream.repo.config_path, "v2")
+
+
+def test_progress_lines_tell_share_and_speed(
+    stream: LoggedStream, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream.log(upload(1), upload(2))
+
+    with caplog.at_level("INFO"):
+        backfill_codes(stream.repo.config_path, "v2")
+
+    assert "source=log share_done=1.000 items=2 items_per_second=" in caplog.text
+    assert "backfill_done codebook_version=v2" in caplog.text
+
+
+def test_the_command_fills_a_version_and_prints_what_it_did(stream: LoggedStream) -> None:
+    _log_three_parts(stream)
+    options = ["--config", str(stream.repo.config_path), "--codebook-version", "v2"]
+
+    result = CliRunner().invoke(
+        codebook_group,
+        ["backfill", *options, "--up-to", f"{TOPIC}:0:3", "--up-to", f"{TOPIC}:1:1"],
+        catch_exceptions=False,
+    )
+
+    assert result.output.splitlines()[-1] == (
+        "backfilled v2: 4 rows of codes (4 from stored vectors, 0 from content, 0 takedowns), "
+        "3 newer than what was online"
+    )
+
+
+@pytest.mark.parametrize("text", ["items", "items:x:1", "items:1", ":0:1", "items:0:-1"])
+def test_a_bound_of_another_form_is_a_usage_error(repo: StreamRepo, text: str) -> None:
+    options = ["--config", str(repo.config_path), "--codebook-version", "v2", "--up-to", text]
+
+    result = CliRunner().invoke(codebook_group, ["backfill", *options])
+
+    assert result.exit_code == 2
+    assert f"'{text}' is not TOPIC:PARTITION:OFFSET" in result.output
+
+
+def _codebook(repo: StreamRepo, version: str) -> Codebook:
+    return Codebook.load(str(repo.directory / "data" / "codebooks"), version)
+
+
+def _kill_at_second_call(patched: pytest.MonkeyPatch, place: str) -> None:
+    """End the process, as it were, in front of the second read, write or note."""
+    owner, name = {
+        "read": (backfill_writer, "read_log_piece"),
+        "offline": (backfill_writer.open_code_log.__globals__["CodeLog"], "append"),
+        "online": (backfill_writer.FeastOnlineTables, "write"),
+        "note": (backfill.BackfillProgress, "add"),
+    }[place]
+    original, calls = getattr(owner, name), []
+
+    def die_at_second(*args: object, **options: object) -> object:
+        calls.append(place)
+        if len(calls) == 2:
+            raise KilledError
+        return original(*args, **options)
+
+    patched.setattr(owner, name, die_at_second)
