@@ -10,6 +10,8 @@ _HOMES = {
     "codebook": "qarm_feast.codebook_cli:codebook_group",
     "load-users": "qarm_feast.profiles:load_users",
     "offline": "qarm_feast.offline_cli:offline_group",
+    # Named, not imported: it reads what workers keep in Kafka, and the core knows no worker.
+    "rollout": "streaming.rollout_cli:rollout_group",
 }
 
 
@@ -20,7 +22,7 @@ _HOMES = {
 )
 @click.version_option(package_name="qarm-feast")
 def qarm() -> None:
-    """Align item vectors, train and publish codebooks, load user profiles, compact logs."""
+    """Align item vectors, train, publish and roll out codebooks, load users, compact logs."""
 
 
 def main() -> None:

@@ -101,12 +101,14 @@ def evaluate(config_path: str, log_level: str | None, version: str) -> None:
 def publish(config_path: str, log_level: str | None, version: str, force: bool) -> None:
     """Publish an evaluated version that keeps the gates; a first one becomes the default.
 
+    Later ones are staged: `qarm rollout start` takes them to the default, step by step.
+
     With codebook.max_items_per_code, items beyond the cap move first, and the gates look at the
     figures of the codes as they are served.
     """
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.codebook_release import publish_version
-    from qarm_feast.registry import CodebookRegistry, read_manifest
+    from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
 
     start_logging(config_path, log_level)
     uri = load_section(config_path, "codebook", CodebookConfig).uri
@@ -123,6 +125,8 @@ def publish(config_path: str, log_level: str | None, version: str, force: bool) 
         click.echo(f"its report is still that of the draft; `{command}` writes it there too")
     if manifest.caps:
         click.echo(_caps_line(manifest.caps))
+    if state is VersionState.STAGED:
+        click.echo(f"next: `qarm rollout plan --codebook-version {version}`")
 
 
 @codebook_group.command("list", epilog="Example: qarm codebook list")
@@ -174,7 +178,10 @@ def show(config_path: str, version: str) -> None:
 @log_level_option
 @_version_option
 def retire(config_path: str, log_level: str | None, version: str) -> None:
-    """Retire a version: no view, no worker and no new service uses it any more."""
+    """Retire a version: no view, no worker and no new service uses it any more.
+
+    `qarm rollout finish` does it as the last step of a rollout, and waits for the workers.
+    """
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.registry import CodebookRegistry, VersionState
 
@@ -191,8 +198,9 @@ def retire(config_path: str, log_level: str | None, version: str) -> None:
 def default(config_path: str, log_level: str | None, version: str) -> None:
     """Make a staged or live version the default; the default before it becomes live.
 
-    New feature services are made from the default. This changes the state only: workers and
-    `feast apply` look at it when they start, and rows of earlier items are not written anew.
+    New feature services are made from the default. This changes the state only: no row of an
+    earlier item is written. `qarm rollout start` fills the version's view up first, compares it
+    with the old one, and can be undone.
     """
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.registry import CodebookRegistry, VersionState

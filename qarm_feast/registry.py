@@ -238,7 +238,8 @@ class CodebookRegistry:
             if states[version] is VersionState.DEFAULT and state is not VersionState.DEFAULT:
                 raise CodebookError(
                     f"codebook version {version!r} is the default of {self.uri}; make another "
-                    "version the default (`qarm codebook default --codebook-version OTHER`) before "
+                    "version the default (`qarm rollout start --codebook-version OTHER` with all "
+                    "that belongs to it, `qarm codebook default` the state alone) before "
                     f"{version!r} becomes {state.value}"
                 )
             if states[version] is VersionState.RETIRED and state is VersionState.DEFAULT:

@@ -27,15 +27,13 @@ May import: pydantic, filelock, the registry.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Literal, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from qarm_feast.artifact import replace_file
 from qarm_feast.errors import (
@@ -43,85 +41,28 @@ from qarm_feast.errors import (
     CodebookMismatchError,
     ConfigError,
     DataError,
-    QarmError,
     ServiceUnavailableError,
 )
 from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest, registry_folder
+from qarm_feast.rollout_status import (
+    GONE,
+    WRITTEN,
+    FirstOffset,
+    Partition,
+    Phase,
+    RolloutParts,
+    RolloutRecord,
+    RolloutStatus,
+    RolloutView,
+    shortened,
+)
 from qarm_feast.schema import code_view_name
 
 logger = logging.getLogger(__name__)
 
-Partition = tuple[str, int]
-"""Topic and number."""
-
 RECORD_NAME = "rollout.json"
 _LOCK_NAME = ".rollout.lock"
 _POLL_SECONDS = 0.5
-_GONE = (VersionState.RETIRED, VersionState.PURGED)
-_WRITTEN = (VersionState.LIVE, VersionState.DEFAULT)
-
-
-class Phase(StrEnum):
-    """Where a rollout is going: on, back, or nowhere any more."""
-
-    UNDER_WAY = "under way"
-    UNDOING = "undoing"
-    UNDONE = "undone"
-    FINISHED = "finished"
-
-
-class FirstOffset(NamedTuple):
-    """The first record of a partition that an owner wrote in the new version."""
-
-    topic: str
-    partition: int
-    offset: int
-
-
-class RolloutRecord(BaseModel):
-    """What ``rollout.json`` holds; ``found_as`` is the state that an undo gives back."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
-    version: str
-    previous: str
-    found_as: VersionState
-    phase: Phase = Phase.UNDER_WAY
-    started: AwareDatetime
-    first_offsets: tuple[FirstOffset, ...] = ()
-    backfill: str | None = None
-    verification: str | None = None
-
-
-class Verdict(Protocol):
-    """What a comparison of two versions' rows gave; ``rollout_sample.Comparison``."""
-
-    def faults(self) -> list[str]:
-        """Return what is wrong, each with its figure and its limit; none: all is right."""
-        ...
-
-
-@dataclass(frozen=True)
-class RolloutParts:
-    """The world around the registry.
-
-    Attributes:
-        has_view: Whether ``feast apply`` has made a version's view.
-        first_offsets: Of each partition of the item topic the first offset that its owner has
-            acknowledged for a version; None where the owner does not write it.
-        has_encoder: Whether an encoder version is stored where workers load it.
-        backfill: Fills a version's view with what lies before the offsets; returns its counts.
-        verify: Compares the rows of a new version (first) with those of an old one.
-        service_name: Name of the feature service of a version.
-    """
-
-    has_view: Callable[[str], bool]
-    first_offsets: Callable[[str], Mapping[Partition, int | None]]
-    has_encoder: Callable[[str], bool]
-    backfill: Callable[[str, Mapping[Partition, int]], object]
-    verify: Callable[[str, str], Verdict]
-    service_name: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -131,33 +72,6 @@ class Patience:
     seconds: float = 60.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-
-
-class StepState(StrEnum):
-    """What is known of a step; ``YOURS`` leaves no trace that could be looked at."""
-
-    DONE = "done"
-    OPEN = "open"
-    YOURS = "yours"
-    UNKNOWN = "unknown"
-
-
-class Step(NamedTuple):
-    """One line of a plan or a status."""
-
-    name: str
-    state: StepState
-    detail: str
-
-
-@dataclass(frozen=True)
-class RolloutStatus:
-    """The rollout under way or the last one, its steps as they are now, and what comes next."""
-
-    record: RolloutRecord | None
-    steps: tuple[Step, ...]
-    next_step: str
-    fault: str | None = None
 
 
 class Rollout:
@@ -174,6 +88,7 @@ class Rollout:
     ) -> None:
         self._registry = registry
         self._parts = parts
+        self._view = RolloutView(registry, parts)
         self._patience = patience or Patience()
         self._folder = registry_folder(registry.uri)
         self._path = self._folder / RECORD_NAME
@@ -192,7 +107,7 @@ class Rollout:
             CodebookError: If it cannot be rolled out, or another rollout is half done.
             CodebookMismatchError: If workers cannot encode for it.
         """
-        return self._status_of(self._continued(version) or self._anew(version))
+        return self._view.status_of(self._continued(version) or self._anew(version))
 
     def status(self) -> RolloutStatus:
         """Return the rollout under way or the last one; changes nothing."""
@@ -201,7 +116,7 @@ class Rollout:
             default = self._registry.default_version()
             text = f"`qarm rollout plan --codebook-version VERSION`; the default is {default}"
             return RolloutStatus(None, (), text)
-        return self._status_of(record)
+        return self._view.status_of(record)
 
     def start(self, version: str) -> RolloutStatus:
         """Take a staged version up to the default; called again, it goes on where it was.
@@ -223,7 +138,8 @@ class Rollout:
         with self._lock():
             record = self._continued(version)
             if record is None:
-                record = self._store(self._anew(version))
+                update = {"phase": Phase.UNDER_WAY}
+                record = self._store(self._anew(version).model_copy(update=update))
             self._check_unchanged(record)
             self._check_view(version)
             self._make_live(record)
@@ -233,7 +149,7 @@ class Rollout:
             if self._registry.states()[version] is not VersionState.DEFAULT:
                 self._registry.set_state(version, VersionState.DEFAULT)
                 logger.info("rollout_default version=%s previous=%s", version, record.previous)
-            return self._status_of(record)
+            return self._view.status_of(record)
 
     def finish(self) -> RolloutStatus:
         """Retire the old version once nobody reads it; called again, it changes nothing.
@@ -249,13 +165,15 @@ class Rollout:
         with self._lock():
             record = self.check_finishable()
             if record.phase is Phase.FINISHED:
-                return self._status_of(record)
+                return self._view.status_of(record)
             previous = record.previous
-            if self._registry.states()[previous] not in _GONE:
+            if self._registry.states()[previous] not in GONE:
                 self._registry.set_state(previous, VersionState.RETIRED)
                 logger.info("rollout_retired version=%s", previous)
             self._await_withdrawal(previous, "finish")
-            return self._status_of(self._store(record.model_copy(update={"phase": Phase.FINISHED})))
+            return self._view.status_of(
+                self._store(record.model_copy(update={"phase": Phase.FINISHED}))
+            )
 
     def check_finishable(self) -> RolloutRecord:
         """Return the rollout that :meth:`finish` would end, or has ended.
@@ -308,13 +226,18 @@ class Rollout:
             if record is None or record.phase is Phase.UNDONE:
                 return self.status()
             self._check_way_back(record)
-            record = self._store(record.model_copy(update={"phase": Phase.UNDOING}))
+            # What was filled up and compared has holes from the moment workers stop.
+            forgotten = {"first_offsets": (), "backfill": None, "verification": None}
+            update = forgotten | {"phase": Phase.UNDOING}
+            record = self._store(record.model_copy(update=update))
             if self._registry.states().get(record.version) is VersionState.DEFAULT:
                 self._registry.set_state(record.previous, VersionState.DEFAULT)
             if self._registry.states().get(record.version) is VersionState.LIVE:
                 self._registry.set_state(record.version, record.found_as)
             logger.info("rollout_undone version=%s default=%s", record.version, record.previous)
-            return self._status_of(self._store(record.model_copy(update={"phase": Phase.UNDONE})))
+            return self._view.status_of(
+                self._store(record.model_copy(update={"phase": Phase.UNDONE}))
+            )
 
     def record(self) -> RolloutRecord | None:
         """Return the rollout under way or the last one; None: there was none.
@@ -363,7 +286,8 @@ class Rollout:
         if record.version != version:
             raise CodebookError(
                 f"the rollout of {record.version!r} in place of {record.previous!r} is half done, "
-                f"{version!r} has to wait: run {self._next(record)}, or `qarm rollout undo`"
+                f"{version!r} has to wait: run {self._view.next_command(record)}, or "
+                "`qarm rollout undo`"
             )
         return record
 
@@ -383,7 +307,11 @@ class Rollout:
             )
         self._check_encoder(version, previous)
         return RolloutRecord(
-            version=version, previous=previous, found_as=state, started=datetime.now(UTC)
+            version=version,
+            previous=previous,
+            found_as=state,
+            phase=Phase.PLANNED,
+            started=datetime.now(UTC),
         )
 
     def _check_encoder(self, version: str, previous: str) -> None:
@@ -415,31 +343,14 @@ class Rollout:
             )
 
     def _check_unchanged(self, record: RolloutRecord) -> None:
-        fault = self._outside_change(record)
+        fault = self._view.outside_change(record)
         if fault:
             raise CodebookError(f"{fault}; run `qarm rollout undo`")
-
-    def _outside_change(self, record: RolloutRecord) -> str | None:
-        """Return what somebody did to the states that no step of this rollout does."""
-        if record.phase is not Phase.UNDER_WAY:
-            return None
-        states = self._registry.states()
-        state = states.get(record.version)
-        if state is None or state in _GONE:
-            is_now = "missing" if state is None else state.value
-            return f"{record.version!r}, whose rollout is half done, is {is_now} by now"
-        default = self._registry.default_version()
-        if default not in (record.version, record.previous):
-            return (
-                f"the rollout of {record.version!r} began with the default {record.previous!r}, "
-                f"but the default is {default!r} by now"
-            )
-        return None
 
     def _check_way_back(self, record: RolloutRecord) -> None:
         states = self._registry.states()
         old, new = states[record.previous], states.get(record.version)
-        is_too_late = old in _GONE and new is VersionState.DEFAULT
+        is_too_late = old in GONE and new is VersionState.DEFAULT
         if is_too_late or record.phase is Phase.FINISHED:
             raise CodebookError(
                 f"{record.previous!r} is {old.value}, nothing has written its rows since, so "
@@ -456,7 +367,7 @@ class Rollout:
             )
 
     def _make_live(self, record: RolloutRecord) -> None:
-        if self._registry.states()[record.version] in _WRITTEN:
+        if self._registry.states()[record.version] in WRITTEN:
             return
         self._await_withdrawal(record.version, f"start --codebook-version {record.version}")
         self._registry.set_state(record.version, VersionState.LIVE)
@@ -524,106 +435,14 @@ class Rollout:
                 f"{code_view_name(record.version)} does not hold what "
                 f"{code_view_name(record.previous)} holds ({verdict}):\n"
                 + "\n".join(f"  - {fault}" for fault in faults)
-                + f"\n{record.previous!r} stays the default; run `qarm rollout start "
-                f"--codebook-version {record.version}`, which fills it up again"
+                + f"\n{record.previous!r} stays the default; items that the backfill refused stand "
+                "in its log, rows that the online store has lost come back with `feast "
+                f"materialize`; then run `qarm rollout start --codebook-version {record.version}`, "
+                "which asks the owners and fills up again, or `qarm rollout undo`"
             )
         logger.info("rollout_compared version=%s result=%s", record.version, verdict)
         return self._store(record.model_copy(update={"verification": str(verdict)}))
 
-    def _status_of(self, record: RolloutRecord) -> RolloutStatus:
-        fault = self._outside_change(record)
-        next_step = "`qarm rollout undo`" if fault else self._next(record)
-        return RolloutStatus(record, tuple(self._steps(record)), next_step, fault)
-
-    def _next(self, record: RolloutRecord) -> str:
-        version, previous = record.version, record.previous
-        if record.phase is Phase.UNDOING:
-            return "`qarm rollout undo`"
-        if record.phase is Phase.UNDONE:
-            return f"`qarm rollout start --codebook-version {version}` begins anew"
-        if record.phase is Phase.FINISHED:
-            is_left = self._parts.has_view(previous)
-            drop = f"`feast apply`, which drops {code_view_name(previous)}"
-            return drop if is_left else "nothing is left to do"
-        states = self._registry.states()
-        if not self._parts.has_view(version):
-            return f"`feast apply`, then `qarm rollout start --codebook-version {version}`"
-        if states[version] is not VersionState.DEFAULT or record.verification is None:
-            return f"`qarm rollout start --codebook-version {version}`"
-        if states[previous] in _GONE:
-            return "`qarm rollout finish`"
-        return (
-            f"train a ranker on {version} (`qarm-rank`, `torchrun -m torchrec_models.train`), "
-            f"switch its services to {self._parts.service_name(version)}, let the old ones drain; "
-            "then `qarm rollout finish`, or back with `qarm rollout undo`"
-        )
-
-    def _steps(self, record: RolloutRecord) -> Iterator[Step]:
-        version, previous = record.version, record.previous
-        states = self._registry.states()
-        state, old_state = states.get(version), states.get(previous)
-        named = "missing" if state is None else state.value
-        yield Step("stage", _done(state is not None), f"{version} is {named}")
-        yield self._view_step("declare", version, is_wanted=True)
-        yield Step("live", _done(state in _WRITTEN), f"workers write {version} beside {previous}")
-        yield self._acknowledgement_step(record)
-        yield Step(
-            "backfill", _done(record.backfill is not None), record.backfill or _to_fill(record)
-        )
-        yield Step(
-            "compare",
-            _done(record.verification is not None),
-            record.verification or f"a sample of {previous}'s items is looked for in {version}",
-        )
-        is_default = state is VersionState.DEFAULT
-        yield Step("default", _done(is_default), f"new services are made from {version}")
-        service = self._parts.service_name
-        yield Step("train ranker", StepState.YOURS, f"on {service(version)}")
-        yield Step("switch service", StepState.YOURS, f"{service(previous)} to {service(version)}")
-        yield Step("drain", StepState.YOURS, f"nothing reads {service(previous)} any more")
-        yield Step("retire", _done(old_state in _GONE), f"nothing writes {previous} any more")
-        yield self._withdrawal_step(previous, is_due=old_state in _GONE)
-        if record.phase is Phase.FINISHED:
-            yield self._view_step("drop", previous, is_wanted=False)
-
-    def _view_step(self, name: str, version: str, *, is_wanted: bool) -> Step:
-        text = f"`feast apply` {'declares' if is_wanted else 'drops'} {code_view_name(version)}"
-        return Step(name, _done(self._parts.has_view(version) is is_wanted), text)
-
-    def _acknowledgement_step(self, record: RolloutRecord) -> Step:
-        name, version = "acknowledge", record.version
-        if record.first_offsets:
-            found = ", ".join(f"{topic} {n} from {at}" for topic, n, at in record.first_offsets)
-            return Step(name, StepState.DONE, found)
-        if self._registry.states().get(version) not in _WRITTEN:
-            return Step(name, StepState.OPEN, "the owner of each partition, once it is live")
-        try:
-            offsets = self._parts.first_offsets(version)
-        except QarmError as error:
-            return Step(name, StepState.UNKNOWN, str(error))
-        num_told = sum(offset is not None for offset in offsets.values())
-        return Step(name, StepState.OPEN, f"{num_told} of {len(offsets)} partitions")
-
-    def _withdrawal_step(self, version: str, *, is_due: bool) -> Step:
-        name = "withdraw"
-        if not is_due:
-            return Step(name, StepState.OPEN, f"the owners tell that they write {version} no more")
-        try:
-            offsets = self._parts.first_offsets(version)
-        except QarmError as error:
-            return Step(name, StepState.UNKNOWN, str(error))
-        num_told = sum(offset is not None for offset in offsets.values())
-        text = f"{num_told} of {len(offsets)} partitions acknowledge {version}"
-        return Step(name, _done(num_told == 0), text)
-
-
-def _done(is_done: bool) -> StepState:
-    return StepState.DONE if is_done else StepState.OPEN
-
-
-def _to_fill(record: RolloutRecord) -> str:
-    return f"what came before the acknowledged offsets gets its {record.version} rows"
-
 
 def _names(places: list[Partition]) -> str:
-    return ", ".join(f"{topic} {partition}" for topic, partition in places)
+    return shortened([f"{topic} {partition}" for topic, partition in places])

@@ -43,6 +43,7 @@ fixed padding keeps the share of such items below this. Ready vectors give equal
 _KEYS_PER_READ = 1000
 _NUM_LOOKS = 5
 _PAUSE_SECONDS = 1.0
+_NUM_EXAMPLES = 5
 _FEATURES = ("is_deleted", "content_hash", "rq_code", "vq_code")
 _EMBEDDING = "embedding"
 
@@ -67,7 +68,8 @@ Rows = Mapping[int, StoredRow]
 class Comparison:
     """How many of ``num_items`` rows of the old view are wrong in the new one, and how.
 
-    ``num_coded`` rows had a vector at hand, the codes of ``num_other_codes`` are others.
+    ``num_coded`` rows had a vector at hand, the codes of ``num_other_codes`` are others;
+    ``examples`` are items that are wrong, a few of each kind.
     """
 
     num_items: int
@@ -76,6 +78,7 @@ class Comparison:
     num_other_flags: int
     num_coded: int
     num_other_codes: int
+    examples: tuple[int, ...] = ()
 
     def faults(self) -> list[str]:
         """Return what is wrong, each with its figure and its limit; none: all is right."""
@@ -93,6 +96,8 @@ class Comparison:
                 f"{self.num_other_codes} of {self.num_coded} items ({share:.2%}) have other codes "
                 f"than the codebook gives, limit {MAX_OTHER_CODES_SHARE:.2%}"
             )
+        if faults and self.examples:
+            faults.append(f"items among them: {', '.join(map(str, self.examples))}")
         return faults
 
     def __str__(self) -> str:
@@ -133,15 +138,16 @@ def compare_versions(
     folder = Path(load_section(config_path, "alignment", AlignmentConfig).vectors_uri)
     encoder_version = codebook.manifest.encoder_version
     vectors = read_vectors(log, folder / encoder_version, encoder_version, item_ids_N)
-    num_coded, num_other = count_other_codes(codebook, rows, vectors)
+    num_coded, others = find_other_codes(codebook, rows, vectors)
     counts = Counter(faults.values())
     return Comparison(
-        len(rows) + counts["missing"],
-        counts["missing"],
-        counts["older"],
-        counts["flag"],
-        num_coded,
-        num_other,
+        num_items=len(rows) + counts["missing"],
+        num_missing=counts["missing"],
+        num_older=counts["older"],
+        num_other_flags=counts["flag"],
+        num_coded=num_coded,
+        num_other_codes=len(others),
+        examples=(*sorted(faults)[:_NUM_EXAMPLES], *others[:_NUM_EXAMPLES]),
     )
 
 
@@ -271,8 +277,8 @@ def read_vectors(
     return vectors
 
 
-def count_other_codes(codebook: Codebook, rows: Rows, vectors: Vectors) -> tuple[int, int]:
-    """Return how many rows have a vector of their content at hand, and how many other codes.
+def find_other_codes(codebook: Codebook, rows: Rows, vectors: Vectors) -> tuple[int, list[int]]:
+    """Return how many rows have a vector of their content at hand, and which have other codes.
 
     Args:
         codebook: The codebook of the rows.
@@ -280,15 +286,15 @@ def count_other_codes(codebook: Codebook, rows: Rows, vectors: Vectors) -> tuple
         vectors: Vectors by item and content hash.
 
     Returns:
-        Both counts; takedowns have no codes and are not counted.
+        The count and the items; takedowns have no codes and are not counted.
     """
     items = [item for item, row in rows.items() if (item, row.content_hash) in vectors]
     items = [item for item in items if not rows[item].is_deleted]
     if not items:
-        return 0, 0
+        return 0, []
     hashes = [rows[item].content_hash for item in items]
     x_ND = np.stack([vectors[content] for content in zip(items, hashes, strict=True)])
     codes = codebook.encode(np.array(items, dtype=np.int64), hashes, x_ND)
     expected = np.hstack([codes.rq_NL, codes.vq_NV]).tolist()
     pairs = zip(items, expected, strict=True)
-    return len(items), sum(list(rows[item].codes) != wanted for item, wanted in pairs)
+    return len(items), [item for item, wanted in pairs if list(rows[item].codes) != wanted]

@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
 
 from examples.quickstart.kafka_admin import wait_until_drained
 from qarm_feast.codebook import Codebook
+from qarm_feast.errors import ConfigError
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.registry import VersionState
 from qarm_feast.repo_paths import open_feature_store
-from streaming.acknowledgements import decode_acknowledgement
-from streaming.clients import connect_admin
+from qarm_feast.rollout import Patience, Rollout
+from streaming.acknowledgements import read_acknowledgements
 from streaming.messages import ItemEvent, encode_item_event
+from streaming.rollout_cli import open_parts
 from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo, publish_codebook
 
 pytestmark = pytest.mark.integration
@@ -119,6 +120,45 @@ def test_a_new_owner_waits_for_an_acknowledged_version_that_it_cannot_load(
     _assert_codes_after(stream_repo, second, flow, acknowledged)
 
 
+def test_a_rollout_under_a_running_worker_ends_with_every_item_in_the_new_version(
+    stream_repo: StreamRepo, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_STREAM__CODEBOOK_POLL_SECONDS", "0.2")
+    worker = start_worker("worker")
+    parts = open_parts(str(stream_repo.config_path))
+    rollout = Rollout(stream_repo.registry, parts, Patience(WAIT_SECONDS))
+    with _events_flow(stream_repo) as flow:
+        _wait_for_offsets(stream_repo, lambda told: all("v1" in each for each in told.values()))
+        _wait_until(lambda: len(flow.places) > 200)
+        second = publish_codebook(stream_repo.directory, "v2", seed=1)
+        with pytest.raises(ConfigError, match="run `feast apply`"):
+            rollout.start("v2")
+        stream_repo.apply()
+        rollout.start("v2")
+        rollout.undo()
+        started = rollout.start("v2")
+        num_stored = _num_log_rows(stream_repo, "v2")
+        finished = rollout.finish()
+        num_old_rows = _num_log_rows(stream_repo, "v1")
+        stream_repo.apply()
+        _wait_until(lambda: _num_log_rows(stream_repo, "v2") > num_stored + 50)
+    wait_until_drained(stream_repo.stream_config, WAIT_SECONDS)
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(40) == 0
+    compared = next(step.detail for step in started.steps if step.name == "compare")
+    assert re.match(r"\d{3,} items compared: 0 missing, 0 older, 0 with", compared)
+    assert re.search(r"of [1-9]\d+ with a vector at hand 0 with other codes", compared)
+    assert finished.next_step == "`feast apply`, which drops item_codes_v1"
+    assert rollout.status().next_step == "nothing is left to do"
+    assert stream_repo.registry.states() == {
+        "v1": VersionState.RETIRED,
+        "v2": VersionState.DEFAULT,
+    }
+    assert _num_log_rows(stream_repo, "v1") == num_old_rows
+    _assert_codes_after(stream_repo, second, flow, {n: {"v2": 0} for n in range(NUM_PARTITIONS)})
+
+
 def _assert_codes_after(
     repo: StreamRepo, codebook: Codebook, flow: Flow, acknowledged: dict[int, dict[str, int]]
 ) -> None:
@@ -197,21 +237,10 @@ def _readiness(port: int) -> bytes:
 
 def _first_offsets(repo: StreamRepo) -> dict[int, dict[str, int]]:
     """What each partition's owner has acknowledged: first offset by codebook version."""
-    config = repo.stream_config
-    with closing(connect_admin(config)) as admin:
-        try:
-            stored = admin.list_group_offsets({config.consumer_group: None})[config.consumer_group]
-        except KafkaError as error:
-            if not error.retriable:
-                raise
-            # The broker makes the topic of offsets when the first group joins.
-            return {}
-    told: dict[int, dict[str, int]] = {}
-    for partition, offset in stored.items():
-        if partition.topic == config.item_topic:
-            found = decode_acknowledgement(offset.metadata)
-            told[partition.partition] = dict(found.first_offsets) if found else {}
-    return told
+    return {
+        place.partition: dict(told.first_offsets) if told else {}
+        for place, told in read_acknowledgements(repo.stream_config).items()
+    }
 
 
 def _wait_for_offsets(

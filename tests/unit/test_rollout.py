@@ -23,14 +23,8 @@ from qarm_feast.errors import (
     ServiceUnavailableError,
 )
 from qarm_feast.registry import CodebookRegistry, VersionState
-from qarm_feast.rollout import (
-    Patience,
-    Phase,
-    Rollout,
-    RolloutParts,
-    RolloutStatus,
-    StepState,
-)
+from qarm_feast.rollout import Patience, Rollout
+from qarm_feast.rollout_status import Phase, RolloutParts, RolloutStatus, StepState
 
 PLACES = (("items", 0), ("items", 1))
 
@@ -170,7 +164,7 @@ def test_a_started_version_is_written_filled_up_to_its_first_offsets_and_the_def
     assert {name for name, state in states.items() if state == "yours"} == {
         *("train ranker", "switch service", "drain")
     }
-    assert "switch its services to home_v2" in status.next_step
+    assert "switch services to home_v2" in status.next_step
     assert "`qarm rollout finish`" in status.next_step
 
 
@@ -321,6 +315,10 @@ def test_a_start_that_is_killed_anywhere_can_be_undone(
     world.work()
 
     assert world.states() == {"v1": "default", "v2": "staged"}
+    done = {
+        name for name, state in _step_states(world.rollout().status()).items() if state == "done"
+    }
+    assert done <= {"stage", "declare"}
     assert "v2" not in world.told
     assert world.rows["v1"] == set(range(world.num_events))
 

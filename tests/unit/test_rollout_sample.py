@@ -1,5 +1,6 @@
 """Rows of two versions, held against each other in a real repository with a sqlite store."""
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
-from qarm_feast.encode import encode_items
+from qarm_feast.encode import encode_items, takedown_rows
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.repo_paths import open_feature_store
@@ -31,9 +32,13 @@ from qarm_feast.schema import (
     TIMESTAMP,
     code_view_name,
 )
-from streaming.rows import takedown_rows
-from tests import stream_repo
-from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, StreamRepo, publish_codebook
+from tests.stream_repo import (
+    EMBEDDING_DIM,
+    ENCODER_VERSION,
+    StreamRepo,
+    build_repo,
+    publish_codebook,
+)
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 NUM_ITEMS = 20
@@ -45,10 +50,9 @@ def _vectors(num_items: int = NUM_ITEMS) -> np.ndarray:
 
 
 @pytest.fixture
-def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StreamRepo:
+def repo(tmp_path: Path) -> StreamRepo:
     """v1 and v2 have views; v1 holds twenty items."""
-    monkeypatch.setattr(stream_repo, "create_topics", lambda config: None)
-    made = stream_repo.build_stream_repo(tmp_path / "repo", "nowhere:1")
+    made = build_repo(tmp_path / "repo", {})
     publish_codebook(made.directory, "v2", seed=1)
     made.apply()
     _write(made, "v1", range(NUM_ITEMS))
@@ -137,11 +141,12 @@ def test_missing_older_and_differently_deleted_rows_are_counted_apart(repo: Stre
 
     found = _compare(repo)
 
-    assert found == Comparison(NUM_ITEMS, 2, 3, 3, num_coded=0, num_other_codes=0)
+    assert found == Comparison(NUM_ITEMS, 2, 3, 3, 0, 0, examples=(0, 1, 2, 3, 4))
     assert found.faults() == [
         "2 of 20 items have no row in it, limit 0",
         "3 of 20 items have a row of an older event in it, limit 0",
         "3 of 20 items are taken down in one of the two only, limit 0",
+        "items among them: 0, 1, 2, 3, 4",
     ]
 
 
@@ -158,9 +163,9 @@ def test_codes_are_held_against_exported_vectors_of_the_same_content(repo: Strea
     found = _compare(repo)
 
     assert (found.num_coded, found.num_other_codes) == (NUM_ITEMS, NUM_ITEMS)
-    assert found.faults() == [
-        "20 of 20 items (100.00%) have other codes than the codebook gives, limit 0.10%"
-    ]
+    fault = "20 of 20 items (100.00%) have other codes than the codebook gives, limit 0.10%"
+    assert found.faults()[0] == fault
+    assert re.fullmatch(r"items among them: \d+(, \d+){4}", found.faults()[1])
 
 
 def test_codes_are_held_against_ready_vectors_in_the_content_log(repo: StreamRepo) -> None:

@@ -3,15 +3,21 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-from kafka.errors import KafkaTimeoutError
+from kafka.errors import (
+    CoordinatorNotAvailableError,
+    GroupAuthorizationFailedError,
+    KafkaTimeoutError,
+)
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from qarm_feast.errors import ServiceUnavailableError
+from qarm_feast.errors import ConfigError, ServiceUnavailableError
 from streaming.acknowledgements import (
     AcknowledgedVersions,
     Acknowledgement,
     decode_acknowledgement,
+    read_acknowledgements,
 )
+from streaming.config import StreamConfig
 
 ITEMS_0, ITEMS_1 = TopicPartition("items", 0), TopicPartition("items", 1)
 INTERACTIONS_0 = TopicPartition("interactions", 0)
@@ -190,3 +196,73 @@ def test_a_version_left_out_of_a_batch_starts_anew_behind_it() -> None:
 
     assert without == Acknowledgement({"v2": 40}, 1)
     assert _told(consumer, ITEMS_0) == Acknowledgement({"v1": 50, "v2": 40}, 1)
+
+
+@dataclass
+class FakeAdmin:
+    """A broker that knows topics by their number of partitions, and what groups have committed."""
+
+    topics: dict[str, int]
+    stored: Mapping[TopicPartition, OffsetAndMetadata] = field(default_factory=dict)
+    fault: Exception | None = None
+    is_closed: bool = False
+
+    def describe_topics(self) -> list[dict[str, object]]:
+        return [
+            {"name": name, "partitions": [{"partition_index": n} for n in reversed(range(number))]}
+            for name, number in self.topics.items()
+        ]
+
+    def list_group_offsets(self, groups: Mapping[str, None]) -> dict[str, object]:
+        if self.fault is not None:
+            raise self.fault
+        return {group: self.stored for group in groups}
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def _read(
+    admin: FakeAdmin, monkeypatch: pytest.MonkeyPatch
+) -> dict[TopicPartition, Acknowledgement | None]:
+    monkeypatch.setattr("streaming.acknowledgements.connect_admin", lambda config: admin)
+    return read_acknowledgements(StreamConfig(item_topic="items", consumer_group="group"))
+
+
+def test_acknowledgements_are_read_for_each_partition_of_the_item_topic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Acknowledgement({"v1": 3, "v2": 40}, 2)
+    admin = FakeAdmin(
+        {"items": 3, "interactions": 1},
+        {
+            ITEMS_0: OffsetAndMetadata(50, told.encode(), -1),
+            ITEMS_1: OffsetAndMetadata(9, "", -1),
+            INTERACTIONS_0: OffsetAndMetadata(5, told.encode(), -1),
+        },
+    )
+
+    found = _read(admin, monkeypatch)
+
+    assert found == {ITEMS_0: told, ITEMS_1: None, TopicPartition("items", 2): None}
+    assert list(found) == [ITEMS_0, ITEMS_1, TopicPartition("items", 2)]
+    assert admin.is_closed
+
+
+def test_nothing_is_acknowledged_before_the_first_group_joins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admin = FakeAdmin({"items": 1}, fault=CoordinatorNotAvailableError())
+
+    assert _read(admin, monkeypatch) == {ITEMS_0: None}
+
+
+def test_a_missing_topic_and_a_broker_that_refuses_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConfigError, match="no topic items; create it"):
+        _read(FakeAdmin({}), monkeypatch)
+    refused = FakeAdmin({"items": 1}, fault=GroupAuthorizationFailedError())
+    with pytest.raises(ServiceUnavailableError, match=r"group group: GroupAuthorizationFailed"):
+        _read(refused, monkeypatch)
+    assert refused.is_closed
