@@ -58,6 +58,7 @@ from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
     CODE_ROWS,
     CONTENT_LOG,
+    CONTENT_LOG_ROWS,
     EVENT_TIMESTAMP,
     ITEM_ID,
     code_view_name,
@@ -309,7 +310,10 @@ class _Backfill:
             raise
 
     def _check_sources(self) -> None:
-        if self._catalogue is None and not self._log.exists(CONTENT_LOG):
+        if self._log.exists(CONTENT_LOG):
+            # It is there: this checks its columns.
+            self._log.create(CONTENT_LOG, CONTENT_LOG_ROWS)
+        elif self._catalogue is None:
             raise DataError(
                 f"there is nothing to fill {self._view} from: neither {self._log.root}/"
                 f"{CONTENT_LOG} nor {self._input.input_dir}/items.parquet is there; run "
@@ -320,22 +324,46 @@ class _Backfill:
         known = set(sources)
         own_topic = load_section(self._job.config_path, "stream", _StreamTopic).item_topic
         topics = {topic for topic, _ in known} | {own_topic}
-        listed = ", ".join(f"{topic}:{number}" for topic, number in sorted(known)) or "nothing"
         for (topic, partition), offset in self._up_to.items():
             text = f"{topic}:{partition}:{offset}"
-            place = f"{self._log.root / CONTENT_LOG} holds events of {listed}"
             if offset < 0:
                 raise ConfigError(f"--up-to {text}: an offset is 0 or more")
             if topic not in topics:
                 raise ConfigError(
-                    f"--up-to {text}: no such topic; stream.item_topic is {own_topic!r} and {place}"
+                    f"--up-to {text}: no such topic; stream.item_topic is {own_topic!r} and "
+                    f"{self._log.root / CONTENT_LOG} holds events of {_listed(known)}"
                 )
-            # Nothing before offset 0: the partition is there and has had no events yet.
-            if (topic, partition) not in known and offset:
-                raise ConfigError(
-                    f"--up-to {text}: no event of that partition is logged; {place}; leave it out "
-                    "if all its events were refused (`qarm-stream dlq list`)"
-                )
+            if (topic, partition) not in known:
+                # No error: all its events may have been refused, or it has had none.
+                logger.warning("backfill_bound_unused up_to=%s because=no event is logged", text)
+
+
+def check_partitions(config_path: str | Path, up_to: Iterable[Source]) -> None:
+    """Refuse topics and partitions of which no event is logged, as someone may have mistyped them.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        up_to: Topics and partitions.
+
+    Raises:
+        ConfigError: If one is not known.
+    """
+    log = open_code_log(open_feature_store(Path(config_path).resolve().parent).config)
+    known: set[Source] = set()
+    if log.exists(CONTENT_LOG):
+        for rows in log.tables(CONTENT_LOG, ["topic", "partition"]):
+            pairs = rows.group_by(["topic", "partition"]).aggregate([])
+            known |= {(row["topic"], row["partition"]) for row in pairs.to_pylist()}
+    for topic, partition in set(up_to) - known:
+        raise ConfigError(
+            f"--up-to {topic}:{partition}: no event of that topic and partition is logged; "
+            f"{log.root / CONTENT_LOG} holds those of {_listed(known)}; name one of these, or "
+            "leave it out"
+        )
+
+
+def _listed(sources: Iterable[Source]) -> str:
+    return ", ".join(f"{topic}:{partition}" for topic, partition in sorted(sources)) or "nothing"
 
 
 class _Meter:

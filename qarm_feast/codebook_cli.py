@@ -256,9 +256,11 @@ def backfill(
     Offline every event gets a row at its own time; online an item's newest row wins, also over
     those that workers write meanwhile. A backfill that was stopped goes on where it was.
     """
-    from qarm_feast.backfill import backfill_codes
+    from qarm_feast.backfill import backfill_codes, check_partitions
 
     start_logging(config_path, log_level)
+    if up_to:
+        check_partitions(config_path, up_to)
     counts = backfill_codes(config_path, version, up_to=up_to, engine=engine)
     click.echo(
         f"backfilled {version}: {counts.num_code_rows} rows of codes ({counts.num_requantized} "

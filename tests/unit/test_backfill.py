@@ -28,6 +28,7 @@ from qarm_feast.errors import (
     ServiceUnavailableError,
 )
 from qarm_feast.registry import VersionState
+from qarm_feast.schema import CODE_ROWS, CONTENT_LOG
 from streaming.messages import ItemEvent
 from tests.backfill_repo import (
     TOPIC,
@@ -374,17 +375,50 @@ def test_a_missing_encoder_is_told_with_what_needs_it(stream: LoggedStream) -> N
     ("up_to", "words"),
     [
         ({("clicks", 0): 5}, r"--up-to clicks:0:5: no such topic.*'item-events'.*item-events:0"),
-        ({(TOPIC, 3): 5}, r"--up-to item-events:3:5: no event of that partition.*item-events:0"),
         ({(TOPIC, 0): -1}, r"--up-to item-events:0:-1: an offset is 0 or more"),
     ],
 )
-def test_bounds_that_the_log_does_not_know_are_refused(
+def test_bounds_that_can_mean_nothing_are_refused(
     stream: LoggedStream, up_to: dict[tuple[str, int], int], words: str
 ) -> None:
     stream.log(upload(1))
 
     with pytest.raises(ConfigError, match=words):
         backfill_codes(stream.repo.config_path, "v2", up_to=up_to)
+
+
+@pytest.mark.parametrize("source", [f"{TOPIC}:3", "clicks:0"])
+def test_the_command_refuses_topics_and_partitions_of_which_nothing_is_logged(
+    stream: LoggedStream, source: str
+) -> None:
+    stream.log(upload(1))
+    options = ["--config", str(stream.repo.config_path), "--codebook-version", "v2"]
+
+    result = CliRunner().invoke(codebook_group, ["backfill", *options, "--up-to", f"{source}:5"])
+
+    assert isinstance(result.exception, ConfigError)
+    assert f"--up-to {source}: no event of that topic" in str(result.exception)
+    assert "holds those of item-events:0" in str(result.exception)
+    assert _num_parts(stream.repo) == 0
+
+
+def test_a_bound_of_a_partition_whose_events_were_all_refused_is_told_and_not_needed(
+    stream: LoggedStream, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream.log(upload(1))
+
+    with caplog.at_level("WARNING"):
+        backfill_codes(stream.repo.config_path, "v2", up_to={(TOPIC, 7): 5})
+
+    assert "backfill_bound_unused up_to=item-events:7:5" in caplog.text
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_a_log_with_other_columns_is_refused(stream: LoggedStream) -> None:
+    code_log(stream.repo).create(CONTENT_LOG, CODE_ROWS)
+
+    with pytest.raises(DataError, match="has the columns item_id int64, rq_code"):
+        backfill_codes(stream.repo.config_path, "v2")
 
 
 def test_versions_that_nothing_reads_are_refused(stream: LoggedStream) -> None:
@@ -411,19 +445,23 @@ def test_nothing_to_read_is_an_error_that_names_both_places(repo: StreamRepo) ->
 
 
 def test_a_version_that_is_retired_and_dropped_meanwhile_keeps_no_rows_online(
-    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stream.log(upload(1))
     write = PieceWriter.write
 
-    def write_then_retire(writer: PieceWriter, piece: backfill_writer.Piece) -> object:
+    def write_then_drop(writer: PieceWriter, piece: backfill_writer.Piece) -> object:
+        result = write(writer, piece)
         stream.repo.registry.set_state("v2", VersionState.RETIRED)
-        return write(writer, piece)
+        stream.repo.apply()
+        return result
 
-    monkeypatch.setattr(PieceWriter, "write", write_then_retire)
+    monkeypatch.setattr(PieceWriter, "write", write_then_drop)
 
-    with pytest.raises(CodebookError, match="'v2' is retired"):
+    with caplog.at_level("WARNING"), pytest.raises(CodebookError, match="'v2' is retired"):
         backfill_codes(stream.repo.config_path, "v2")
+
+    assert f"rows_taken_back view={VIEW}" in caplog.text
 
 
 def test_two_backfills_of_one_version_do_not_run_at_once(stream: LoggedStream) -> None:

@@ -251,6 +251,7 @@ def test_the_options_of_every_command_are_pinned() -> None:
         "default": common,
         "purge": [*common, "--yes"],
         "diff": [*common, "--against", "--json"],
+        "backfill": [*common, "--engine", "--up-to"],
     }
 
 

@@ -1,0 +1,215 @@
+"""A codebook version filled from a content log: speed, and memory over the number of items.
+
+    uv run --frozen --extra cpu python benchmarks/backfill.py [--quick]
+
+It makes its own log, as a worker writes it: parts of 2048 events with ready vectors of 128 numbers
+of the codebook's encoder; 6 RQ and 25 VQ codes, a pool of 4096. Both stores are written, online
+sqlite. Each backfill is a process of its own.
+
+- ``peak_mib_small`` and ``peak_mib_large`` are resident peaks over a log of 200,000 and of
+  1,000,000 items, ``peak_large_vs_small`` their ratio, ``start_mib`` the peak of the imports alone.
+- ``peak_mib_compacted``: the smaller log after a compaction, where parts are parquet.
+- ``items_per_second`` of the larger log, ``vs_encode``: its time over that of the codebook's encode
+  alone on as many vectors; ``again_seconds``: a finished backfill once more.
+
+Progress goes to stderr, the last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.generators import low_rank
+from qarm_feast.backfill import backfill_codes
+from qarm_feast.code_log import CodeLog
+from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
+from qarm_feast.compaction import CompactionRules, Compactor
+from qarm_feast.quantizers import RqConfig, VqConfig
+from qarm_feast.registry import CodebookRegistry
+from qarm_feast.schema import CONTENT_LOG, CONTENT_LOG_ROWS, TIMESTAMP
+
+EMBEDDING_DIM = 128
+NUM_TRAINING_ITEMS = 20_000
+ROWS_PER_PART = 2048
+NUM_PARTITIONS = 8
+VERSION = "v1"
+START_US = 1_700_000_000_000_000
+CREATED = datetime(2024, 1, 1, tzinfo=UTC)
+ResultT = TypeVar("ResultT")
+TARGETS = {"peak_large_vs_small": ("le", 1.15)}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Items of the two logs."""
+
+    num_small: int = 200_000
+    num_large: int = 1_000_000
+
+
+QUICK = Scale(num_small=60_000, num_large=180_000)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="Fewer items.")
+    arguments = parser.parse_args()
+    scale = QUICK if arguments.quick else Scale()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), scale)
+    result = {
+        "benchmark": "backfill",
+        "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "figures": figures,
+        "targets": {name: {"op": op, "value": value} for name, (op, value) in TARGETS.items()},
+        "settings": asdict(scale) | {"quick": arguments.quick},
+    }
+    print(json.dumps(result))
+
+
+def measure(folder: Path, scale: Scale) -> dict[str, float]:
+    """Return all figures.
+
+    Args:
+        folder: Empty; both repositories are made here.
+        scale: Sizes of the logs.
+
+    Returns:
+        Figures by name.
+    """
+    small = _repository(folder / "small", scale.num_small)
+    large = _repository(folder / "large", scale.num_large)
+    start_mib, _, small_mib = _in_own_process(small)
+    _, seconds, large_mib = _in_own_process(large)
+    _, again_seconds, _ = _in_own_process(large)
+    encode_seconds = _in_spawned(_encode_alone, str(large.parent), scale.num_large)
+    compacted_mib = _compacted_peak(small)
+    return {
+        "start_mib": start_mib,
+        "peak_mib_small": small_mib,
+        "peak_mib_large": large_mib,
+        "peak_large_vs_small": large_mib / small_mib,
+        "peak_mib_compacted": compacted_mib,
+        "items_per_second": scale.num_large / seconds,
+        "vs_encode": seconds / encode_seconds,
+        "again_seconds": again_seconds,
+    }
+
+
+def _repository(directory: Path, num_items: int) -> Path:
+    """Make a repository with a content log of so many items; return its ``qarm.yaml``."""
+    # Not above: the measured processes import this module, and need no Kafka client.
+    from tests.stream_repo import build_repo
+
+    print(f"a log of {num_items:,} items", file=sys.stderr, flush=True)
+    repo = build_repo(directory, {"data": {"input_dir": "data/input"}}, publish=_publish)
+    log = CodeLog(directory / "data" / "offline")
+    for first in range(0, num_items, ROWS_PER_PART):
+        log.append(CONTENT_LOG, _events(first, min(ROWS_PER_PART, num_items - first)))
+    return repo.config_path
+
+
+def _publish(directory: Path, version: str) -> Codebook:
+    uri = str(directory / "data" / "codebooks")
+    codebook = Codebook.train(
+        version,
+        np.arange(NUM_TRAINING_ITEMS, dtype=np.int64),
+        low_rank(NUM_TRAINING_ITEMS, EMBEDDING_DIM, seed=0),
+        config=QuantizerConfig(
+            rq=RqConfig(num_levels=6, codebook_size=256, num_iterations=5),
+            vq=VqConfig(num_neighbors=25, pool_size=4096),
+        ),
+        encoder=EncoderFacts("e1", "0" * 64, None),
+        created=CREATED,
+    )
+    codebook.save(uri)
+    CodebookRegistry(uri).publish(version)
+    return codebook
+
+
+def _events(first: int, num_rows: int) -> pa.Table:
+    """Return a batch of a worker: items from ``first`` on, spread over the partitions."""
+    numbers = np.arange(first, first + num_rows)
+    flat = pa.array(low_rank(num_rows, EMBEDDING_DIM, seed=1 + first).reshape(-1))
+    offsets = pa.array(np.arange(num_rows + 1, dtype=np.int32) * np.int32(EMBEDDING_DIM))
+    columns = {
+        "item_id": pa.array(numbers),
+        "content": pa.repeat("{}", num_rows),
+        "content_hash": pa.array([f"{number:032x}" for number in numbers]),
+        "embedding": pa.ListArray.from_arrays(offsets, flat),
+        "encoder_version": pa.repeat("e1", num_rows),
+        "is_deleted": pa.repeat(False, num_rows),
+        "topic": pa.repeat("item-events", num_rows),
+        "partition": pa.array(numbers % NUM_PARTITIONS, pa.int32()),
+        "offset": pa.array(numbers // NUM_PARTITIONS),
+        "event_timestamp": pa.array(START_US + numbers).cast(TIMESTAMP),
+        "created": pa.repeat(pa.scalar(CREATED, TIMESTAMP), num_rows),
+    }
+    return pa.table(columns, schema=CONTENT_LOG_ROWS)
+
+
+def _compacted_peak(config_path: Path) -> float:
+    """Return the peak of a second fill, after the content log was compacted."""
+    root = config_path.parent / "data" / "offline"
+    Compactor(CodeLog(root), CompactionRules(grace_seconds=0)).compact(is_full=True)
+    (root / ".backfill" / f"{VERSION}.json").unlink()
+    return _in_own_process(config_path)[2]
+
+
+def _in_own_process(config_path: Path) -> tuple[float, float, float]:
+    return _in_spawned(_fill, str(config_path))
+
+
+def _in_spawned(work: Callable[..., ResultT], *arguments: object) -> ResultT:
+    # Spawned: a forked child would count its parent's memory.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
+def _fill(config_path: str) -> tuple[float, float, float]:
+    """Return MiB before, seconds, and MiB at the peak."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("qarm_feast.backfill").setLevel(logging.INFO)
+    start_mib = _peak_mib()
+    started = time.perf_counter()
+    backfill_codes(config_path, VERSION)
+    return start_mib, time.perf_counter() - started, _peak_mib()
+
+
+def _encode_alone(directory: str, num_items: int) -> float:
+    """Return the seconds that the codebook takes for as many vectors."""
+    codebook = Codebook.load(str(Path(directory) / "data" / "codebooks"), VERSION)
+    num_rows = 8192
+    x_ND = low_rank(num_rows, EMBEDDING_DIM, seed=1)
+    item_ids_N, hashes = np.arange(num_rows, dtype=np.int64), ["0" * 32] * num_rows
+    num_rounds = max(1, min(num_items, 100_000) // num_rows)
+    codebook.encode(item_ids_N, hashes, x_ND)
+    started = time.perf_counter()
+    for _ in range(num_rounds):
+        codebook.encode(item_ids_N, hashes, x_ND)
+    return (time.perf_counter() - started) * num_items / (num_rounds * num_rows)
+
+
+def _peak_mib() -> float:
+    # Not rusage: that tells of the parent's memory as well.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+if __name__ == "__main__":
+    main()
