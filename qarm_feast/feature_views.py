@@ -9,16 +9,28 @@ and the repository of this project declares all of them in ``feature_definitions
 feast, pyarrow; neither torch nor faiss, so that ``feast apply`` starts fast.
 """
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
+from feast import (
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    FileSource,
+    OnDemandFeatureView,
+    PushSource,
+    RequestSource,
+    ValueType,
+)
 from feast.data_source import DataSource
 from feast.types import (
     Array,
@@ -36,6 +48,7 @@ from pydantic import ConfigDict
 from qarm_feast import view_tags
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import Section, load_section
+from qarm_feast.cross_features import CODES_INPUT, HISTORY_INPUT, PREFIX_NAMES
 from qarm_feast.errors import ConfigError
 from qarm_feast.input_data import DataConfig
 from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
@@ -49,6 +62,7 @@ from qarm_feast.schema import (
     USER_ID,
     USER_PROFILE_VIEW,
     code_view_name,
+    cross_view_name,
 )
 
 DEFAULT_OFFLINE_URI = "data/offline"
@@ -210,8 +224,50 @@ def user_profile_view(
     )
 
 
+def cross_feature_view(codebook_version: str, code_view: FeatureView) -> OnDemandFeatureView:
+    """Return ``cross_features_<version>``: what a user's items share with the candidate, on demand.
+
+    A request brings ``history_rq_codes``, the RQ codes of the user's latest items, newest first,
+    as one flat list per row, None for a user without any (Feast cannot tell the type of empty
+    lists); the candidate's codes come from the view.
+
+    Args:
+        codebook_version: Version of the codes on both sides.
+        code_view: The view of that version.
+
+    Returns:
+        The view, computed by :mod:`qarm_feast.cross_features`.
+    """
+    outputs = [("count", Int64), ("position", Int64), ("share", Float64)]
+    history = RequestSource(
+        name=HISTORY_INPUT, schema=[Field(name=HISTORY_INPUT, dtype=Array(Int64))]
+    )
+    return OnDemandFeatureView(
+        name=cross_view_name(codebook_version),
+        sources=[code_view[[CODES_INPUT]], history],
+        schema=[
+            Field(name=f"{prefix}_{name}", dtype=dtype)
+            for prefix in PREFIX_NAMES
+            for name, dtype in outputs
+        ],
+        mode="python",
+        udf=_cross_features,
+        udf_string=inspect.getsource(_cross_features),
+        tags={view_tags.CODEBOOK_VERSION: codebook_version},
+        description="History items that share the candidate's first code, and its first two: how "
+        "many, the newest one's place (0 = newest, -1 = none), their share",
+    )
+
+
+def _cross_features(inputs: dict[str, Any]) -> dict[str, Any]:
+    # Feast keeps this text and runs it anywhere: all it may do is call what is installed there.
+    from qarm_feast.cross_features import on_demand_features
+
+    return on_demand_features(inputs)
+
+
 def feature_service(
-    ranker_name: str, codebook_version: str, views: Sequence[FeatureView]
+    ranker_name: str, codebook_version: str, views: Sequence[FeatureView | OnDemandFeatureView]
 ) -> FeatureService:
     """Return the service ``<ranker>_<version>``: what one ranker reads online.
 
@@ -235,7 +291,8 @@ class RepositoryFacts:
     """What ``qarm.yaml``, the input data and the codebook registry say about the views.
 
     ``user_columns`` is None without ``users.parquet``; ``has_input_data`` tells whether histories
-    for training come from data with a split; ``codebooks`` are the versions that have views.
+    for training come from data with a split; ``codebooks`` are the versions that have views;
+    ``has_cross_features`` tells whether the ranker reads them, so that each version has their view.
     """
 
     ranker_name: str
@@ -244,6 +301,7 @@ class RepositoryFacts:
     has_input_data: bool
     user_columns: pa.Schema | None = None
     codebooks: dict[str, CodebookFacts] = field(default_factory=dict)
+    has_cross_features: bool = False
 
 
 def read_repository_facts(repo_dir: Path) -> RepositoryFacts:
@@ -262,19 +320,23 @@ def read_repository_facts(repo_dir: Path) -> RepositoryFacts:
     config_path = repo_dir / "qarm.yaml"
     data = load_section(config_path, "data", DataConfig)
     codebook = load_section(config_path, "codebook", CodebookConfig)
+    ranker = load_section(config_path, "ranker", _RankerReads)
     input_dir = Path(data.input_dir)
     users = input_dir / "users.parquet"
     return RepositoryFacts(
-        ranker_name=load_section(config_path, "ranker", _RankerName).name,
+        ranker_name=ranker.name,
         offline_uri=_offline_uri(repo_dir),
         history=HistorySettings(data.history_length, data.positive_label),
         has_input_data=(input_dir / "interactions.parquet").is_file(),
         user_columns=pq.read_schema(users) if users.is_file() else None,
         codebooks=_codebook_facts(codebook.uri),
+        has_cross_features="cross" in ranker.features,
     )
 
 
-def declare_views(facts: RepositoryFacts) -> dict[str, Entity | FeatureView | FeatureService]:
+def declare_views(
+    facts: RepositoryFacts,
+) -> dict[str, Entity | FeatureView | OnDemandFeatureView | FeatureService]:
     """Return every object of this project's repository under the name to declare it by.
 
     Args:
@@ -288,24 +350,31 @@ def declare_views(facts: RepositoryFacts) -> dict[str, Entity | FeatureView | Fe
     if facts.user_columns is not None:
         user_views.append(user_profile_view(facts.user_columns, uri, user))
     split = "train" if facts.has_input_data else None
-    views = [*user_views, train_items_view(facts.history, split, uri, user)]
+    views: list[FeatureView | OnDemandFeatureView] = [
+        *user_views,
+        train_items_view(facts.history, split, uri, user),
+    ]
     services = []
     for version, codebook in facts.codebooks.items():
         code_view = item_code_view(version, codebook, uri, item)
-        views.append(code_view)
-        services.append(feature_service(facts.ranker_name, version, [code_view, *user_views]))
+        code_views = [code_view]
+        if facts.has_cross_features:
+            code_views.append(cross_feature_view(version, code_view))
+        views += code_views
+        services.append(feature_service(facts.ranker_name, version, [*code_views, *user_views]))
     declared = [*views, *services]
     return {"item": item, "user": user} | {
         declaration.name: declaration for declaration in declared
     }
 
 
-class _RankerName(Section):
-    """The one key of section ``ranker`` that services need; its owner checks the others."""
+class _RankerReads(Section):
+    """The keys of section ``ranker`` that services need; its owner checks them and the others."""
 
     model_config = ConfigDict(extra="ignore")
 
     name: str = "ranker"
+    features: tuple[str, ...] = ()
 
 
 def _offline_uri(repo_dir: Path) -> str:

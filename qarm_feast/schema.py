@@ -98,6 +98,11 @@ def code_view_name(codebook_version: str) -> str:
     return f"item_codes_{codebook_version}"
 
 
+def cross_view_name(codebook_version: str) -> str:
+    """Return the on-demand view of the cross features of one codebook version."""
+    return f"cross_features_{codebook_version}"
+
+
 RECENT_ITEMS_VIEW = "user_recent_items"
 TRAIN_ITEMS_VIEW = "user_train_items"
 USER_PROFILE_VIEW = "user_profile"

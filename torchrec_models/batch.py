@@ -18,6 +18,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from qarm_feast.cross_features import cross_features
 from qarm_feast.schema import ABSENT_CODE
 from torchrec_models.config import RankerConfig
 from torchrec_models.tables import (
@@ -132,7 +133,8 @@ class BatchBuilder:
             A batch whose sparse features stand in the order of ``feature_names``.
         """
         rows = _cut_histories(rows, self.config.history_length)
-        features = self._sparse_features(rows, dropout_rng)
+        history = self._history_codes(rows)
+        features = self._sparse_features(rows, dropout_rng) | self._code_features(rows, history)
         ordered = [features[name] for name in self.feature_names]
         item_rows_B = self.vocabularies.item_ids.rows(rows.item_ids_B)
         return RankingBatch(
@@ -145,7 +147,7 @@ class BatchBuilder:
                 # Known here, and costly to find again: the keys' shares of the values.
                 length_per_key=[len(values) for values, _ in ordered],
             ),
-            dense_features=self._dense_features(rows),
+            dense_features=self._dense_features(rows, history),
             labels=torch.from_numpy(rows.labels_BT),
             user_ids=torch.from_numpy(rows.user_ids_B),
             is_cold=torch.from_numpy(item_rows_B == DEFAULT_ROW),
@@ -169,14 +171,23 @@ class BatchBuilder:
             for name, vocabulary in vocabularies.user_columns.items():
                 column_rows_B = vocabulary.rows(rows.user_columns[name])
                 features[user_column_feature(name)] = _one_each(column_rows_B)
-        return features | self._code_features(rows)
+        return features
 
     def _drop(self, rows_B: Ints, rng: np.random.Generator | None) -> Ints:
         if rng is None or not self.config.id_dropout:
             return rows_B
         return np.where(rng.random(len(rows_B)) < self.config.id_dropout, DEFAULT_ROW, rows_B)
 
-    def _code_features(self, rows: RowColumns) -> dict[str, tuple[Ints, Ints]]:
+    def _history_codes(self, rows: RowColumns) -> HistoryCodes | None:
+        """Look the history's codes up once, whatever reads them; None if nothing does."""
+        if not (self.config.has("history_rq_code") or self.config.has("cross")):
+            return None
+        label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
+        return self.code_lookup.history_codes(rows.history_item_ids_H, label_times_H)
+
+    def _code_features(
+        self, rows: RowColumns, history: HistoryCodes | None
+    ) -> dict[str, tuple[Ints, Ints]]:
         features: dict[str, tuple[Ints, Ints]] = {}
         if self.config.has("rq_code"):
             for level, codes_B in enumerate(rows.rq_BL.T):
@@ -184,18 +195,26 @@ class BatchBuilder:
         if self.config.has("vq_code"):
             features[VQ_FEATURE] = _without_absent(rows.vq_BK)
         if self.config.has("history_rq_code"):
-            label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
-            found = self.code_lookup.history_codes(rows.history_item_ids_H, label_times_H)
-            lengths_B = _segment_sums(found.present_H.astype(np.int64), rows.history_lengths_B)
-            present_HL = found.rq_HL[found.present_H]
+            assert history is not None
+            lengths_B = _segment_sums(history.present_H.astype(np.int64), rows.history_lengths_B)
+            present_HL = history.rq_HL[history.present_H]
             for level in range(rows.rq_BL.shape[1]):
                 codes_H = np.ascontiguousarray(present_HL[:, level])
                 features[history_rq_feature(level)] = (codes_H, lengths_B)
         return features
 
-    def _dense_features(self, rows: RowColumns) -> torch.Tensor:
-        if not self.config.has("vector"):
-            return torch.zeros(len(rows.user_ids_B), 0)
+    def _dense_features(self, rows: RowColumns, history: HistoryCodes | None) -> torch.Tensor:
+        parts = [torch.zeros(len(rows.user_ids_B), 0)]
+        if self.config.has("vector"):
+            parts.append(self._vector_inputs(rows))
+        if self.config.has("cross"):
+            assert history is not None
+            rq_HL = np.where(history.present_H[:, None], history.rq_HL, ABSENT_CODE)
+            found = cross_features(rows.rq_BL, rq_HL, rows.history_lengths_B)
+            parts.append(torch.from_numpy(found.dense_inputs()))
+        return torch.cat(parts, dim=1)
+
+    def _vector_inputs(self, rows: RowColumns) -> torch.Tensor:
         assert self.vector_lookup is not None
         targets_BD = self.vector_lookup.vectors(rows.item_ids_B, rows.label_times_B)
         label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)

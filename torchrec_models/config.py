@@ -21,6 +21,7 @@ FeatureName = Literal[
     "vq_code",
     "history_rq_code",
     "vector",
+    "cross",
 ]
 LayerSizes = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
 
@@ -60,14 +61,16 @@ class RankerConfig(Section):
             "history_rq_code",
         ),
         min_length=1,
-        description="Feature groups that are switched on.",
+        description="Feature groups that are switched on; `cross`: how the history's codes match "
+        "the candidate's.",
     )
     tasks: Literal["auto"] | tuple[TaskConfig, ...] = Field(
         default="auto", description="Tasks; `auto` takes the bool columns in file order."
     )
     embedding_dim: int = Field(default=64, gt=0, multiple_of=4, description="Width of every table.")
     dense_arch_layer_sizes: LayerSizes = Field(
-        default=(256, 128), description="Hidden layers over dense features (aligned vectors)."
+        default=(256, 128),
+        description="Hidden layers over dense features (aligned vectors, cross features).",
     )
     expert_layer_sizes: LayerSizes = Field(
         default=(128,), description="Hidden layers of each MMoE expert."
@@ -110,8 +113,8 @@ class RankerConfig(Section):
     def _check_shapes(self) -> "RankerConfig":
         if self.over_arch_layer_sizes[-1] != 1:
             raise ValueError("over_arch_layer_sizes must end in 1, the logit of one task")
-        if set(self.features) == {"vector"}:
-            raise ValueError("features need at least one that has a table, beside `vector`")
+        if set(self.features) <= {"vector", "cross"}:
+            raise ValueError("features need one that has a table, beside `vector` and `cross`")
         return self
 
     def has(self, feature: FeatureName) -> bool:

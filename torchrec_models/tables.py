@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
+from qarm_feast.cross_features import NUM_DENSE_INPUTS
 from torchrec_models.config import CodeSizes, RankerConfig
 from torchrec_models.vocabulary import Vocabularies
 
@@ -87,8 +88,9 @@ def sparse_feature_names(tables: Sequence[EmbeddingBagConfig]) -> tuple[str, ...
 
 
 def dense_width(sizes: CodeSizes, config: RankerConfig) -> int:
-    """Return the number of dense inputs: target and mean history vector, two cosines."""
-    return 2 * sizes.vector_dim + 2 if config.has("vector") else 0
+    """Return the number of dense inputs: vectors with two cosines, then the cross features."""
+    vector_width = 2 * sizes.vector_dim + 2 if config.has("vector") else 0
+    return vector_width + (NUM_DENSE_INPUTS if config.has("cross") else 0)
 
 
 def _table(

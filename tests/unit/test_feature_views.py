@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from feast import FeatureService, FeatureView, FileSource, PushSource
+from feast import FeatureService, FeatureView, FileSource, OnDemandFeatureView, PushSource
 
 from qarm_feast import schema
 from qarm_feast.errors import ConfigError
@@ -162,6 +162,38 @@ def test_each_codebook_version_has_a_view_and_a_service_with_the_user_views() ->
     assert isinstance(view, FeatureView)
     assert (view.tags["qarm.num_levels"], view.tags["qarm.encoder_version"]) == ("4", "e2")
     assert "home_v1" in declared
+
+
+def test_cross_features_are_declared_and_served_where_the_ranker_reads_them() -> None:
+    codebooks = {"v1": CodebookFacts("e1", 3, 5)}
+
+    declared = declare_views(facts(codebooks=codebooks, has_cross_features=True))
+
+    view, service = declared["cross_features_v1"], declared["home_v1"]
+    assert isinstance(view, OnDemandFeatureView)
+    assert isinstance(service, FeatureService)
+    assert [(feature.name, str(feature.dtype)) for feature in view.features] == [
+        (f"{prefix}_{name}", dtype)
+        for prefix in ("c1", "c1_c2")
+        for name, dtype in (("count", "Int64"), ("position", "Int64"), ("share", "Float64"))
+    ]
+    assert [projection.name for projection in service.feature_view_projections] == [
+        "item_codes_v1",
+        "cross_features_v1",
+        "user_recent_items",
+    ]
+    assert "cross_features_v1" not in declare_views(facts(codebooks=codebooks))
+
+
+@pytest.mark.parametrize(
+    ("ranker", "is_on"), [("{name: home}", False), ("{features: [item_id, cross]}", True)]
+)
+def test_the_rankers_features_tell_whether_there_are_cross_features(
+    tmp_path: Path, ranker: str, is_on: bool
+) -> None:
+    (tmp_path / "qarm.yaml").write_text(f"ranker: {ranker}\n")
+
+    assert read_repository_facts(tmp_path).has_cross_features is is_on
 
 
 def test_facts_come_from_the_files_beside_the_definitions(tmp_path: Path) -> None:

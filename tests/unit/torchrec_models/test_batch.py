@@ -12,12 +12,15 @@ VOCABULARIES = Vocabularies(
 
 
 class _Lookup:
-    """Item 10 has codes [4, 5] and vector (1, 0); 11 [6, 7] and (0, 1); others nothing."""
+    """Item 10 has codes [4, 5] and vector (1, 0); 11 [6, 7] and (0, 1); others nothing.
+
+    Item 12 will have the codes [4, 5], later than any row.
+    """
 
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
         codes = {10: (4, 5), 11: (6, 7)}
-        rq_HL = np.array([codes.get(item, (-1, -1)) for item in item_ids_H.tolist()])
-        return HistoryCodes(rq_HL.reshape(-1, 2), rq_HL.reshape(-1, 2)[:, 0] >= 0)
+        rq_HL = np.array([codes.get(item, (4, 5)) for item in item_ids_H.tolist()])
+        return HistoryCodes(rq_HL.reshape(-1, 2), np.isin(item_ids_H, list(codes)))
 
     def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
         known = {10: (1.0, 0.0), 11: (0.0, 1.0)}
@@ -82,6 +85,22 @@ def test_vector_features_are_target_mean_history_and_cosines() -> None:
     third = 1 / 3
     expected = torch.tensor([[1, 0, third, third, third, 1], [0, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(batch.dense_features, expected)
+
+
+def test_cross_features_stand_behind_the_vectors_and_leave_later_codes_out() -> None:
+    alone = _builder(("item_id", "cross"), ("item_id",)).build(_rows()).dense_features
+    behind = _builder(("item_id", "vector", "cross"), ("item_id",)).build(_rows()).dense_features
+
+    log_2 = float(np.log(2))
+    expected = torch.tensor([[log_2, log_2, 0.5, 0.5, 0.5, 0.5], [0.0] * 6])
+    torch.testing.assert_close(alone, expected)
+    torch.testing.assert_close(behind[:, 6:], expected)
+
+
+def test_cross_features_see_what_is_left_of_a_cut_history() -> None:
+    builder = _builder(("item_id", "cross"), ("item_id",), history_length=1)
+
+    assert builder.build(_rows()).dense_features.tolist() == [[0.0] * 6] * 2
 
 
 def test_a_batch_moves_as_a_whole() -> None:

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from test_dataset import make_dataset
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import ConfigError
@@ -17,6 +18,7 @@ from torchrec_models.batch import Ints
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import TrainInputs
+from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.score import OnlineScorer
 from torchrec_models.sharding import Ranks, process_group
 from torchrec_models.training import train
@@ -47,6 +49,17 @@ class StoredReader:
         (row,) = (row for row in self.rows if row["user_id"] == user_ids_N[0])
         columns = {name: Column(np.array([row[name]]), np.array([1])) for name in ("age", "gender")}
         return ColumnBatch(np.array([True]), columns)
+
+
+@pytest.fixture(scope="module")
+def cross_checkpoint(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = str(tmp_path_factory.mktemp("cross_checkpoints"))
+    config = RankerConfig(
+        checkpoint_dir=folder, num_epochs=1, batch_size=500, features=("item_id", "cross")
+    )
+    with process_group():
+        train(config, inputs)
+    return Checkpoint(folder, "ranker_v1")
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +141,38 @@ def test_a_ranker_trained_on_vectors_is_not_served(inputs: TrainInputs, tmp_path
 
     with pytest.raises(ConfigError, match="in no online view"):
         OnlineScorer(Checkpoint(str(tmp_path), "ranker_v1"), _reader(inputs))
+
+
+def test_cross_features_are_served_as_they_were_trained(
+    inputs: TrainInputs, cross_checkpoint: Checkpoint
+) -> None:
+    reader = _reader(inputs)
+    scorer = OnlineScorer(cross_checkpoint, reader)
+    dataset = make_dataset(inputs, "test", cross_checkpoint.manifest.config, Ranks(0, 1))
+    table = pq.read_table(dataset.path)
+    num_matches = 0
+
+    for row in reader.rows:
+        one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
+        trained = dataset.builder.build(dataset._columns(one)).dense_features
+        served = scorer._builder.build(
+            scorer.rows(row["user_id"], np.array([row["item_id"]]), NOW)
+        ).dense_features
+
+        assert served.tolist() == trained.tolist()
+        num_matches += int((trained > 0).any())
+
+    assert num_matches > 5
+    scores = scorer.score(reader.rows[0]["user_id"], [5000, 123456], NOW)
+    assert np.isfinite(scores["like"]).all()
+
+
+def test_a_checkpoint_with_cross_features_fits_no_ranker_without_them(
+    cross_checkpoint: Checkpoint,
+) -> None:
+    manifest = cross_checkpoint.manifest
+    config = manifest.config.model_copy(update={"features": ("item_id",)})
+    ranker = build_ranker(config, manifest.tasks, cross_checkpoint.vocabularies(), manifest.sizes)
+
+    with pytest.raises(CheckpointException, match="Size mismatch"):
+        cross_checkpoint.load_into(RankerTrainTask(ranker, [1.0, 1.0]))
