@@ -198,6 +198,25 @@ def test_a_changed_profile_is_served_and_holds_from_its_load_on(applied: Reposit
     assert ages.to_df()["age"].tolist() == [30, 31]
 
 
+def test_cross_features_come_with_the_rankers_switch_and_go_with_it(
+    materialized: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QARM_RANKER__FEATURES", '["item_id", "cross"]')
+    materialized.feast("apply")
+    rows = [{"item_id": 1, "user_id": 7, "history_rq_codes": [2, 0, 0, 0, 2, 3]}]
+    store = open_feature_store(materialized.repo_dir)
+
+    found = store.get_online_features(store.get_feature_service("ranker_v1"), rows).to_dict()
+
+    assert (found["c1_count"], found["c1_position"]) == ([2], [0])
+    assert (found["c1_c2_count"], found["c1_c2_position"]) == ([1], [2])
+    monkeypatch.delenv("QARM_RANKER__FEATURES")
+    materialized.feast("apply")
+    left = open_feature_store(materialized.repo_dir)
+    assert left.list_on_demand_feature_views() == []
+    assert left.get_online_features(left.get_feature_service("ranker_v1"), rows)
+
+
 def test_the_definitions_need_no_data_and_load_neither_faiss_nor_torchrec(tmp_path: Path) -> None:
     for name in FILES:
         shutil.copyfile(DECLARATIONS / name, tmp_path / name)
