@@ -1,10 +1,11 @@
 """Codes, recent items and profiles of many entities at once, as arrays.
 
-Shape letters in this file: N entities, L levels, V pool neighbours, H history length.
+Shape letters in this file: N entities, B candidates, L levels, V pool neighbours, H history length.
 May import: feast (through the feature store that it is given).
 """
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +23,31 @@ if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 
+@dataclass(frozen=True)
+class ScoringInputs:
+    """What scoring one user's candidates reads of codes and history.
+
+    Attributes:
+        candidates: Codes of the candidates, in the order asked for.
+        has_codes_B: Which candidates have codes.
+        history: Codes of the user's latest items, newest first; ``item_ids_N`` are the items.
+        history_has_codes_H: Which of them have codes.
+        history_times_H: When each was liked, microseconds since the epoch.
+    """
+
+    candidates: ItemCodes
+    has_codes_B: Bools
+    history: ItemCodes
+    history_has_codes_H: Bools
+    history_times_H: Ints
+
+
 class CodeReader:
     """Reads one codebook version's view and the user views from the online store.
 
-    Each method is one round trip, to redis for up to ten thousand entities. Views are looked up in
-    the registry once, on first use. Threads may share a reader.
+    Each method is one round trip, to redis for up to ten thousand entities, but for
+    :meth:`read_scoring_inputs`, which is two. Views are looked up in the registry once, on first
+    use. Threads may share a reader.
     """
 
     def __init__(self, feature_store: "FeatureStore", codebook_version: str) -> None:
@@ -81,6 +102,38 @@ class CodeReader:
         lengths_N = np.minimum(batch.columns[ITEM_IDS].lengths_N, length)
         return item_ids_NH[inverse_N], timestamps_NH[inverse_N], lengths_N[inverse_N]
 
+    def read_scoring_inputs(
+        self, user_id: int, item_ids_B: Ints, history_length: int
+    ) -> ScoringInputs:
+        """Return the codes of candidates, one user's latest items, and those items' codes.
+
+        The user's items are one round trip; the codes of candidates and items together the next.
+
+        Args:
+            user_id: The user; one without a history is served too.
+            item_ids_B: Candidates, int64.
+            history_length: Most items of the history.
+
+        Returns:
+            Codes and history.
+
+        Raises:
+            DataError: If the ids are not int64, or a stored row has a wrong number of codes.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        user = np.array([user_id], dtype=np.int64)
+        recent_1H, times_1H, lengths = self.read_recent_items(user, history_length)
+        recent_H, times_H = recent_1H[0, : lengths[0]], times_1H[0, : lengths[0]]
+        codes, present_N = self.read_codes(np.concatenate([item_ids_B, recent_H]))
+        num_candidates = len(item_ids_B)
+        return ScoringInputs(
+            candidates=_part(codes, slice(num_candidates)),
+            has_codes_B=present_N[:num_candidates],
+            history=_part(codes, slice(num_candidates, None)),
+            history_has_codes_H=present_N[num_candidates:],
+            history_times_H=times_H,
+        )
+
     def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
         """Return all features of ``user_profile``.
 
@@ -108,6 +161,14 @@ class CodeReader:
         """Do what :meth:`read_recent_items` does off the event loop."""
         return await asyncio.to_thread(self.read_recent_items, user_ids_N, length)
 
+    async def read_scoring_inputs_async(
+        self, user_id: int, item_ids_B: Ints, history_length: int
+    ) -> ScoringInputs:
+        """Do what :meth:`read_scoring_inputs` does off the event loop."""
+        return await asyncio.to_thread(
+            self.read_scoring_inputs, user_id, item_ids_B, history_length
+        )
+
     async def read_profiles_async(self, user_ids_N: Ints) -> ColumnBatch:
         """Do what :meth:`read_profiles` does off the event loop."""
         return await asyncio.to_thread(self.read_profiles, user_ids_N)
@@ -124,6 +185,10 @@ class CodeReader:
         distinct, inverse_N = np.unique(np.asarray(ids_N), return_inverse=True)
         batch = self._online_store.read_columns(self._config, view, distinct, feature_names)
         return batch, inverse_N
+
+
+def _part(codes: ItemCodes, places: slice) -> ItemCodes:
+    return ItemCodes(codes.item_ids_N[places], codes.vq_NV[places], codes.rq_NL[places])
 
 
 def _to_matrix(view_name: str, column: Column, present_N: Bools, width: int) -> Ints:

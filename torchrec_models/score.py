@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.rows import ColumnBatch
-from qarm_feast.reader import CodeReader
+from qarm_feast.reader import CodeReader, ScoringInputs
 from qarm_feast.repo_paths import open_feature_store
-from torchrec_models.batch import BatchBuilder, Floats, HistoryCodes, Ints, RowColumns
+from torchrec_models.batch import (
+    BatchBuilder,
+    Floats,
+    HistoryCodes,
+    Ints,
+    RankingBatch,
+    RowColumns,
+)
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import resolve_codebook_version
@@ -33,12 +38,10 @@ from torchrec_models.tables import ranker_tables, sparse_feature_names
 class OnlineReader(Protocol):
     """What scoring reads; :class:`qarm_feast.reader.CodeReader` is one."""
 
-    def read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, npt.NDArray[np.bool_]]:
-        """Return codes of items and which of them have any."""
-        ...
-
-    def read_recent_items(self, user_ids_N: Ints, length: int) -> tuple[Ints, Ints, Ints]:
-        """Return padded item ids and times, newest first, and the lengths."""
+    def read_scoring_inputs(
+        self, user_id: int, item_ids_B: Ints, history_length: int
+    ) -> ScoringInputs:
+        """Return the codes of candidates, the user's latest items, and those items' codes."""
         ...
 
     def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
@@ -47,15 +50,20 @@ class OnlineReader(Protocol):
 
 
 @dataclass(frozen=True)
-class OnlineCodes:
-    """Codes of history items from the online store, which only holds what is known now."""
+class ReadHistory:
+    """Codes of the history items of one request, which were read with the candidates' codes.
 
-    reader: OnlineReader
+    The online store only holds what is known now, so that no code is later than the request.
+    """
+
+    inputs: ScoringInputs
 
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
-        """Return the RQ codes of items, absent where the store has none."""
-        codes, present_H = self.reader.read_codes(item_ids_H)
-        return HistoryCodes(rq_HL=codes.rq_NL, present_H=present_H)
+        """Return the RQ codes of items of the history, absent where the store has none."""
+        read = self.inputs.history
+        distinct, firsts = np.unique(read.item_ids_N, return_index=True)
+        places_H = firsts[np.searchsorted(distinct, item_ids_H)]
+        return HistoryCodes(read.rq_NL[places_H], self.inputs.history_has_codes_H[places_H])
 
 
 class OnlineScorer:
@@ -80,12 +88,7 @@ class OnlineScorer:
         self._reader = reader
         self._vocabularies = checkpoint.vocabularies()
         tables = ranker_tables(manifest.sizes, self._vocabularies, self._config)
-        self._builder = BatchBuilder(
-            config=self._config,
-            vocabularies=self._vocabularies,
-            feature_names=sparse_feature_names(tables),
-            code_lookup=OnlineCodes(reader),
-        )
+        self._feature_names = sparse_feature_names(tables)
         ranker = build_ranker(
             self._config, manifest.tasks, self._vocabularies, manifest.sizes, torch.device("cpu")
         )
@@ -94,8 +97,8 @@ class OnlineScorer:
         self._ranker = ranker.eval()
         self.task_names = tuple(task.name for task in manifest.tasks)
 
-    def rows(self, user_id: int, item_ids_B: Ints, now: datetime) -> RowColumns:
-        """Return one row per candidate, as the batch builder takes them.
+    def batch(self, user_id: int, item_ids_B: Ints, now: datetime) -> RankingBatch:
+        """Return the features of one row per candidate, read from the online store.
 
         Args:
             user_id: The user; one without profile and history is served too.
@@ -103,24 +106,16 @@ class OnlineScorer:
             now: Time of the request, aware.
 
         Returns:
-            Rows without labels.
+            A batch without labels.
         """
-        num_rows = len(item_ids_B)
-        user = np.array([user_id], dtype=np.int64)
-        codes, _ = self._reader.read_codes(item_ids_B)
-        recent_1H, _, lengths = self._reader.read_recent_items(user, self._config.history_length)
-        history = recent_1H[0, : lengths[0]]
-        return RowColumns(
-            user_ids_B=np.repeat(user, num_rows),
-            item_ids_B=item_ids_B,
-            label_times_B=np.full(num_rows, to_microseconds(now)),
-            rq_BL=codes.rq_NL,
-            vq_BK=codes.vq_NV,
-            history_item_ids_H=np.tile(history, num_rows),
-            history_lengths_B=np.full(num_rows, len(history)),
-            labels_BT=np.zeros((num_rows, len(self.task_names)), dtype=np.float32),
-            user_columns=self._user_columns(user, num_rows),
+        inputs = self._reader.read_scoring_inputs(user_id, item_ids_B, self._config.history_length)
+        builder = BatchBuilder(
+            config=self._config,
+            vocabularies=self._vocabularies,
+            feature_names=self._feature_names,
+            code_lookup=ReadHistory(inputs),
         )
+        return builder.build(self._rows(user_id, inputs, now))
 
     def score(self, user_id: int, item_ids: Sequence[int], now: datetime) -> Mapping[str, Floats]:
         """Return per task the probability of each candidate, in the order given.
@@ -133,12 +128,27 @@ class OnlineScorer:
         Returns:
             Task name to float32 probabilities.
         """
-        rows = self.rows(user_id, np.asarray(item_ids, dtype=np.int64), now)
-        batch = self._builder.build(rows)
+        batch = self.batch(user_id, np.asarray(item_ids, dtype=np.int64), now)
         with torch.inference_mode():
             logits_BT = self._ranker(batch.sparse_features, batch.dense_features)
             scores_BT = torch.sigmoid(logits_BT).numpy()
         return {name: scores_BT[:, task] for task, name in enumerate(self.task_names)}
+
+    def _rows(self, user_id: int, inputs: ScoringInputs, now: datetime) -> RowColumns:
+        user = np.array([user_id], dtype=np.int64)
+        item_ids_B, history = inputs.candidates.item_ids_N, inputs.history.item_ids_N
+        num_rows = len(item_ids_B)
+        return RowColumns(
+            user_ids_B=np.repeat(user, num_rows),
+            item_ids_B=item_ids_B,
+            label_times_B=np.full(num_rows, to_microseconds(now)),
+            rq_BL=inputs.candidates.rq_NL,
+            vq_BK=inputs.candidates.vq_NV,
+            history_item_ids_H=np.tile(history, num_rows),
+            history_lengths_B=np.full(num_rows, len(history)),
+            labels_BT=np.zeros((num_rows, len(self.task_names)), dtype=np.float32),
+            user_columns=self._user_columns(user, num_rows),
+        )
 
     def _user_columns(self, user: Ints, num_rows: int) -> dict[str, pa.Array]:
         names = self._vocabularies.user_columns

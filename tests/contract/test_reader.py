@@ -105,6 +105,34 @@ def test_the_mark_of_an_erasure_is_no_recent_item(online: Online, reader: CodeRe
     assert lengths_N.tolist() == [1, 0]
 
 
+def test_scoring_reads_candidates_history_and_its_codes(online: Online, reader: CodeReader) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [10, 11]), (2, 1, "a", [20, 21])]))
+    online.write(recent_view(), recent_rows([(7, [(3, 2), (2, 9), (1, 2)])]))
+
+    read = reader.read_scoring_inputs(7, np.array([1, 8, 2]), 2)
+
+    assert read.candidates.item_ids_N.tolist() == [1, 8, 2]
+    assert read.candidates.rq_NL.tolist() == [[10, 11], [ABSENT_CODE] * 2, [20, 21]]
+    assert read.candidates.vq_NV.tolist() == [[10, 11, 5], [ABSENT_CODE] * 3, [20, 21, 5]]
+    assert read.has_codes_B.tolist() == [True, False, True]
+    assert read.history.item_ids_N.tolist() == [2, 9]
+    assert read.history.rq_NL.tolist() == [[20, 21], [ABSENT_CODE] * 2]
+    assert read.history_has_codes_H.tolist() == [True, False]
+    assert read.history_times_H.tolist() == [3, 2]
+
+
+def test_a_user_without_history_and_a_request_without_candidates_are_served(
+    online: Online, reader: CodeReader
+) -> None:
+    online.write(code_view(), code_rows([(1, 1, "a", [10, 11])]))
+
+    read = reader.read_scoring_inputs(7, np.array([1]), 2)
+    nothing = reader.read_scoring_inputs(7, np.array([], dtype=np.int64), 2)
+
+    assert (read.candidates.rq_NL.tolist(), read.history.rq_NL.shape) == ([[10, 11]], (0, 2))
+    assert (nothing.candidates.rq_NL.shape, len(nothing.has_codes_B)) == ((0, 2), 0)
+
+
 def test_reads_off_the_event_loop_run_side_by_side_and_give_the_same(
     online: Online, reader: CodeReader
 ) -> None:
@@ -118,14 +146,16 @@ def test_reads_off_the_event_loop_run_side_by_side_and_give_the_same(
             reader.read_codes_async(np.array([1])),
             reader.read_recent_items_async(np.array([1]), 1),
             reader.read_profiles_async(np.array([1])),
+            reader.read_scoring_inputs_async(1, np.array([1]), 1),
         )
 
-    (codes, _), (others, _), (item_ids_NH, *_), profiles = asyncio.run(read_all())
+    (codes, _), (others, _), (item_ids_NH, *_), profiles, read = asyncio.run(read_all())
 
     assert codes.rq_NL.tolist() == [[20, 21], [10, 11]]
     assert others.rq_NL.tolist() == [[10, 11]]
     assert item_ids_NH.tolist() == [[30]]
     assert profiles.columns["age"].values.tolist() == [40]
+    assert (read.candidates.rq_NL.tolist(), read.history.item_ids_N.tolist()) == ([[10, 11]], [30])
 
 
 def test_profiles_come_as_columns_by_the_views_features(online: Online, reader: CodeReader) -> None:

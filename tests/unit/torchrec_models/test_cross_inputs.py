@@ -26,7 +26,7 @@ from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import CODE_ROWS, RECENT_ITEM_ROWS
 from torchrec_models.batch import BatchBuilder, RowColumns
 from torchrec_models.config import RankerConfig
-from torchrec_models.score import OnlineCodes
+from torchrec_models.score import ReadHistory
 from torchrec_models.vocabulary import IdVocabulary, Vocabularies
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -95,33 +95,28 @@ def _recent_rows() -> pa.Table:
     )
 
 
-def _served_rows(reader: CodeReader, user: int) -> RowColumns:
-    """One row per candidate, as scoring makes them."""
-    codes, _ = reader.read_codes(np.array(CANDIDATES))
-    recent_1H, _, lengths = reader.read_recent_items(np.array([user]), 10)
-    history = recent_1H[0, : lengths[0]]
-    num_rows = len(CANDIDATES)
-    return RowColumns(
-        user_ids_B=np.full(num_rows, user),
-        item_ids_B=np.array(CANDIDATES),
-        label_times_B=np.zeros(num_rows, dtype=np.int64),
-        rq_BL=codes.rq_NL,
-        vq_BK=codes.vq_NV,
-        history_item_ids_H=np.tile(history, num_rows),
-        history_lengths_B=np.full(num_rows, len(history)),
-        labels_BT=np.zeros((num_rows, 1), dtype=np.float32),
-    )
-
-
 def _by_builder(reader: CodeReader, user: int) -> np.ndarray:
+    """One row per candidate, as scoring makes them."""
+    inputs = reader.read_scoring_inputs(user, np.array(CANDIDATES), 10)
+    history, num_rows = inputs.history.item_ids_N, len(CANDIDATES)
     ids = IdVocabulary(np.array([1]))
     builder = BatchBuilder(
         RankerConfig(features=("item_id", "cross")),
         Vocabularies(ids, ids),
         ("item_id",),
-        OnlineCodes(reader),
+        ReadHistory(inputs),
     )
-    return builder.build(_served_rows(reader, user)).dense_features.numpy()
+    rows = RowColumns(
+        user_ids_B=np.full(num_rows, user),
+        item_ids_B=np.array(CANDIDATES),
+        label_times_B=np.zeros(num_rows, dtype=np.int64),
+        rq_BL=inputs.candidates.rq_NL,
+        vq_BK=inputs.candidates.vq_NV,
+        history_item_ids_H=np.tile(history, num_rows),
+        history_lengths_B=np.full(num_rows, len(history)),
+        labels_BT=np.zeros((num_rows, 1), dtype=np.float32),
+    )
+    return builder.build(rows).dense_features.numpy()
 
 
 def _as_dense(outputs: dict[str, list[float]]) -> np.ndarray:
@@ -140,9 +135,8 @@ def _as_dense(outputs: dict[str, list[float]]) -> np.ndarray:
 
 def _history_codes(reader: CodeReader, user: int) -> list[int] | None:
     """As a request brings them; None for no history, since Feast cannot type empty lists."""
-    recent_1H, _, lengths = reader.read_recent_items(np.array([user]), 10)
-    codes, _ = reader.read_codes(recent_1H[0, : lengths[0]])
-    flat: list[int] = codes.rq_NL.ravel().tolist()
+    inputs = reader.read_scoring_inputs(user, np.array(CANDIDATES), 10)
+    flat: list[int] = inputs.history.rq_NL.ravel().tolist()
     return flat or None
 
 

@@ -14,6 +14,7 @@ from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.codec import Column
 from qarm_feast.online_stores.rows import ColumnBatch
+from qarm_feast.reader import ScoringInputs
 from torchrec_models.batch import Ints
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
@@ -33,17 +34,20 @@ class StoredReader:
     rows: list[dict[str, object]]
     codes: dict[int, list[int]]
 
-    def read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, npt.NDArray[np.bool_]]:
+    def read_scoring_inputs(
+        self, user_id: int, item_ids_B: Ints, history_length: int
+    ) -> ScoringInputs:
+        (row,) = (row for row in self.rows if row["user_id"] == user_id)
+        history, present_H = self._read_codes(np.array(row["history_item_ids"], dtype=np.int64))
+        times_H = np.array(row["history_timestamps"])
+        return ScoringInputs(*self._read_codes(item_ids_B), history, present_H, times_H)
+
+    def _read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, npt.NDArray[np.bool_]]:
         vq = {row["item_id"]: row["vq_code"] for row in self.rows}
         rq_NL = np.array([self.codes.get(item, [-1, -1]) for item in item_ids_N.tolist()])
         vq_NV = np.array([vq.get(item, [-1] * 4) for item in item_ids_N.tolist()])
         present_N = np.array([item in self.codes for item in item_ids_N.tolist()], dtype=bool)
         return ItemCodes(item_ids_N, vq_NV, rq_NL.reshape(-1, 2)), present_N
-
-    def read_recent_items(self, user_ids_N: Ints, length: int) -> tuple[Ints, Ints, Ints]:
-        (row,) = (row for row in self.rows if row["user_id"] == user_ids_N[0])
-        items, times = row["history_item_ids"], row["history_timestamps"]
-        return np.array([items]), np.array([times]), np.array([len(items)])
 
     def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
         (row,) = (row for row in self.rows if row["user_id"] == user_ids_N[0])
@@ -96,9 +100,7 @@ def test_serving_builds_the_same_features_as_training(
         one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
         assert len(one) == 1
         trained = dataset.builder.build(dataset._columns(one)).sparse_features
-        served = scorer._builder.build(
-            scorer.rows(row["user_id"], np.array([row["item_id"]]), NOW)
-        ).sparse_features
+        served = scorer.batch(row["user_id"], np.array([row["item_id"]]), NOW).sparse_features
 
         assert served.keys() == trained.keys()
         assert served.values().tolist() == trained.values().tolist()
@@ -155,9 +157,7 @@ def test_cross_features_are_served_as_they_were_trained(
     for row in reader.rows:
         one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
         trained = dataset.builder.build(dataset._columns(one)).dense_features
-        served = scorer._builder.build(
-            scorer.rows(row["user_id"], np.array([row["item_id"]]), NOW)
-        ).dense_features
+        served = scorer.batch(row["user_id"], np.array([row["item_id"]]), NOW).dense_features
 
         assert served.tolist() == trained.tolist()
         num_matches += int((trained > 0).any())
