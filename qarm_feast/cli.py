@@ -6,6 +6,7 @@ from qarm_feast.command import LazyGroup, run_command_line
 
 _HOMES = {
     "align": "qarm_feast.alignment.cli:align_group",
+    "audit": "qarm_feast.audit:audit_command",
     "check-data": "qarm_feast.input_data:check_data",
     "codebook": "qarm_feast.codebook_cli:codebook_group",
     "load-users": "qarm_feast.profiles:load_users",
@@ -22,7 +23,7 @@ _HOMES = {
 )
 @click.version_option(package_name="qarm-feast")
 def qarm() -> None:
-    """Align item vectors, train, publish and roll out codebooks, load users, compact logs."""
+    """Align vectors; train, publish, roll out codebooks; fill, compact, audit the stores."""
 
 
 def main() -> None:

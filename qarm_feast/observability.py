@@ -96,6 +96,12 @@ OFFLINE_COMPACTION_FAILED = Gauge(
     "qarm_offline_compaction_failed",
     "1 while this process's latest compaction of the offline logs failed; the log says why.",
 )
+SERVING_LOG_ROWS = Counter(
+    "qarm_serving_log_rows",
+    "Sampled answers of a reader by outcome: written to the log, or dropped (a full buffer, a log "
+    "that could not be written).",
+    ["outcome"],
+)
 
 
 class ObservabilityConfig(Section):

@@ -22,6 +22,8 @@ from qarm_feast.online_stores.rows import ITEM_IDS, ITEM_TIMESTAMPS, ColumnBatch
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
+    from qarm_feast.serving_log import ServingLog
+
 
 @dataclass(frozen=True)
 class ScoringInputs:
@@ -48,10 +50,21 @@ class CodeReader:
     Each method is one round trip, to redis for up to ten thousand entities, but for
     :meth:`read_scoring_inputs`, which is two. Views are looked up in the registry once, on first
     use. Threads may share a reader.
+
+    Args:
+        feature_store: The repository.
+        codebook_version: Version of the codes.
+        serving_log: Where codes that are read are logged by sampling; None: nowhere.
     """
 
-    def __init__(self, feature_store: "FeatureStore", codebook_version: str) -> None:
+    def __init__(
+        self,
+        feature_store: "FeatureStore",
+        codebook_version: str,
+        serving_log: "ServingLog | None" = None,
+    ) -> None:
         self.codebook_version = codebook_version
+        self._serving_log = serving_log
         self._config = feature_store.config
         self._feature_store = feature_store
         self._online_store = code_online_store(feature_store)
@@ -78,6 +91,8 @@ class CodeReader:
         vq_NV = _to_matrix(view.name, batch.columns["vq_code"], batch.present_N, width_V)
         rq_NL = _to_matrix(view.name, batch.columns["rq_code"], batch.present_N, width_L)
         codes = ItemCodes(np.asarray(item_ids_N, np.int64), vq_NV[inverse_N], rq_NL[inverse_N])
+        if self._serving_log is not None:
+            self._serving_log.offer(self.codebook_version, codes)
         return codes, batch.present_N[inverse_N]
 
     def read_recent_items(self, user_ids_N: Ints, length: int) -> tuple[Ints, Ints, Ints]:

@@ -75,6 +75,18 @@ CONTENT_LOG_ROWS = pa.schema(
 """Rows of ``item_content_log``: what a backfill or a new encoder re-reads; ``content`` is the
 JSON text of the event's content columns."""
 
+SERVED_CODE_ROWS = pa.schema(
+    [
+        (ITEM_ID, pa.int64()),
+        ("codebook_version", pa.string()),
+        ("codes_hash", pa.string()),
+        (EVENT_TIMESTAMP, TIMESTAMP),
+        (CREATED, TIMESTAMP),
+    ]
+)
+"""Rows of ``served_code_log``: what a reader answered at ``event_timestamp``, by sampling; the hash
+is empty where the item had no codes, see :mod:`qarm_feast.serving_log`."""
+
 
 def interaction_rows(task_names: tuple[str, ...]) -> pa.Schema:
     """Return the schema of the raw interaction log: one bool column per task.
@@ -109,3 +121,4 @@ USER_PROFILE_VIEW = "user_profile"
 CONTENT_LOG = "item_content_log"
 INTERACTION_LOG = "interaction_log"
 USER_ERASURE_LOG = "user_erasure_log"
+SERVED_CODE_LOG = "served_code_log"

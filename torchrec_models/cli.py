@@ -74,8 +74,9 @@ def score(
             f"{item_list!r} is no list of integers separated by commas", param_hint="--items"
         ) from error
     start_logging(config_path, log_level)
-    scorer = open_scorer(config_path, load_ranker_config(config_path, assignments), checkpoint)
-    scores = scorer.score(user_id, item_ids, datetime.now(UTC))
+    config = load_ranker_config(config_path, assignments)
+    with open_scorer(config_path, config, checkpoint) as scorer:
+        scores = scorer.score(user_id, item_ids, datetime.now(UTC))
     for row, item_id in enumerate(item_ids):
         values = {name: round(float(values_B[row]), 6) for name, values_B in scores.items()}
         click.echo(json.dumps({"item_id": item_id, "scores": values}))

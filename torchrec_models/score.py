@@ -5,7 +5,8 @@ Shape letters: B candidates, H history items of all rows, K neighbours, L levels
 May import: numpy, pyarrow, torch, torchrec, feast through the code reader.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import CodeReader, ScoringInputs
 from qarm_feast.repo_paths import open_feature_store
+from qarm_feast.serving_log import open_serving_log
 from torchrec_models.batch import (
     BatchBuilder,
     Floats,
@@ -165,21 +167,25 @@ class OnlineScorer:
         return columns
 
 
+@contextmanager
 def open_scorer(
     config_path: str, config: RankerConfig, checkpoint_name: str | None = None
-) -> OnlineScorer:
-    """Return a scorer over the repository's online store and the newest checkpoint.
+) -> Iterator[OnlineScorer]:
+    """Give a scorer over the repository's online store and the newest checkpoint.
+
+    At the end of the block what section ``serving_log`` had sampled is written.
 
     Args:
         config_path: Path of ``qarm.yaml``, beside ``feature_store.yaml``.
         config: The ranker section: service name and checkpoint folder.
         checkpoint_name: Another checkpoint than the newest.
 
-    Returns:
+    Yields:
         The scorer, its weights loaded.
     """
     version = resolve_codebook_version(config_path, config.codebook_version)
     service = config.service_name(version)
     checkpoint = Checkpoint(config.checkpoint_dir, service, checkpoint_name)
     store = open_feature_store(Path(config_path).resolve().parent)
-    return OnlineScorer(checkpoint, CodeReader(store, version))
+    with open_serving_log(config_path, store.config) as serving_log:
+        yield OnlineScorer(checkpoint, CodeReader(store, version, serving_log))
