@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from feast import FeatureStore
 
-from qarm_feast.audit import AuditReport, audit, audit_command
+from qarm_feast.audit import AuditReport, _Write, audit, audit_command, explain
 from qarm_feast.code_log import CodeLog
 from qarm_feast.errors import DataError
 from qarm_feast.feature_views import CodebookFacts, item_code_view
@@ -155,6 +155,49 @@ def test_a_row_may_take_the_lag_until_it_is_online_and_no_longer(repository: Rep
     assert [(d.served_at, d.reason) for d in report.differences] == [
         (at(106).isoformat(), "other_row")
     ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_is_explained_as_a_store_that_is_watched_second_by_second(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    outcomes = set()
+    for _ in range(300):
+        writes = [
+            _Write(at(event), f"h{event}", at(created), code)
+            for event, created, code in zip(
+                rng.integers(0, 12, 3).tolist(),
+                rng.integers(0, 12, 3).tolist(),
+                rng.choice(["a", "b", ""], 3).tolist(),
+                strict=True,
+            )
+        ]
+        served, moment = str(rng.choice(["a", "b", ""])), int(rng.integers(2, 12))
+
+        reason = explain(writes, served, at(moment), timedelta(seconds=2))
+
+        assert reason == _watched(writes, served, moment, 2)
+        outcomes.add(reason)
+    assert outcomes == {
+        "written_after",
+        "event_time_ahead",
+        "not_served",
+        "other_row",
+        "not_offline",
+    }
+
+
+def _watched(writes: list[_Write], served: str, moment: int, lag: int) -> str:
+    for second in range(moment - lag, moment + 1):
+        held, ahead, newest = "", False, (at(-1), "")
+        for write in writes:
+            key = (write.event_time, write.content_hash)
+            if write.created <= at(second) and key > newest:
+                held, ahead, newest = write.codes_hash, write.event_time > at(moment), key
+        if held == served:
+            return "event_time_ahead" if ahead else "written_after"
+    if served == "":
+        return "not_served"
+    return "other_row" if served in [write.codes_hash for write in writes] else "not_offline"
 
 
 def test_a_row_of_a_later_event_time_is_a_difference(repository: Repository) -> None:
