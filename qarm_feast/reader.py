@@ -133,7 +133,7 @@ class CodeReader:
             Codes and history.
 
         Raises:
-            DataError: If the ids are not int64, or a stored row has a wrong number of codes.
+            DataError: If the ids are no integers, or a stored row has a wrong number of codes.
             ServiceUnavailableError: If the store does not answer.
         """
         user = np.array([user_id], dtype=np.int64)

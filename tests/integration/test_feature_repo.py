@@ -210,6 +210,7 @@ def test_cross_features_come_with_the_rankers_switch_and_go_with_it(
 
     assert (found["c1_count"], found["c1_position"]) == ([2], [0])
     assert (found["c1_c2_count"], found["c1_c2_position"]) == ([1], [2])
+    assert "cross_features_v1" not in materialized.feast("plan")
     monkeypatch.delenv("QARM_RANKER__FEATURES")
     materialized.feast("apply")
     left = open_feature_store(materialized.repo_dir)
