@@ -1,4 +1,4 @@
-"""What ``feast -c feature_repo apply`` declares.
+"""What ``feast apply`` declares.
 
     entities   item, user
     views      user_recent_items, user_train_items, user_profile (with users.parquet), and one

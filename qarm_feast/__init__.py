@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qarm_feast.errors import QarmError as QarmError
     from qarm_feast.errors import ServiceUnavailableError as ServiceUnavailableError
     from qarm_feast.feature_views import item_code_view as item_code_view
+    from qarm_feast.feature_views import item_entity as item_entity
     from qarm_feast.offline_store import CodeLogOfflineStore as CodeLogOfflineStore
     from qarm_feast.offline_store import CodeLogOfflineStoreConfig as CodeLogOfflineStoreConfig
     from qarm_feast.quality import codebook_quality as codebook_quality
@@ -57,6 +58,7 @@ _HOME_OF = dict.fromkeys(_ERRORS, "errors") | {
     "codebook_quality": "quality",
     "encode_items": "encode",
     "item_code_view": "feature_views",
+    "item_entity": "feature_views",
     "load_section": "config",
     "publish_codebook": "registry",
 }

@@ -9,6 +9,7 @@ _HOMES = {
     "audit": "qarm_feast.audit:audit_command",
     "check-data": "qarm_feast.input_data:check_data",
     "codebook": "qarm_feast.codebook_cli:codebook_group",
+    "init": "qarm_feast.new_repo:init",
     "load-users": "qarm_feast.profiles:load_users",
     "offline": "qarm_feast.offline_cli:offline_group",
     # Named, not imported: it reads what workers keep in Kafka, and the core knows no worker.

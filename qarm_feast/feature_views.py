@@ -2,11 +2,14 @@
 
 A team adds codes to a repository of its own with::
 
-    from qarm_feast import item_code_view
-    item_codes_v1 = item_code_view("v1")
+    from qarm_feast import item_code_view, item_entity
 
-and the repository of this project declares all of them in ``feature_definitions.py``. May import:
-feast, pyarrow; neither torch nor faiss, so that ``feast apply`` starts fast.
+    item = item_entity()
+    item_codes_v1 = item_code_view("v1", entity=item)
+
+(Feast wants the entity declared as well, or materializing fails), and the repository of this
+project declares all of them in ``feature_definitions.py``. May import: feast, pyarrow; neither
+torch nor faiss, so that ``feast apply`` starts fast.
 """
 
 import inspect

@@ -1,0 +1,154 @@
+"""`qarm init` and `feast init`: repositories that a team starts from, through real commands."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from feast.data_source import PushMode
+from test_feature_repo import plant_input
+
+from qarm_feast.repo_paths import open_feature_store
+
+pytestmark = pytest.mark.integration
+
+FEAST = "feast.cli.cli:cli"
+QARM = "qarm_feast.cli:main"
+STORES = """
+online_store:
+  type: qarm_feast.online_stores.sqlite.CodeSqliteOnlineStore
+  path: data/online_store.db
+offline_store:
+  type: qarm_feast.offline_store.CodeLogOfflineStore
+"""
+DEFINITIONS = """
+from qarm_feast import item_code_view, item_entity
+
+item = item_entity()
+item_codes_v1 = item_code_view("v1", entity=item)
+"""
+"""What the README tells a team to add to its own repository."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Runs installed commands in processes of their own, from another folder."""
+
+    folder: Path
+
+    def run(self, entry_point: str, *arguments: str | Path, status: int = 0) -> str:
+        module, _, name = entry_point.partition(":")
+        program = f"import sys; from {module} import {name}; sys.exit({name}())"
+        command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+        ran = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert ran.returncode == status, ran.stdout + ran.stderr
+        return ran.stdout + ran.stderr
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path)
+
+
+@pytest.mark.parametrize("online", ["sqlite", "redis"])
+def test_a_repository_that_init_wrote_is_applied_and_serves_the_first_commands(
+    command_line: CommandLine, online: str
+) -> None:
+    told = command_line.run(QARM, "init", "shop", "--online", online)
+    repo_dir, config = command_line.folder / "shop", ("--config", "shop/qarm.yaml")
+    plant_input(repo_dir / "data" / "input")
+
+    command_line.run(FEAST, "-c", "shop", "apply")
+
+    assert "feast -c shop apply" in told
+    assert "qarm check-data --config shop/qarm.yaml" in told
+    assert "keeps the input contract" in command_line.run(QARM, "check-data", *config)
+    assert "version" in command_line.run(QARM, "codebook", "list", *config)
+    assert "quarantined" in command_line.run(QARM, "offline", "status", *config)
+    store = open_feature_store(repo_dir)
+    views = {view.name for view in store.list_feature_views()}
+    assert store.project == "shop"
+    assert {"user_recent_items", "user_train_items", "user_profile"} <= views
+    assert online in type(store.provider.online_store).__name__.lower()
+
+
+def test_init_refuses_a_folder_that_holds_something_and_changes_nothing(
+    command_line: CommandLine,
+) -> None:
+    (command_line.folder / "shop").mkdir()
+    kept = command_line.folder / "shop" / "qarm.yaml"
+    kept.write_text("data: {}")
+
+    told = command_line.run(QARM, "init", "shop", status=2)
+
+    assert "error: shop is not empty, it holds qarm.yaml; nothing was written" in told
+    assert [path.name for path in kept.parent.iterdir()] == ["qarm.yaml"]
+    assert kept.read_text() == "data: {}"
+
+
+def test_code_views_work_beside_the_views_of_the_repository_that_feast_init_makes(
+    command_line: CommandLine,
+) -> None:
+    command_line.run(FEAST, "init", "team")
+    repo_dir = command_line.folder / "team" / "feature_repo"
+    _add_plug_in(repo_dir)
+    command_line.run(FEAST, "-c", repo_dir, "apply")
+    drivers = pq.read_table(repo_dir / "data" / "driver_stats.parquet").to_pandas()
+    newest = drivers.sort_values("event_timestamp").groupby("driver_id").tail(1)
+    now = pd.Timestamp.now(tz=UTC)
+
+    store = open_feature_store(repo_dir)
+    store.push("item_codes_v1_push", _code_rows(now), to=PushMode.ONLINE_AND_OFFLINE)
+    span = ((now - timedelta(days=30)).isoformat(), now.isoformat())
+    command_line.run(FEAST, "-c", repo_dir, "materialize", *span)
+
+    features = ["driver_hourly_stats:conv_rate", "driver_hourly_stats:driver_profile"]
+    features += ["item_codes_v1:rq_code", "transformed_conv_rate:conv_rate_plus_val1"]
+    rows = [
+        {"driver_id": driver, "item_id": item, "val_to_add": 1, "val_to_add_2": 2}
+        for driver, item in zip(newest["driver_id"].tolist()[:2], [7, 8], strict=True)
+    ]
+    online = store.get_online_features(features, rows).to_dict()
+    frame = pd.DataFrame(rows).assign(event_timestamp=now)
+    joined = store.get_historical_features(entity_df=frame, features=features).to_df()
+
+    rates = newest["conv_rate"].tolist()[:2]
+    for found in (online, joined.to_dict("list")):
+        assert found["conv_rate"] == pytest.approx(rates)
+        assert found["conv_rate_plus_val1"] == pytest.approx([rate + 1 for rate in rates])
+        assert [_listed(codes) for codes in found["rq_code"]] == [[1, 2], None]
+
+
+def _add_plug_in(repo_dir: Path) -> None:
+    yaml_path = repo_dir / "feature_store.yaml"
+    settings = yaml.safe_load(yaml_path.read_text()) | yaml.safe_load(STORES)
+    yaml_path.write_text(yaml.safe_dump(settings))
+    with (repo_dir / "feature_definitions.py").open("a") as definitions:
+        definitions.write(DEFINITIONS)
+
+
+def _code_rows(now: datetime) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "item_id": [7],
+            "rq_code": [[1, 2]],
+            "vq_code": [[3, 4, 5]],
+            "encoder_version": ["e1"],
+            "content_hash": ["a"],
+            "is_deleted": [False],
+            "event_timestamp": [now - timedelta(days=1)],
+            "created": [now],
+        }
+    )
+
+
+def _listed(codes: Any) -> list[int] | None:
+    return None if codes is None else [int(code) for code in codes]
