@@ -1,8 +1,5 @@
 """`qarm init` and `feast init`: repositories that a team starts from, through real commands."""
 
-import subprocess
-import sys
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command_line import FEAST, QARM, CommandLine
 from feast.data_source import PushMode
 from test_feature_repo import plant_input
 
@@ -18,8 +16,6 @@ from qarm_feast.repo_paths import open_feature_store
 
 pytestmark = pytest.mark.integration
 
-FEAST = "feast.cli.cli:cli"
-QARM = "qarm_feast.cli:main"
 STORES = """
 online_store:
   type: qarm_feast.online_stores.sqlite.CodeSqliteOnlineStore
@@ -34,23 +30,6 @@ item = item_entity()
 item_codes_v1 = item_code_view("v1", entity=item)
 """
 """What the README tells a team to add to its own repository."""
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """Runs installed commands in processes of their own, from another folder."""
-
-    folder: Path
-
-    def run(self, entry_point: str, *arguments: str | Path, status: int = 0) -> str:
-        module, _, name = entry_point.partition(":")
-        program = f"import sys; from {module} import {name}; sys.exit({name}())"
-        command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
-        ran = subprocess.run(
-            command, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False
-        )
-        assert ran.returncode == status, ran.stdout + ran.stderr
-        return ran.stdout + ran.stderr
 
 
 @pytest.fixture
