@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
@@ -16,6 +17,7 @@ from qarm_feast.command import config_option, log_level_option, start_logging
 from qarm_feast.config import load_section
 
 if TYPE_CHECKING:
+    from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.registry import GateReading, Manifest
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -279,25 +281,28 @@ def backfill(
 @_version_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def purge(config_path: str, log_level: str | None, version: str, yes: bool) -> None:
-    """Remove a retired version, its draft and its report for good. THIS CANNOT BE UNDONE.
+    """Remove a retired version, its report and its online rows for good. THIS CANNOT BE UNDONE.
 
-    Rows of codes in the stores stay, but nothing can make or decode such codes any more, and no
-    version can be refreshed from this one. The name stays taken. A draft that was never published
-    is removed as well, and its name is free again.
+    Online rows go at most codebook.purge_rows_per_second at a time; a purge that was killed goes
+    on when it is run again. Offline rows stay, but nothing can make or decode such codes any more,
+    and no version can be refreshed from this one. The name stays taken. A draft that was never
+    published is removed as well, and its name is free again.
     """
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.registry import CodebookRegistry
 
     start_logging(config_path, log_level)
-    uri = load_section(config_path, "codebook", CodebookConfig).uri
-    registry = CodebookRegistry(uri)
+    config = load_section(config_path, "codebook", CodebookConfig)
+    registry = CodebookRegistry(config.uri)
     registry.check_purgeable(version)
-    question = f"Remove codebook version {version} from {uri} for good? This cannot be undone"
-    if not (yes or click.confirm(question)):
+    question = f"Remove codebook version {version} from {config.uri} for good? This cannot be"
+    if not (yes or click.confirm(f"{question} undone")):
         click.echo(f"kept {version}")
         return
     removed = registry.purge(version)
-    click.echo(f"purged {version}: " + (", ".join(map(str, removed)) or "nothing was left"))
+    click.echo(f"purged {version}: " + (", ".join(map(str, removed)) or "no file was left"))
+    if version in registry.states():
+        click.echo(_purge_rows(config_path, config, version))
 
 
 @codebook_group.command(epilog="Example: qarm codebook diff --codebook-version v2 --against v1")
@@ -317,6 +322,20 @@ def diff(
     start_logging(config_path, log_level)
     changes = diff_versions(config_path, version, against)
     click.echo(json.dumps(changes, indent=2) if as_json else _diff_table(changes))
+
+
+def _purge_rows(config_path: str, config: "CodebookConfig", version: str) -> str:
+    """Delete the online rows of a purged version, and return the line that tells of it."""
+    from qarm_feast.purge import purge_online_rows
+    from qarm_feast.repo_paths import open_feature_store
+
+    repo_dir = Path(config_path).resolve().parent
+    if not (repo_dir / "feature_store.yaml").is_file():
+        return f"online rows: none looked for, {repo_dir} holds no feature_store.yaml"
+    mark = purge_online_rows(
+        open_feature_store(repo_dir), config.uri, version, config.purge_rows_per_second
+    )
+    return f"online rows: {mark.num_rows} removed, of {mark.num_items} items in the offline log"
 
 
 def _list_line(state: str, manifest: "Manifest") -> tuple[str, ...]:

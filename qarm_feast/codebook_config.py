@@ -70,6 +70,11 @@ class CodebookConfig(Section):
         description="Most catalogue items that publish leaves on one full code; others move to "
         "the next nearest free code of the last level. null: no cap.",
     )
+    purge_rows_per_second: float = Field(
+        default=5000.0,
+        gt=0,
+        description="Most online rows that `qarm codebook purge` deletes per second.",
+    )
     continuity: ContinuityConfig = Field(
         default=ContinuityConfig(), description="What `qarm codebook train --parent` does."
     )

@@ -38,6 +38,10 @@ class CodeOnlineStore(Protocol):
         """Return features as columns; missing, taken-down and expired entities are absent."""
         ...
 
+    def delete_rows(self, config: "RepoConfig", view: "FeatureView", entity_ids_N: "Ints") -> int:
+        """Delete one view's rows of these entities; return how many entities had one."""
+        ...
+
     def update(
         self,
         config: "RepoConfig",

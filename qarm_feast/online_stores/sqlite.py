@@ -184,6 +184,32 @@ class CodeSqliteOnlineStore(SqliteOnlineStore):
             for row, time in enumerate(times)
         ]
 
+    def delete_rows(self, config: RepoConfig, view: FeatureView, entity_ids_N: Ints) -> int:
+        """Delete one view's rows of some entities in one transaction.
+
+        Args:
+            config: Feast's repository configuration.
+            view: A feature view with one int64 join key; it need not be applied any more.
+            entity_ids_N: Distinct ids.
+
+        Returns:
+            How many of the entities had a row.
+
+        Raises:
+            DataError: If the ids are not int64.
+            ServiceUnavailableError: If the file stays locked.
+        """
+        keys = split_blobs(encode_ids(view_layout(config, view), entity_ids_N))
+        table_id = _table_id(config, view)
+        with self._writing(config, view) as conn:
+            if not _definition(conn, table_id):
+                # `feast apply` dropped the table, and the rows with it.
+                return 0
+            times = _stored_micros(conn, table_id, keys)
+            by_key = f"DELETE FROM {_quote(table_id)} WHERE entity_key = ?"
+            conn.executemany(by_key, [(key,) for key in keys])
+        return sum(time is not None for time in times)
+
     def update(
         self,
         config: RepoConfig,

@@ -17,14 +17,15 @@ import pyarrow as pa
 import pytest
 import redis
 import yaml
-from command_line import FEAST, CommandLine, get_text, post_json
+from command_line import FEAST, QARM, CommandLine, get_text, post_json
 
 from qarm_feast import schema
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook, ItemCodes
 from qarm_feast.new_repo import write_repository
+from qarm_feast.purge import mark_path
 from qarm_feast.reader import CodeReader
-from qarm_feast.registry import CodebookRegistry
+from qarm_feast.registry import CodebookRegistry, VersionState
 from qarm_feast.repo_paths import open_feature_store
 from tests.contract.online_store_cases import running_redis
 from tests.stream_repo import EMBEDDING_DIM, publish_codebook
@@ -234,6 +235,36 @@ def _materializing(shop: Shop, server: "redis.Redis") -> Iterator["subprocess.Po
     with shop.command_line.start(FEAST, *arguments) as process:
         _wait_for(lambda: server.info("clients")["blocked_clients"] > 0)
         yield process
+
+
+def test_a_purge_that_was_killed_goes_on_and_tells_all_it_removed(tmp_path: Path) -> None:
+    shop = make_shop(tmp_path)
+    publish_codebook(shop.repo_dir, "v2", seed=1)
+    shop.feast("apply")
+    shop.feast("materialize", at(0), at(60))
+    uri = shop.repo_dir / "data" / "codebooks"
+    CodebookRegistry(str(uri)).set_state("v2", VersionState.DEFAULT)
+    CodebookRegistry(str(uri)).set_state("v1", VersionState.RETIRED)
+    purge = (QARM, "codebook", "purge", "--config", "shop/qarm.yaml", "--yes")
+    purge += ("--codebook-version", "v1")
+    _set_codebook(shop.repo_dir, purge_rows_per_second=0.001)
+
+    with shop.command_line.start(*purge):
+        _wait_for(mark_path(str(uri), "v1").is_file)
+    left = shop.read()
+    _set_codebook(shop.repo_dir, purge_rows_per_second=1000)
+    printed = shop.command_line.run(*purge)
+
+    assert left == shop.expected(1, 2)
+    assert "online rows: 3 removed, of 3 items in the offline log" in printed
+    assert shop.read() == [None, None, None]
+
+
+def _set_codebook(repo_dir: Path, **keys: float) -> None:
+    path = repo_dir / "qarm.yaml"
+    sections = yaml.safe_load(path.read_text())
+    sections["codebook"] |= keys
+    path.write_text(yaml.safe_dump(sections))
 
 
 def _set_redis(repo_dir: Path, port: int) -> None:

@@ -431,7 +431,8 @@ def test_purge_asks_and_leaves_a_name_that_list_shows_and_train_refuses(config_p
     with pytest.raises(CodebookError, match="'v1' was purged"):
         _run(config_path, "train", "--codebook-version", "v3", "--parent", "v1")
     assert _run(config_path, "purge", "--codebook-version", "v1", "--yes") == (
-        "purged v1: nothing was left\n"
+        "purged v1: no file was left\n"
+        f"online rows: none looked for, {config_path.parent} holds no feature_store.yaml\n"
     )
 
 

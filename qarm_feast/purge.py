@@ -1,0 +1,136 @@
+"""The online rows of a purged codebook version, removed at a bounded pace.
+
+A store is never searched for them: the ids stand in the version's offline log. In order:
+
+1. The log's distinct ids are taken in ascending order, those behind the mark of an earlier try.
+2. A batch is deleted: on redis one view's fields, on sqlite in a transaction of its own.
+3. The mark, a file beside the codebooks, moves to the batch's last id; then comes the pause.
+4. After the last batch the mark is removed.
+
+Killed between 2 and 3, one batch is deleted again, which changes nothing and counts no row twice;
+rows of that batch that were deleted before are not in the count. May import: feast (on use).
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qarm_feast.artifact import remove_file, replace_file
+from qarm_feast.errors import CodebookError
+from qarm_feast.schema import ITEM_ID, code_view_name
+
+if TYPE_CHECKING:
+    from feast import FeatureStore, FeatureView
+
+    from qarm_feast.code_log import CodeLog
+    from qarm_feast.online_stores.blobs import Ints
+
+logger = logging.getLogger(__name__)
+
+_MARKS_NAME = ".purges"
+_ROWS_PER_BATCH = 500
+_BATCHES_PER_LOG_LINE = 20
+
+
+@dataclass(frozen=True)
+class PurgeMark:
+    """How far a purge has come.
+
+    Attributes:
+        last_item_id: Greatest id whose row was deleted; None: none yet.
+        num_items: Ids looked at.
+        num_rows: Ids that had a row.
+    """
+
+    last_item_id: int | None = None
+    num_items: int = 0
+    num_rows: int = 0
+
+
+def mark_path(codebooks_uri: str, version: str) -> Path:
+    """Return the file that tells how far the purge of ``version`` has come."""
+    return Path(codebooks_uri) / _MARKS_NAME / f"{version}.json"
+
+
+def purge_online_rows(
+    feature_store: "FeatureStore",
+    codebooks_uri: str,
+    version: str,
+    rows_per_second: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> PurgeMark:
+    """Delete the online rows of a version, as slowly as asked; goes on where a killed one ended.
+
+    Args:
+        feature_store: The repository whose stores hold the version's rows.
+        codebooks_uri: ``codebook.uri``, beside whose versions the mark lies.
+        version: A version that nothing writes any more.
+        rows_per_second: Most rows to delete per second, on average.
+        sleep: Waits that many seconds.
+
+    Returns:
+        What was looked at and deleted, earlier tries included.
+
+    Raises:
+        ConfigError: If the online store is not one of ours.
+        CodebookError: If the mark of an earlier try cannot be read.
+        ServiceUnavailableError: If the store does not answer; what was done stays done.
+    """
+    from qarm_feast.offline_store import open_code_log
+    from qarm_feast.online_stores import code_online_store
+
+    store, config = code_online_store(feature_store), feature_store.config
+    view, path = _view_of(feature_store, version), mark_path(codebooks_uri, version)
+    mark = _read_mark(path)
+    item_ids_N = _known_ids(open_code_log(config), view.name, mark.last_item_id)
+    batch_size = max(1, min(_ROWS_PER_BATCH, int(rows_per_second)))
+    for number, start in enumerate(range(0, len(item_ids_N), batch_size)):
+        if number:
+            sleep(batch_size / rows_per_second)
+        batch_N = item_ids_N[start : start + batch_size]
+        num_rows = store.delete_rows(config, view, batch_N)
+        mark = PurgeMark(int(batch_N[-1]), mark.num_items + len(batch_N), mark.num_rows + num_rows)
+        replace_file(path, json.dumps(asdict(mark)).encode())
+        if number % _BATCHES_PER_LOG_LINE == 0:
+            num_left = len(item_ids_N) - start - len(batch_N)
+            logger.info("rows_purged view=%s rows=%d left=%d", view.name, mark.num_rows, num_left)
+    remove_file(path)
+    return mark
+
+
+def _view_of(feature_store: "FeatureStore", version: str) -> "FeatureView":
+    """Return the view that is applied, or was: `feast apply` may have dropped it already."""
+    from feast.errors import FeatureViewNotFoundException
+
+    from qarm_feast.feature_views import item_code_view
+
+    try:
+        return feature_store.get_feature_view(code_view_name(version))
+    except FeatureViewNotFoundException:
+        return item_code_view(version)
+
+
+def _known_ids(log: "CodeLog", name: str, last_item_id: int | None) -> "Ints":
+    """Return the distinct ids of the log in ascending order, those after ``last_item_id``."""
+    if not log.exists(name):
+        return np.zeros(0, dtype=np.int64)
+    item_ids_N: Ints = np.unique(log.read(name, [ITEM_ID])[ITEM_ID].to_numpy())
+    return item_ids_N if last_item_id is None else item_ids_N[item_ids_N > last_item_id]
+
+
+def _read_mark(path: Path) -> PurgeMark:
+    if not path.is_file():
+        return PurgeMark()
+    try:
+        return PurgeMark(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise CodebookError(
+            f"{path} cannot be read: {error}; delete it and run the same command again, which then "
+            "starts from the first row"
+        ) from error
