@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qarm_feast import schema, view_tags
 from qarm_feast.codebook import ItemCodes
-from qarm_feast.errors import DataError
+from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.online_stores import code_online_store
 from qarm_feast.online_stores.blobs import Ints
 from qarm_feast.online_stores.codec import Bools, Column
@@ -81,6 +81,7 @@ class CodeReader:
             every place and ``False`` in the mask.
 
         Raises:
+            ConfigError: If the view was not applied.
             DataError: If the ids are not int64, or a stored row has a wrong number of codes.
             ServiceUnavailableError: If the store does not answer.
         """
@@ -107,6 +108,7 @@ class CodeReader:
             microseconds since the epoch (unused: 0), and how many places each user fills.
 
         Raises:
+            ConfigError: If the view was not applied.
             DataError: If the ids are not int64.
             ServiceUnavailableError: If the store does not answer.
         """
@@ -159,6 +161,7 @@ class CodeReader:
             One entity per id, in the order asked for; unknown ones are absent.
 
         Raises:
+            ConfigError: If the view was not applied.
             DataError: If the ids are not int64.
             ServiceUnavailableError: If the store does not answer.
         """
@@ -190,8 +193,19 @@ class CodeReader:
 
     def _view(self, name: str) -> "FeatureView":
         if name not in self._views:
-            self._views[name] = self._feature_store.get_feature_view(name)
+            self._views[name] = self._look_up(name)
         return self._views[name]
+
+    def _look_up(self, name: str) -> "FeatureView":
+        from feast.errors import FeatureViewNotFoundException
+
+        try:
+            return self._feature_store.get_feature_view(name)
+        except FeatureViewNotFoundException as error:
+            raise ConfigError(
+                f"the feature repository has no view {name!r}; publish its codebook if it is one "
+                f"of codes, then run `feast -c {self._feature_store.repo_path} apply`"
+            ) from error
 
     def _read_distinct(
         self, view: "FeatureView", ids_N: Ints, feature_names: list[str]

@@ -365,11 +365,24 @@ def _transaction(conn: sqlite3.Connection, begin: str) -> Iterator[None]:
 def _readable_errors(path: str, view_name: str) -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except OSError as error:
+        raise ServiceUnavailableError(
+            f"the online store {path} cannot be opened: {error}; mend online_store.path in "
+            "feature_store.yaml or the folder, then try again"
+        ) from error
+    except sqlite3.DatabaseError as error:
         if "no such table" in str(error):
             raise ConfigError(
                 f"{path} has no table for view {view_name}: {error}; run `feast apply` first"
             ) from error
+        if type(error) is sqlite3.DatabaseError:
+            # Its subclasses tell of a statement, the class itself of the file.
+            raise ServiceUnavailableError(
+                f"the online store {path} is damaged: {error}; move it away, then run `feast "
+                "apply` and `feast materialize START END` to fill it again"
+            ) from error
+        if not isinstance(error, sqlite3.OperationalError):
+            raise
         raise ServiceUnavailableError(
             f"the online store {path} cannot be used: {error}; end the process that holds it or "
             "raise online_store.busy_timeout_seconds in feature_store.yaml, then try again"
