@@ -18,17 +18,21 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from feast import FeatureView, OnDemandFeatureView
 from feast.data_source import DataSource, PushSource
 from feast.errors import SavedDatasetLocationAlreadyExists
-from feast.infra.offline_stores.file_source import FileSource
+from feast.feature_logging import LoggingConfig, LoggingSource
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
+from feast.infra.offline_stores.file_source import FileLoggingDestination, FileSource
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from feast.saved_dataset import SavedDatasetStorage
 from feast.type_map import feast_value_type_to_pa
+from filelock import FileLock
 from pydantic import StrictStr
 
 from qarm_feast import view_tags
@@ -41,6 +45,7 @@ from qarm_feast.source_rows import FeatureRows, RecentItemLists, SourceRows, Tim
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_NUMBER_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
 
 # Feast imports this module before it opens the registry of a repository that names our store.
 resolve_registry_path_against_repo()
@@ -207,7 +212,9 @@ class CodeLogOfflineStore(OfflineStore):
         times = _time_range(start_date, end_date)
         columns = [*join_key_columns, *feature_name_columns]
         return CodeLogRetrievalJob(
-            query=lambda: rows.latest(join_key_columns, columns, times),
+            query=lambda: _keyed(
+                rows, rows.latest(join_key_columns, columns, times), join_key_columns
+            ),
             repo_path=config.repo_path,
         )
 
@@ -241,7 +248,8 @@ class CodeLogOfflineStore(OfflineStore):
         times = _time_range(start_date, end_date)
         columns = [*join_key_columns, *feature_name_columns]
         return CodeLogRetrievalJob(
-            query=lambda: rows.all(columns, times), repo_path=config.repo_path
+            query=lambda: _keyed(rows, rows.all(columns, times), join_key_columns),
+            repo_path=config.repo_path,
         )
 
     @staticmethod
@@ -252,6 +260,9 @@ class CodeLogOfflineStore(OfflineStore):
         progress: Callable[[int], Any] | None,
     ) -> None:
         """Append ``table`` to the log of the view's source as one part.
+
+        Where the source is a parquet file or a folder of such files, they get the rows: a file is
+        written anew, under a lock, a folder gets one file more.
 
         Args:
             config: The repository's configuration.
@@ -264,9 +275,48 @@ class CodeLogOfflineStore(OfflineStore):
         log = CodeLog(path.parent)
         if not log.exists(path.name) and _kind(source) == view_tags.ITEM_CODES_KIND:
             log.create(path.name, CODE_ROWS)
-        log.append(path.name, table)
+        if not log.exists(path.name) and _holds_parquet(path):
+            _add_to_parquet(path, table)
+        else:
+            log.append(path.name, table)
         if progress is not None:
             progress(table.num_rows)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,
+    ) -> None:
+        """Add a feature server's log of what it served to the parquet files of its destination.
+
+        Args:
+            config: The repository's configuration.
+            data: The rows, or a folder of parquet files that holds them.
+            source: Where the rows come from; its schema is the rows' own.
+            logging_config: Holds the destination, files.
+            registry: Feast's registry.
+
+        Raises:
+            ConfigError: If the destination is no files.
+        """
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            raise ConfigError(
+                f"the code log writes served features to FileLoggingDestination, found "
+                f"{type(destination).__name__}; change the service's logging_config"
+            )
+        folder = Path(FileSource.get_uri_for_file_path(config.repo_path, destination.path))
+        pads.write_dataset(
+            pq.read_table(data) if isinstance(data, Path) else data,
+            folder,
+            format="parquet",
+            basename_template=f"{uuid.uuid4().hex}-{{i}}.parquet",
+            partitioning=destination.partition_by,
+            existing_data_behavior="overwrite_or_ignore",
+        )
 
     def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
         """Check that a source with rows has its time columns; an unwritten log is fine.
@@ -283,7 +333,9 @@ class CodeLogOfflineStore(OfflineStore):
         if schema is None:
             return
         names = schema.names
-        wanted = [source.timestamp_field, source.created_timestamp_column]
+        column_of = {feature: column for column, feature in source.field_mapping.items()}
+        times = [source.timestamp_field, source.created_timestamp_column]
+        wanted = [column_of.get(name, name) for name in times]
         missing = [name for name in wanted if name and name not in names]
         if missing:
             raise ConfigError(f"source {source.name} lacks the columns {missing}; it has {names}")
@@ -345,7 +397,10 @@ class _EntityFrame:
             found = self.table.column_names
             raise DataError(f"the entity frame lacks the join keys {missing}; it has {found}")
         keys = self.table.select(list(frame_keys.values())).rename_columns(list(frame_keys))
-        return conform(keys, key_schema, "the entity frame").append_column(TIME, self.times)
+        _check_ids(keys, key_schema)
+        fitting = conform(keys, key_schema, "the entity frame")
+        # By column: a view without entities has no key, and a table without columns no rows.
+        return pa.table({name: fitting[name] for name in key_schema.names} | {TIME: self.times})
 
 
 class _ViewJoin:
@@ -370,9 +425,8 @@ class _ViewJoin:
             for field in view.entity_columns
         }
         self._ttl_us = (view.ttl or timedelta()) // _MICROSECOND
-        self._rows = _open_rows(
-            config, source, source.timestamp_field, source.created_timestamp_column
-        )
+        times = (source.timestamp_field, source.created_timestamp_column)
+        self._rows = _open_rows(config, source, *(column_of.get(name, name) for name in times))
 
     def join(self, frame: _EntityFrame) -> list[pa.ChunkedArray]:
         """Return one column per feature, aligned with the frame's rows; null where missing."""
@@ -383,6 +437,19 @@ class _ViewJoin:
         if found is None:
             return [pa.nulls(labels.num_rows, self._types[name]) for name in self._columns]
         return [found[name] for name in self._columns]
+
+
+def _check_ids(keys: pa.Table, key_schema: pa.Schema) -> None:
+    """Refuse what Arrow would read a number from: a text "1" or a time is no id 1."""
+    for field in key_schema:
+        found = keys.schema.field(field.name).type
+        # A column of ids with gaps comes from pandas as floats.
+        is_number = any(is_of(found) for is_of in _NUMBER_TYPES)
+        if pa.types.is_integer(field.type) and not is_number:
+            raise DataError(
+                f"the entity frame: {field.name} is {found} and cannot be {field.type}; convert "
+                f"it with `frame.astype({{{field.name!r}: 'int64'}})`"
+            )
 
 
 def _join_views(frame: _EntityFrame, joins: Sequence[_ViewJoin]) -> pa.Table:
@@ -442,6 +509,34 @@ def _to_microseconds(time: datetime | None) -> int | None:
         return None
     aware = time if time.tzinfo else time.replace(tzinfo=UTC)
     return (aware - _EPOCH) // _MICROSECOND
+
+
+def _keyed(rows: SourceRows, table: pa.Table, join_keys: Sequence[str]) -> pa.Table:
+    """Return pulled rows with Feast's placeholder for a key where a view has no entities.
+
+    Feast does not look for the newest of such rows, and a stock online store keeps the last one.
+    """
+    if join_keys:
+        return table
+    table = table.sort_by(rows.time_column)
+    values = pa.repeat(pa.scalar(DUMMY_ENTITY_VAL), table.num_rows)
+    return table.append_column(DUMMY_ENTITY_ID, values)
+
+
+def _holds_parquet(path: Path) -> bool:
+    """Tell whether a source is a parquet file, or a folder of such files that is no log."""
+    return path.is_file() or any(path.glob("*.parquet"))
+
+
+def _add_to_parquet(path: Path, table: pa.Table) -> None:
+    if path.is_dir():
+        rows = conform(table, pads.dataset(path, format="parquet").schema, str(path))
+        _replace_parquet(path / f"part-{uuid.uuid4().hex}.parquet", rows)
+        return
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        stored = pq.read_table(path)
+        rows = conform(table, stored.schema.remove_metadata(), str(path))
+        _replace_parquet(path, pa.concat_tables([stored.replace_schema_metadata(None), rows]))
 
 
 def _replace_parquet(target: Path, table: pa.Table) -> None:

@@ -79,11 +79,13 @@ def latest_rows(features: pa.Table, keys: Sequence[str], ties: Sequence[str]) ->
 
 
 def _winners(table: str, keys: Sequence[str], ties: Sequence[str]) -> str:
-    key_list = ", ".join(f'"{key}"' for key in keys)
+    columns = [f'"{key}"' for key in keys]
+    # Without a key, of a view without entities, all rows are those of one thing.
+    partition = f"PARTITION BY {', '.join(columns)}" if columns else ""
     order = ", ".join([*(f'"{tie}" DESC NULLS LAST' for tie in ties), f"{_ROW} DESC"])
     return (
-        f"SELECT {key_list}, {_ROW} FROM {table} "
-        f"QUALIFY row_number() OVER (PARTITION BY {key_list} ORDER BY {order}) = 1"
+        f"SELECT {', '.join([*columns, _ROW])} FROM {table} "
+        f"QUALIFY row_number() OVER ({partition} ORDER BY {order}) = 1"
     )
 
 
