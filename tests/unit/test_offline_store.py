@@ -4,6 +4,7 @@ Times are given in seconds after an arbitrary start, fractions included.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -435,6 +436,36 @@ def test_pushed_rows_land_in_the_log_and_in_the_next_join(store: FeatureStore) -
     frame = labels("item_id", [(1, 20)])
     assert join(store, frame, "item_codes_v1:rq_code")["rq_code"].to_pylist() == [[1, 2]]
     assert open_code_log(store.config).read("item_codes_v1").schema == schema.CODE_ROWS
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_rows_pushed_by_many_at_once_are_added_to_a_parquet_source(
+    store: FeatureStore, plain_source: FileSource, is_folder: bool
+) -> None:
+    path = Path(store.config.repo_path) / "data" / "drivers.parquet"
+    if is_folder:
+        path.rename(path.with_name("part-0.parquet"))
+        path.mkdir()
+        path.with_name("part-0.parquet").rename(path / "part-0.parquet")
+    view = store.get_feature_view("drivers")
+    stored = pq.read_table(path)
+    row = stored.slice(0, 1)
+
+    def push(number: int) -> None:
+        name = row.schema.get_field_index("driver")
+        pushed = row.set_column(name, "driver", pa.array([f"pushed-{number}"]))
+        CodeLogOfflineStore.offline_write_batch(store.config, view, pushed, None)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(push, range(20)))
+
+    found = pq.read_table(path)
+    assert found.schema.equals(stored.schema)
+    names = set(found["driver"].to_pylist())
+    assert names == {*stored["driver"].to_pylist(), *(f"pushed-{number}" for number in range(20))}
+    assert found.num_rows == stored.num_rows + 20
+    with pytest.raises(DataError, match=r"lack the columns \['speed'\]"):
+        CodeLogOfflineStore.offline_write_batch(store.config, view, row.drop_columns("speed"), None)
 
 
 def test_a_saved_result_is_read_back_and_not_overwritten_by_accident(store: FeatureStore) -> None:
