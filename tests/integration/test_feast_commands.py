@@ -164,7 +164,6 @@ def _columns(answer: dict[str, dict[str, object]]) -> dict[str, tuple[object, ob
 
 
 def test_the_web_page_of_the_repository_opens(applied: Shop) -> None:
-    pytest.importorskip("grpc", reason="Feast's own page needs feast[grpcio]")
     with applied.command_line.serving("/", "-c", "shop", "ui") as address:
         projects = get_text(f"{address}/projects-list.json")
         page = get_text(f"{address}/")
