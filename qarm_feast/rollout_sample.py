@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
+import numpy.typing as npt
 import pyarrow.dataset as pads
 from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -154,6 +154,8 @@ def compare_versions(
 def sample_items(log: CodeLog, version: str, sample_size: int, seed: int = 0) -> ItemIds:
     """Return some of the items that a version's log names, each once; all of them if they are few.
 
+    Part by part, in memory for the sample and one part.
+
     Args:
         log: The offline logs.
         version: Codebook version.
@@ -161,16 +163,25 @@ def sample_items(log: CodeLog, version: str, sample_size: int, seed: int = 0) ->
         seed: Which ones.
 
     Returns:
-        Item ids, int64.
+        Item ids, int64, ascending.
     """
     name = code_view_name(version)
+    kept_N = np.empty(0, dtype=np.int64)
     if not log.exists(name):
-        return np.empty(0, dtype=np.int64)
-    ids_N: ItemIds = pc.unique(log.read(name, [ITEM_ID])[ITEM_ID]).to_numpy()
-    if len(ids_N) <= sample_size:
-        return ids_N
-    # Sorted first: parts come in no particular order, and a seed means one sample.
-    return np.random.default_rng(seed).choice(np.sort(ids_N), sample_size, replace=False)
+        return kept_N
+    for table in log.tables(name, [ITEM_ID]):
+        ids_N = np.union1d(kept_N, table[ITEM_ID].to_numpy())
+        # Of a hash the least ones: an order of the parts and repeated rows change nothing.
+        kept_N = ids_N[np.argsort(_hashes(ids_N, seed), kind="stable")[:sample_size]]
+    return np.sort(kept_N)
+
+
+def _hashes(ids_N: ItemIds, seed: int) -> npt.NDArray[np.uint64]:
+    """Return 64 mixed bits per id (the finalizer of SplitMix64, a bijection)."""
+    mixed_N = ids_N.view(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
+    return mixed_N
 
 
 def compare_rows(

@@ -71,8 +71,10 @@ def test_a_second_version_can_be_retired_and_the_default_cannot(config_path: Pat
         for verb in ("train", "evaluate", "publish"):
             _run(config_path, verb, "--codebook-version", version)
 
+    staged = _run(config_path, "publish", "--codebook-version", "v2")
     _run(config_path, "retire", "--codebook-version", "v2")
 
+    assert staged.endswith("next: `qarm rollout plan --codebook-version v2`\n")
     states = CodebookRegistry(str(config_path.parent / "data" / "codebooks")).states()
     assert states == {"v1": VersionState.DEFAULT, "v2": VersionState.RETIRED}
     again = _run(config_path, "publish", "--codebook-version", "v2")

@@ -202,14 +202,34 @@ def test_a_sample_has_each_item_once_and_a_seed_means_one_sample(
     repo: StreamRepo, tmp_path: Path
 ) -> None:
     log = open_code_log(open_feature_store(repo.directory).config)
-    _write(repo, "v1", range(NUM_ITEMS))
+    _write(repo, "v1", range(NUM_ITEMS // 2))
 
-    first, again = (sample_items(log, "v1", 7).tolist() for _ in range(2))
+    first, other = (sample_items(log, "v1", 7, seed).tolist() for seed in (0, 1))
 
-    assert first == again
+    assert first == sample_items(log, "v1", 7).tolist()
     assert len(set(first)) == 7
-    assert sorted(sample_items(log, "v1", 100).tolist()) == list(range(NUM_ITEMS))
+    assert first != other
+    assert sample_items(log, "v1", 100).tolist() == list(range(NUM_ITEMS))
     assert sample_items(CodeLog(tmp_path / "none"), "v1", 7).tolist() == []
+
+
+def test_a_sample_of_many_items_takes_after_all_of_them(tmp_path: Path) -> None:
+    log = CodeLog(tmp_path)
+    for start in range(0, 10_000, 2500):
+        ids = pa.array(range(start, start + 2500), pa.int64())
+        log.append(code_view_name("v1"), pa.table({ITEM_ID: ids, **_times(2500)}))
+
+    sample_N = sample_items(log, "v1", 1000)
+
+    # A quarter of the items each, within six standard deviations of 13.
+    parts = np.bincount(sample_N // 2500)
+    assert parts.sum() == 1000
+    assert np.abs(parts - 250).max() < 80
+
+
+def _times(num_rows: int) -> dict[str, pa.Array]:
+    column = pa.array([NOON] * num_rows, TIMESTAMP)
+    return {EVENT_TIMESTAMP: column, "created": column}
 
 
 def _row(hour: int, *, is_deleted: bool = False) -> StoredRow:

@@ -12,6 +12,7 @@ from qarm_feast.errors import CodebookError, CodebookNotFoundError, ConfigError
 from qarm_feast.registry import VersionState
 from streaming.acknowledgements import Acknowledgement
 from streaming.config import StreamConfig
+from streaming.rollout_cli import open_parts, rollout_group
 from tests.stream_repo import StreamRepo, build_repo, publish_codebook
 
 UpTo = Mapping[tuple[str, int], int]
@@ -131,8 +132,6 @@ def test_what_somebody_else_changed_is_a_line_of_the_status(
 
 
 def test_an_encoder_is_looked_for_where_workers_load_it(repo: StreamRepo) -> None:
-    from streaming.rollout_cli import open_parts
-
     parts = open_parts(str(repo.config_path))
     (repo.directory / "data" / "encoders" / "e2").mkdir(parents=True)
     before = parts.has_encoder("e2")
@@ -140,3 +139,19 @@ def test_an_encoder_is_looked_for_where_workers_load_it(repo: StreamRepo) -> Non
 
     assert (before, parts.has_encoder("e2")) == (False, True)
     assert parts.service_name("v2") == "home_v2"
+
+
+def test_the_options_of_every_command_are_pinned() -> None:
+    options = {
+        name: [option for parameter in command.params for option in parameter.opts]
+        for name, command in rollout_group.commands.items()
+    }
+
+    common = ["--config", "--log-level"]
+    assert options == {
+        "plan": [*common, "--codebook-version"],
+        "start": [*common, "--codebook-version", "--wait-seconds", "--engine"],
+        "status": common,
+        "finish": [*common, "--wait-seconds", "--yes"],
+        "undo": common,
+    }
