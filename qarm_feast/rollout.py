@@ -146,6 +146,8 @@ class Rollout:
             record = self._await_owners(record)
             record = self._fill_up(record)
             record = self._compare(record)
+            # A backfill may take hours in which somebody made another version the default.
+            self._check_unchanged(record)
             if self._registry.states()[version] is not VersionState.DEFAULT:
                 self._registry.set_state(version, VersionState.DEFAULT)
                 logger.info("rollout_default version=%s previous=%s", version, record.previous)

@@ -13,7 +13,7 @@ What an owner may count on:
    (:meth:`AcknowledgedVersions.earlier`) and writes that, too, or waits: past an acknowledged
    offset no event is stored without that version, unless the version was retired.
 
-May import: kafka-python.
+A rollout reads all of them with :func:`read_acknowledgements`. May import: kafka-python.
 """
 
 import json

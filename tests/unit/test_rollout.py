@@ -610,6 +610,22 @@ def test_states_that_somebody_else_changed_are_told_and_can_be_undone(
     assert world.states() == after_undo
 
 
+def test_a_default_that_somebody_made_during_the_backfill_is_not_overruled(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backfill(version: str, up_to: Mapping[tuple[str, int], int]) -> str:
+        _plant(Path(world.uri), "v3")
+        world.registry.set_state("v3", VersionState.DEFAULT)
+        return World.backfill(world, version, up_to)
+
+    monkeypatch.setattr(world, "backfill", backfill)
+
+    with pytest.raises(CodebookError, match="the default is 'v3' by now; run `qarm rollout undo`"):
+        world.rollout().start("v2")
+
+    assert world.registry.default_version() == "v3"
+
+
 def test_the_status_answers_while_the_broker_does_not(world: World) -> None:
     world.workers_run = False
     with pytest.raises(ServiceUnavailableError):
