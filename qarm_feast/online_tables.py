@@ -46,16 +46,27 @@ class FeastOnlineTables:
     def has_view(self, view_name: str) -> bool:
         """Return whether a view is applied; one that was not is looked for afresh.
 
+        ``feast apply`` writes its registry before it makes tables, so the store is asked as well.
+
         Args:
-            view_name: Name of a feature view.
+            view_name: Name of a feature view with one int64 key.
 
         Returns:
-            Whether it is there.
+            Whether it is there, and can be read.
 
         Raises:
-            ServiceUnavailableError: If the registry does not answer.
+            ServiceUnavailableError: If the registry or the store does not answer.
         """
-        return self._find(view_name) is not None
+        view = self._find(view_name)
+        if view is None:
+            return False
+        nobody_N = np.zeros(1, dtype=np.int64)
+        try:
+            names = [view.features[0].name]
+            self._store.read_columns(self._feature_store.config, view, nobody_N, names)
+        except ConfigError:
+            return False
+        return True
 
     def check_reachable(self) -> None:
         """Read one user, there or not.
