@@ -9,16 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 from click.testing import CliRunner
 from filelock import FileLock
 
 from qarm_feast import backfill, backfill_parts, backfill_writer
+from qarm_feast.alignment.encoder import AlignmentHead, EncoderManifest, ItemEncoder
 from qarm_feast.backfill import backfill_codes
 from qarm_feast.backfill_progress import progress_path
 from qarm_feast.backfill_writer import BackfillCounts, PieceWriter
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.compaction import CompactionRules, Compactor
+from qarm_feast.encode import content_hashes
 from qarm_feast.errors import (
     CodebookError,
     CodebookNotFoundError,
@@ -32,6 +35,7 @@ from qarm_feast.schema import CODE_ROWS, CONTENT_LOG
 from streaming.messages import ItemEvent
 from tests.backfill_repo import (
     TOPIC,
+    WRITTEN,
     LoggedStream,
     TitleEncoder,
     code_log,
@@ -338,6 +342,24 @@ def test_catalogue_rows_are_those_that_the_stream_makes_of_the_same_content(
     assert offline_rows(repo, "v3") == streamed.rows("v3")
 
 
+def test_an_encoder_of_ready_vectors_reads_those_of_the_catalogue(repo: StreamRepo) -> None:
+    encoder = _save_vector_encoder(repo.directory / "data" / "encoders")
+    x_NW = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(x_NW.ravel()), 5)
+    write_catalogue(repo, item_id=[7, 8, 9], embedding=embedding)
+
+    counts = backfill_codes(repo.config_path, "v3")
+
+    items = pa.table({"embedding": embedding})
+    codes = _codebook(repo, "v3").encode(
+        np.array([7, 8, 9]), content_hashes(items), encoder.encode(items)
+    )
+    assert online_codes(repo, "v3", 7, 8, 9) == dict(
+        zip([7, 8, 9], codes.rq_NL.tolist(), strict=True)
+    )
+    assert (counts.num_catalogue_rows, counts.num_reencoded) == (3, 3)
+
+
 def test_wrong_types_in_the_catalogue_are_refused_before_anything_is_written(
     stream: LoggedStream,
 ) -> None:
@@ -348,6 +370,19 @@ def test_wrong_types_in_the_catalogue_are_refused_before_anything_is_written(
         backfill_codes(stream.repo.config_path, "v2")
 
     assert _num_parts(stream.repo) == 0
+
+
+def test_a_catalogue_whose_pages_are_damaged_is_named_with_the_row_group(
+    repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("Couldn't deserialize thrift")
+
+    write_catalogue(repo, item_id=[1], title=["mug"])
+    monkeypatch.setattr(backfill_writer, "read_catalogue_piece", fail)
+
+    with pytest.raises(DataError, match=r"row group 0 of .*items\.parquet cannot be read.*thrift"):
+        backfill_codes(repo.config_path, "v3")
 
 
 def test_vectors_of_the_catalogue_that_are_no_numbers_are_refused(
@@ -526,6 +561,27 @@ def test_a_bound_of_another_form_is_a_usage_error(repo: StreamRepo, text: str) -
 
 def _codebook(repo: StreamRepo, version: str) -> Codebook:
     return Codebook.load(str(repo.directory / "data" / "codebooks"), version)
+
+
+def _save_vector_encoder(uri: Path) -> ItemEncoder:
+    """Encoder e2 of ready vectors of up to 16 numbers."""
+    manifest = EncoderManifest(
+        version="e2",
+        source="embedding",
+        embedding_dim=EMBEDDING_DIM,
+        feature_dim=16,
+        hidden_dim=16,
+        max_tokens=None,
+        backbone_hash=None,
+        behaviour_cutoff=WRITTEN,
+        created=WRITTEN,
+        training={},
+        files={},
+    )
+    torch.manual_seed(0)
+    encoder = ItemEncoder(manifest, AlignmentHead(16, EMBEDDING_DIM, 16).eval(), None)
+    encoder.save(str(uri))
+    return encoder
 
 
 def _kill_at_second_call(patched: pytest.MonkeyPatch, place: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qarm_feast import schema
 from qarm_feast.code_log import SEED_PART, CodeLog
+from qarm_feast.compaction import CompactionRules, Compactor
 from qarm_feast.errors import ConfigError, DataError
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -223,3 +224,35 @@ def test_columns_with_a_dictionary_are_read_back(tmp_path: Path) -> None:
         log.append("codes", pa.table({"color": colors}), written_at=NOON)
 
     assert sorted(log.read("codes")["color"].to_pylist()) == ["x", "x", "y", "z"]
+
+
+def test_a_log_read_some_parts_at_a_time_gives_every_row_and_leaves_damaged_parts_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qarm_feast.code_log._PARTS_PER_TABLE", 2)
+    log = CodeLog(tmp_path)
+    parts = [log.append("codes", rows(number)) for number in range(5)]
+    parts[3].write_bytes(b"x")
+
+    tables = list(log.tables("codes", ["item_id"]))
+
+    assert sorted(pa.concat_tables(tables)["item_id"].to_pylist()) == [0, 1, 2, 4]
+    assert max(table.num_rows for table in tables) == 2
+    assert tables[0].column_names == ["item_id"]
+
+
+def test_a_part_that_is_merged_while_others_are_read_is_read_in_the_merged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qarm_feast.code_log._PARTS_PER_TABLE", 1)
+    log = CodeLog(tmp_path)
+    for number in range(3):
+        log.append("codes", rows(number))
+    found: set[int] = set()
+
+    for table in log.tables("codes", ["item_id"]):
+        found |= set(table["item_id"].to_pylist())
+        compactor = Compactor(log, CompactionRules(grace_seconds=0))
+        compactor.compact(is_full=True)
+
+    assert found == {0, 1, 2}

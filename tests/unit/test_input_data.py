@@ -10,7 +10,13 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from qarm_feast.errors import ConfigError, ContractError
-from qarm_feast.input_data import DataConfig, InputData, check_data, load_input_data
+from qarm_feast.input_data import (
+    DataConfig,
+    InputData,
+    check_data,
+    load_input_data,
+    read_catalogue_times,
+)
 
 AMAZON = Path(__file__).resolve().parents[3] / "shared/data/amazon_industrial"
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -355,3 +361,43 @@ def test_amazon_industrial_keeps_the_contract_unchanged() -> None:
     assert checked.task_names == ("is_click",)
     assert checked.users is None
     assert (checked.items.num_rows, checked.interactions.num_rows) == (3686, 108320)
+
+
+def test_catalogue_times_are_the_two_columns_in_file_order(tmp_path: Path) -> None:
+    config = write({"items": good_tables()["items"]}, tmp_path)
+
+    times = read_catalogue_times(config)
+
+    assert times is not None
+    assert times.to_pydict() == good_tables()["items"].drop_columns(["title"]).to_pydict()
+    assert read_catalogue_times(DataConfig(input_dir=str(tmp_path / "none"))) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (replace("items", "item_id", pa.array([10, 10, None])), "'item_id': is null"),
+        (replace("items", "item_id", pa.array([10, 11, 10])), "'item_id': repeats an earlier id"),
+        (replace("items", "title", pa.array([1, 2, 3])), "'title': has type int64"),
+        (drop("items", "upload_timestamp"), "'upload_timestamp': is missing"),
+        (
+            add("items", "embedding", pa.array([[1.0]] * 3)),
+            "'embedding': has type list<element: double>, the contract wants a fixed-size list",
+        ),
+    ],
+)
+def test_catalogue_times_of_a_file_against_the_contract_are_refused(
+    tmp_path: Path, change: Change, words: str
+) -> None:
+    tables = {"items": good_tables()["items"]}
+    change(tables)
+
+    with pytest.raises(ContractError, match=words):
+        read_catalogue_times(write(tables, tmp_path))
+
+
+def test_a_catalogue_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "items.parquet").write_bytes(b"x")
+
+    with pytest.raises(ContractError, match=r"items\.parquet: cannot be read as parquet"):
+        read_catalogue_times(DataConfig(input_dir=str(tmp_path)))
