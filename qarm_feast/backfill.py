@@ -240,7 +240,8 @@ class _Backfill:
             )
         self._counts.num_damaged_parts = len(survey.left_out)
         # A damaged part may be mended and come back: its offsets are not done.
-        progress.finish({} if survey.left_out else wanted, survey.listed_names())
+        if not survey.left_out:
+            progress.finish(wanted, survey.listed_names())
 
     def _wanted(self, parts: Sequence[PartFacts]) -> dict[Source, Offsets]:
         """Return the offsets to fill: from where an earlier backfill ended to the given ends."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -284,6 +285,28 @@ def test_a_damaged_part_is_quarantined_the_rest_is_filled_and_a_mended_one_is_fi
     assert counts.num_damaged_parts == 1
     assert filled == [1]
     assert (part.parent / f".quarantined-{part.name}").is_file()
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_of_a_large_part_that_comes_back_mended_the_damaged_row_group_is_filled(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qarm_feast.log_parts.LARGE_TABLE_BYTES", 1000)
+    monkeypatch.setattr("qarm_feast.log_parts.ROWS_PER_GROUP", 4)
+    part = stream.log(*[upload(number) for number in range(8)])
+    sound = part.read_bytes()
+    second = pq.read_metadata(part).row_group(1)
+    columns = {second.column(n).path_in_schema: second.column(n) for n in range(11)}
+    place = columns["content_hash"].data_page_offset + 60
+    part.write_bytes(sound[:place] + b"xxxx" + sound[place + 4 :])
+
+    backfill_codes(stream.repo.config_path, "v2")
+    filled = sorted(key[0] for key in offline_rows(stream.repo, "v2"))
+    part.write_bytes(sound)
+    counts = backfill_codes(stream.repo.config_path, "v2")
+
+    assert filled == [0, 1, 2, 3]
+    assert (counts.num_pieces, counts.num_log_rows) == (1, 4)
     assert offline_rows(stream.repo, "v2") == stream.rows("v2")
 
 
