@@ -1,12 +1,13 @@
 """The job behind `qarm codebook train`: from exported vectors to a codebook.
 
-May import: the codebook, the vector files, the input data and section ``alignment``.
+May import: the codebook, the vector files, the input data, section ``alignment``, the offline log.
 """
 
 import logging
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from qarm_feast.alignment.config import AlignmentConfig
@@ -23,6 +24,7 @@ from qarm_feast.registry import (
     check_version_name,
     drafts_uri,
 )
+from qarm_feast.takedowns import taken_down_items
 from qarm_feast.vector_files import VectorFiles
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ def train_codebook(
     config_path: str, version: str, created: datetime, parent: str | None = None
 ) -> Manifest:
     """Train a codebook on the exported vectors of items with a train row; store it as a draft.
+
+    Items whose newest content event is a takedown are left out, of the VQ pool as well.
 
     Args:
         config_path: Path of ``qarm.yaml``.
@@ -64,10 +68,11 @@ def train_codebook(
     dataset = load_input_data(load_section(config_path, "data", DataConfig))
     encoder = _encoder_facts(alignment, dataset)
     files = VectorFiles.open(Path(alignment.vectors_uri) / alignment.encoder_version)
-    train_files = files.only(dataset.train_item_ids())
+    taken_down = np.intersect1d(dataset.train_item_ids(), taken_down_items(config_path))
+    train_files = files.only(np.setdiff1d(dataset.train_item_ids(), taken_down))
     logger.info(
-        "codebook_training version=%s num_items=%d num_train_items=%d",
-        version, len(files.item_ids()), len(train_files.item_ids()),
+        "codebook_training version=%s num_items=%d num_train_items=%d num_taken_down=%d",
+        version, len(files.item_ids()), len(train_files.item_ids()), len(taken_down),
     )  # fmt: skip
     codebook = Codebook.train_from(
         version, train_files, config=quantizer, encoder=encoder, created=created

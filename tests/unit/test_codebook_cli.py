@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 from codebook_input import NEWEST_TRAIN, NUM_COLD, NUM_ITEMS
 
+from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.codebook_evaluation import titles_of
+from qarm_feast.encode import TAKEDOWN_HASH
 from qarm_feast.errors import CodebookNotFoundError, DataError, GateRefusedError
 from qarm_feast.registry import (
     CodebookRegistry,
@@ -23,6 +26,7 @@ from qarm_feast.registry import (
     report_path,
     write_artifact,
 )
+from qarm_feast.schema import CONTENT_LOG, CONTENT_LOG_ROWS
 from qarm_feast.vector_files import VectorFiles
 
 
@@ -97,6 +101,57 @@ def test_a_refresh_keeps_the_codes_of_its_parent(config_path: Path) -> None:
         _run(config_path, verb, "--codebook-version", "v2")
     shown = json.loads(_run(config_path, "show", "--codebook-version", "v2"))
     assert shown["continuity"]["churn"]["full"] <= 0.01
+
+
+def test_a_refresh_drops_the_pool_rows_of_items_that_were_taken_down(config_path: Path) -> None:
+    for verb in ("train", "evaluate", "publish"):
+        _run(config_path, verb, "--codebook-version", "v1")
+    _log_content_events(
+        config_path.parent,
+        [
+            # Down; down and uploaded anew; uploaded anew before the takedown came in; edited.
+            (3, 10, True),
+            (4, 10, True),
+            (4, 11, False),
+            (5, 11, True),
+            (5, 10, False),
+            (6, 10, False),
+        ],
+    )
+
+    trained = _run(config_path, "train", "--codebook-version", "v2", "--parent", "v1")
+
+    uri = config_path.parent / "data" / "codebooks"
+    old = Codebook.load(str(uri), "v1").vq.pool_item_ids_P
+    new = Codebook.load(str(uri / ".drafts"), "v2").vq.pool_item_ids_P
+    assert trained.startswith("trained v2: 218 items")
+    assert set(old) - set(new) == {3, 5}
+    # Two rows are freed, which those at the end move into.
+    assert (new == old[: len(new)]).sum() >= len(new) - 2
+
+
+def _log_content_events(repo_dir: Path, events: list[tuple[int, int, bool]]) -> None:
+    """Make a feature repository whose content log holds events: item, second, is a takedown."""
+    (repo_dir / "feature_store.yaml").write_text(
+        "project: shop\nprovider: local\nregistry: data/registry.db\n"
+        "offline_store:\n  type: qarm_feast.offline_store.CodeLogOfflineStore\n"
+        "  uri: data/offline\nentity_key_serialization_version: 3\n"
+    )
+    log = CodeLog(repo_dir / "data" / "offline")
+    log.create(CONTENT_LOG, CONTENT_LOG_ROWS)
+    for offset, (item_id, second, is_deleted) in enumerate(events):
+        event_time = datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC)
+        row = dict.fromkeys(CONTENT_LOG_ROWS.names) | {
+            "item_id": item_id,
+            "content_hash": TAKEDOWN_HASH if is_deleted else f"{item_id:064d}",
+            "is_deleted": is_deleted,
+            "topic": "items",
+            "partition": 0,
+            "offset": offset,
+            "event_timestamp": event_time,
+            "created": event_time,
+        }
+        log.append(CONTENT_LOG, pa.Table.from_pylist([row], schema=CONTENT_LOG_ROWS))
 
 
 def test_a_parent_that_is_not_published_is_refused(config_path: Path) -> None:
