@@ -71,6 +71,16 @@ class AuditReport:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A sampled row of the serving log."""
+
+    item_id: int
+    codebook_version: str
+    served_at: datetime
+    codes_hash: str
+
+
+@dataclass(frozen=True)
 class _Write:
     """A row of the code log: what it holds, and when it came."""
 
@@ -142,47 +152,63 @@ def _compare(
     rest = served.take(pa.array(others_N))
     writes = _writes(log, view, pc.unique(rest[ITEM_ID]))
     differences = []
-    for place, answer in zip(others_N.tolist(), rest.to_pylist(), strict=True):
-        reason = explain(
-            writes.get(answer[ITEM_ID], []), answer["codes_hash"], answer[EVENT_TIMESTAMP], lag
-        )
+    for place, answer in zip(others_N.tolist(), _answers(rest), strict=True):
+        offline_hash = offline_hashes[place]
+        reason = explain(answer, offline_hash, writes.get(answer.item_id, []), lag)
         if reason == "written_after":
             counts["written_after"] += 1
             continue
-        differences.append(_difference(answer, offline_hashes[place], reason))
+        differences.append(_difference(answer, offline_hash, reason))
     counts["differing"] += len(differences)
     return differences
 
 
-def explain(writes: Sequence[_Write], served_hash: str, served_at: datetime, lag: timedelta) -> str:
+def explain(answer: Answer, offline_hash: str, writes: Sequence[_Write], lag: timedelta) -> str:
     """Return why an answer is not what the join gives.
 
     The store's content is followed through the time in which it may have been read: as it was
-    ``lag`` before the answer, and after each row written since.
+    ``lag`` before the answer, and after each row written since. A row that the answer itself
+    shows to have been there counts as written, whenever its ``created`` is: of a row that was
+    replayed, a compaction keeps the last copy.
 
     Args:
+        answer: What was served.
+        offline_hash: Hash of the codes that the join gives.
         writes: The item's rows, in any order.
-        served_hash: Hash of the answer.
-        served_at: When it was given.
         lag: How long a row may take from its ``created`` until it is online.
 
     Returns:
-        ``written_after`` if the store held the answer in that time; ``event_time_ahead`` if it
-        held it by a row of a later event time than the answer, which no join may see; else
-        ``not_served`` (nothing was served), ``not_offline`` (no row of the item has these codes)
-        or ``other_row`` (another row of the item has them).
+        ``written_after`` if the store held the answer in that time, and the join's row came
+        later; ``event_time_ahead`` if it held it by a row of a later event time than the answer,
+        which no join may see; ``not_joined`` if it held it, and no later row is why the join
+        gives something else; else ``not_served`` (nothing was served), ``not_offline`` (no row
+        of the item has these codes) or ``other_row`` (another row of the item has them).
     """
-    ends = [served_at - lag]
-    ends += sorted({w.created for w in writes if served_at - lag < w.created <= served_at})
-    for end in ends:
-        known = [write for write in writes if write.created <= end]
-        held = max(known, key=lambda write: (write.event_time, write.content_hash), default=None)
-        if (NO_CODES if held is None else held.codes_hash) == served_hash:
-            is_ahead = held is not None and held.event_time > served_at
-            return "event_time_ahead" if is_ahead else "written_after"
-    if served_hash == NO_CODES:
+    seen = [write for write in writes if write.event_time <= answer.served_at]
+    shown = [write for write in seen if write.codes_hash == answer.codes_hash]
+    joined = [write.created for write in seen if write.codes_hash == offline_hash]
+    first_end = answer.served_at - lag
+    ends = {write.created for write in writes if first_end < write.created <= answer.served_at}
+    was_held = False
+    for end in sorted({first_end, *ends}):
+        held = _newest([*shown, *(write for write in writes if write.created <= end)])
+        if (NO_CODES if held is None else held.codes_hash) != answer.codes_hash:
+            continue
+        if held is not None and held.event_time > answer.served_at:
+            return "event_time_ahead"
+        if any(created > end for created in joined):
+            return "written_after"
+        was_held = True
+    if was_held:
+        return "not_joined"
+    if answer.codes_hash == NO_CODES:
         return "not_served"
-    return "other_row" if any(w.codes_hash == served_hash for w in writes) else "not_offline"
+    return "other_row" if any(w.codes_hash == answer.codes_hash for w in writes) else "not_offline"
+
+
+def _newest(writes: Sequence[_Write]) -> _Write | None:
+    """Return the row that an online store keeps of these."""
+    return max(writes, key=lambda write: (write.event_time, write.content_hash), default=None)
 
 
 def _joined(store: FeatureStore, view: str, served: pa.Table) -> pa.Table:
@@ -225,14 +251,18 @@ def _writes(log: CodeLog, view: str, item_ids: pa.Array) -> dict[int, list[_Writ
     return writes
 
 
-def _difference(answer: dict[str, object], offline_hash: str, reason: str) -> Difference:
-    served_at = answer[EVENT_TIMESTAMP]
-    assert isinstance(served_at, datetime)
+def _answers(served: pa.Table) -> list[Answer]:
+    names = (ITEM_ID, "codebook_version", EVENT_TIMESTAMP, "codes_hash")
+    columns = [served[name].to_pylist() for name in names]
+    return [Answer(*row) for row in zip(*columns, strict=True)]
+
+
+def _difference(answer: Answer, offline_hash: str, reason: str) -> Difference:
     return Difference(
-        item_id=int(str(answer[ITEM_ID])),
-        codebook_version=str(answer["codebook_version"]),
-        served_at=served_at.isoformat(),
-        served_hash=str(answer["codes_hash"]),
+        item_id=answer.item_id,
+        codebook_version=answer.codebook_version,
+        served_at=answer.served_at.isoformat(),
+        served_hash=answer.codes_hash,
         offline_hash=offline_hash,
         reason=reason,
     )

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from click.testing import CliRunner
 from feast import FeatureStore
 
-from qarm_feast.audit import AuditReport, _Write, audit, audit_command, explain
+from qarm_feast.audit import Answer, AuditReport, _Write, audit, audit_command, explain
 from qarm_feast.code_log import CodeLog
+from qarm_feast.compaction import Compactor
 from qarm_feast.errors import DataError
 from qarm_feast.feature_views import CodebookFacts, item_code_view
 from qarm_feast.offline_store import open_code_log
@@ -163,7 +165,7 @@ def test_an_answer_is_explained_as_a_store_that_is_watched_second_by_second(seed
     outcomes = set()
     for _ in range(300):
         writes = [
-            _Write(at(event), f"h{event}", at(created), code)
+            _Write(at(event), f"h{code}", at(created), code)
             for event, created, code in zip(
                 rng.integers(0, 12, 3).tolist(),
                 rng.integers(0, 12, 3).tolist(),
@@ -171,30 +173,42 @@ def test_an_answer_is_explained_as_a_store_that_is_watched_second_by_second(seed
                 strict=True,
             )
         ]
-        served, moment = str(rng.choice(["a", "b", ""])), int(rng.integers(2, 12))
+        served, offline = rng.permutation(["a", "b", ""])[:2].tolist()
+        moment = int(rng.integers(2, 12))
 
-        reason = explain(writes, served, at(moment), timedelta(seconds=2))
+        answer = Answer(1, "v1", at(moment), served)
+        reason = explain(answer, offline, writes, timedelta(seconds=2))
 
-        assert reason == _watched(writes, served, moment, 2)
+        assert reason == _watched(writes, served, offline, moment, 2)
         outcomes.add(reason)
     assert outcomes == {
         "written_after",
         "event_time_ahead",
+        "not_joined",
         "not_served",
         "other_row",
         "not_offline",
     }
 
 
-def _watched(writes: list[_Write], served: str, moment: int, lag: int) -> str:
+def _watched(writes: list[_Write], served: str, offline: str, moment: int, lag: int) -> str:
+    was_held = False
     for second in range(moment - lag, moment + 1):
-        held, ahead, newest = "", False, (at(-1), "")
+        held, ahead, newest, is_joined_later = "", False, (at(-1), ""), False
         for write in writes:
-            key = (write.event_time, write.content_hash)
-            if write.created <= at(second) and key > newest:
-                held, ahead, newest = write.codes_hash, write.event_time > at(moment), key
-        if held == served:
-            return "event_time_ahead" if ahead else "written_after"
+            key, is_seen = (write.event_time, write.content_hash), write.event_time <= at(moment)
+            was_there = write.created <= at(second)
+            is_joined_later |= not was_there and is_seen and write.codes_hash == offline
+            was_there |= is_seen and write.codes_hash == served
+            if was_there and key > newest:
+                held, ahead, newest = write.codes_hash, not is_seen, key
+        if held == served and ahead:
+            return "event_time_ahead"
+        if held == served and is_joined_later:
+            return "written_after"
+        was_held |= held == served
+    if was_held:
+        return "not_joined"
     if served == "":
         return "not_served"
     return "other_row" if served in [write.codes_hash for write in writes] else "not_offline"
@@ -207,6 +221,39 @@ def test_a_row_of_a_later_event_time_is_a_difference(repository: Repository) -> 
     repository.serve([1], moment=100)
 
     assert [d.reason for d in repository.audit().differences] == ["event_time_ahead"]
+
+
+def test_a_join_that_reads_another_log_is_a_difference(repository: Repository) -> None:
+    repository.write([(1, [3, 4])], event=0, created=0)
+    repository.write([(1, [3, 5])], event=50, created=50)
+    repository.serve([1], moment=100)
+    # offline_store.uri was changed without `feast apply`: joins go on with an old copy.
+    stale = repository.directory / "stale"
+    rows = repository.log.read("item_codes_v1", where=pc.field("content_hash") == "h0")
+    CodeLog(stale).append("item_codes_v1", rows)
+    repository.store.apply([item_code_view("v1", CodebookFacts("e1", 2, 1), str(stale))])
+
+    report = repository.audit()
+
+    assert report.counts == NEVER | {"differing": 1}
+    assert [(d.reason, d.served_hash, d.offline_hash) for d in report.differences] == [
+        ("not_joined", codes_hash([3, 5], [3]), codes_hash([3, 4], [3]))
+    ]
+
+
+def test_a_replay_whose_first_copy_was_compacted_away_is_no_difference(
+    repository: Repository,
+) -> None:
+    repository.write([(1, [3, 4])], event=0, created=0)
+    repository.write([(1, [3, 5])], event=50, created=50)
+    repository.serve([1], moment=100)
+    # The worker was killed before it committed: it begins with the row above, and is late with
+    # what came meanwhile.
+    repository.write([(1, [3, 5])], event=50, created=200)
+    repository.write([(1, [3, 6])], event=80, created=200)
+    Compactor(repository.log).compact(is_full=True)
+
+    assert repository.audit().counts == NEVER | {"written_after": 1}
 
 
 def test_a_replayed_row_and_answers_of_another_time_change_nothing(repository: Repository) -> None:
