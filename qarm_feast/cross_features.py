@@ -142,7 +142,8 @@ def _candidate_matrix(codes: Sequence[Sequence[int] | None]) -> Ints:
 
 
 def _has_codes(history_HL: Ints) -> npt.NDArray[np.bool_]:
-    has_codes_H: npt.NDArray[np.bool_] = history_HL[:, 0] != ABSENT_CODE
+    # Without levels (nobody knew how many, as no item was known) there are no codes either.
+    has_codes_H: npt.NDArray[np.bool_] = (history_HL[:, :1] != ABSENT_CODE).any(axis=1)
     return has_codes_H
 
 

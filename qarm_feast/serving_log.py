@@ -97,18 +97,20 @@ class ServingLog:
             is_taken_N = self._rng.random(len(codes.item_ids_N)) < self._config.sample_rate
             num_taken = int(is_taken_N.sum())
             has_room = self._num_buffered + num_taken <= self._config.max_buffered_rows
-            if num_taken and has_room:
+            # Within the lock: what comes before the closing is in the last part.
+            is_kept = has_room and not self._is_closing.is_set()
+            if num_taken and is_kept:
                 # Copies: the caller owns the arrays, and may write into them.
                 taken = ItemCodes(
                     codes.item_ids_N[is_taken_N], codes.vq_NV[is_taken_N], codes.rq_NL[is_taken_N]
                 )
                 self._samples.append(_Sample(codebook_version, taken, served_at))
                 self._num_buffered += num_taken
-        if num_taken and not has_room:
+        if num_taken and not is_kept:
             SERVING_LOG_ROWS.labels("dropped").inc(num_taken)
 
     def close(self) -> None:
-        """Write what is buffered and end the thread."""
+        """Write what is buffered and end the thread; answers offered later are dropped."""
         self._is_closing.set()
         self._writer.join()
 
@@ -127,7 +129,7 @@ class ServingLog:
         try:
             self._log.create(SERVED_CODE_LOG, SERVED_CODE_ROWS)
             self._log.append(SERVED_CODE_LOG, _table(samples, self._clock()))
-        except (DataError, OSError) as error:
+        except (DataError, pa.ArrowException, OSError) as error:
             SERVING_LOG_ROWS.labels("dropped").inc(num_rows)
             logger.error("serving_log_not_written rows=%d error=%r", num_rows, str(error))
             return
@@ -167,9 +169,10 @@ def codes_hash(rq_L: Sequence[int], vq_V: Sequence[int]) -> str:
 
     Returns:
         BLAKE2b of 16 bytes in hex, over the number of levels, the RQ codes and the VQ codes as
-        little-endian int64; ``NO_CODES`` where the first RQ code is ``ABSENT_CODE``.
+        little-endian int64; ``NO_CODES`` where the first RQ code is ``ABSENT_CODE``, or there is
+        none (the view does not tell how many an item has, and no item of the answer was known).
     """
-    if rq_L[0] == ABSENT_CODE:
+    if not len(rq_L) or rq_L[0] == ABSENT_CODE:
         return NO_CODES
     row = np.array([len(rq_L), *rq_L, *vq_V], dtype="<i8")
     return hashlib.blake2b(row.tobytes(), digest_size=_HASH_BYTES).hexdigest()

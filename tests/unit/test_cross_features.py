@@ -71,6 +71,14 @@ def test_codes_of_one_level_never_share_two() -> None:
     assert (found.counts_BP.tolist(), found.positions_BP.tolist()) == ([[2, 0]], [[0, -1]])
 
 
+def test_codes_of_no_level_match_nothing() -> None:
+    no_codes = np.empty((2, 0), np.int64)
+
+    found = cross_features(no_codes, no_codes, np.array([2, 0]))
+
+    assert found.dense_inputs().tolist() == [[0.0] * 6] * 2
+
+
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_without_history_or_rows_there_are_no_matches(num_rows: int) -> None:
     codes_BL, lengths_B = np.ones((num_rows, 2), np.int64), np.zeros(num_rows, np.int64)

@@ -12,6 +12,7 @@ import pytest
 
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import ItemCodes
+from qarm_feast.errors import DataError
 from qarm_feast.observability import SERVING_LOG_ROWS
 from qarm_feast.schema import SERVED_CODE_LOG
 from qarm_feast.serving_log import NO_CODES, ServingLog, ServingLogConfig, codes_hash
@@ -52,9 +53,13 @@ class BlockedLog:
         self.num_rows += len(table)
 
 
-class FullDisk(BlockedLog):
+class BrokenLog(BlockedLog):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
     def create(self, name: str, schema: pa.Schema) -> None:
-        raise OSError("no space left on device")
+        raise self.error
 
 
 def test_a_hash_is_blake2b_of_the_levels_and_the_codes() -> None:
@@ -126,15 +131,44 @@ def test_a_disk_that_hangs_holds_up_no_answer_and_the_buffer_stays_bounded() -> 
     assert log.num_rows == 13
 
 
-def test_a_full_disk_costs_the_rows_and_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [OSError("no space left"), pa.ArrowInvalid("bad"), DataError("")])
+def test_a_log_that_cannot_be_written_costs_the_rows_and_no_answer(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     before = dropped()
-    serving_log = make(FullDisk())
+    serving_log = make(BrokenLog(error))
 
     serving_log.offer("v1", answer(1, 2))
     serving_log.close()
 
     assert dropped() - before == 2
     assert "serving_log_not_written rows=2" in caplog.text
+
+
+def test_items_of_a_view_that_tells_no_width_are_logged_without_codes(tmp_path: Path) -> None:
+    log, before = CodeLog(tmp_path), dropped()
+    serving_log = make(log)
+    no_codes = np.empty((1, 0), dtype=np.int64)
+
+    serving_log.offer("v1", ItemCodes(np.array([9]), no_codes, no_codes))
+    serving_log.offer("v1", answer(5))
+    serving_log.close()
+
+    assert dropped() == before
+    assert log.read(SERVED_CODE_LOG)["codes_hash"].to_pylist() == [
+        NO_CODES,
+        codes_hash([5, 1], [5]),
+    ]
+
+
+def test_an_answer_after_closing_is_counted_as_dropped(tmp_path: Path) -> None:
+    log, before = CodeLog(tmp_path), dropped()
+    serving_log = make(log)
+    serving_log.close()
+
+    serving_log.offer("v1", answer(1, 2))
+
+    assert dropped() - before == 2
 
 
 def test_parts_are_written_while_answers_go_on(tmp_path: Path) -> None:
