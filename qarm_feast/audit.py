@@ -47,6 +47,8 @@ from qarm_feast.serving_log import NO_CODES, codes_hash
 OUTCOMES = ("equal", "taken_down", "unknown", "written_after", "differing", "unchecked")
 _ROW = "row_number"
 _ROWS_PER_JOIN = 500_000
+_MAX_HOURS = 10 * 366 * 24
+_MAX_LAG_SECONDS = 86_400.0
 _FEATURES = ("rq_code", "vq_code", "is_deleted")
 
 
@@ -273,14 +275,15 @@ def _difference(answer: Answer, offline_hash: str, reason: str) -> Difference:
 @log_level_option
 @click.option(
     "--hours",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=_MAX_HOURS),
     default=24.0,
     show_default=True,
-    help="How far back answers are compared.",
+    help="How far back answers are compared. Let regular audits overlap by more than "
+    "serving_log.flush_seconds: later answers may not be written yet.",
 )
 @click.option(
     "--lag-seconds",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=_MAX_LAG_SECONDS),
     default=60.0,
     show_default=True,
     help="How long a row may take from its writing offline until it is served.",

@@ -60,7 +60,23 @@ class CodeLogOfflineStoreConfig(FeastConfigBaseModel):
 
 
 def open_code_log(config: RepoConfig) -> CodeLog:
-    """Return the log that the repository's offline store reads, for those who write to it."""
+    """Return the log that the repository's offline store reads, for those who write to it.
+
+    Args:
+        config: The repository's configuration.
+
+    Returns:
+        The logs.
+
+    Raises:
+        ConfigError: If the offline store is another one.
+    """
+    if not isinstance(config.offline_store, CodeLogOfflineStoreConfig):
+        raise ConfigError(
+            f"{config.repo_path}/feature_store.yaml has offline_store.type "
+            f"{config.offline_store.type!r}, which keeps no code log; set it to "
+            f"{CodeLogOfflineStoreConfig().type}"
+        )
     return CodeLog(FileSource.get_uri_for_file_path(config.repo_path, config.offline_store.uri))
 
 

@@ -300,6 +300,18 @@ def test_without_differences_the_command_succeeds(repository: Repository) -> Non
     assert json.loads(ran.stdout) == NEVER | {"equal": 1}
 
 
+@pytest.mark.parametrize("option", ["--hours", "--lag-seconds"])
+def test_a_time_that_no_date_can_hold_is_refused_as_a_usage_error(
+    repository: Repository, option: str
+) -> None:
+    config_path = str(repository.directory / "qarm.yaml")
+
+    ran = CliRunner().invoke(audit_command, ["--config", config_path, option, "1e15"])
+
+    assert ran.exit_code == 2
+    assert option in ran.stderr
+
+
 def test_without_a_serving_log_the_audit_says_how_to_get_one(repository: Repository) -> None:
     with pytest.raises(DataError, match=r"set serving_log\.sample_rate"):
         repository.audit()

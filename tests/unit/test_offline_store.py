@@ -532,3 +532,19 @@ def test_the_store_reads_the_log_below_a_push_source(store: FeatureStore) -> Non
 def test_the_log_holds_what_the_repository_names_relative_to_itself(store: FeatureStore) -> None:
     assert isinstance(open_code_log(store.config), CodeLog)
     assert open_code_log(store.config).root == Path(store.config.repo_path) / "data" / "offline"
+
+
+def test_the_log_of_a_repository_with_another_offline_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "feature_store.yaml").write_text(
+        "project: test\n"
+        "provider: local\n"
+        "registry: data/registry.db\n"
+        "offline_store: {type: duckdb}\n"
+        "entity_key_serialization_version: 3\n"
+    )
+    config = open_feature_store(tmp_path).config
+
+    with pytest.raises(
+        ConfigError, match="'duckdb', which keeps no code log; set it to qarm_feast"
+    ):
+        open_code_log(config)
