@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -135,7 +134,7 @@ def backfill_codes(
         ServiceUnavailableError: If a store does not answer, or another backfill is at work.
     """
     path = str(Path(config_path).resolve())
-    job = BackfillJob(path, codebook_version, datetime.now(UTC))
+    job = BackfillJob(path, codebook_version)
     backfill = _Backfill(job, up_to or {})
     with backfill.lock():
         return backfill.run(_open_engine(engine, job))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,10 @@ from qarm_feast.schema import (
     CODE_ROWS,
     CONTENT_LOG_ROWS,
     CONTENT_TEXT_COLUMNS,
+    CREATED,
     EVENT_TIMESTAMP,
     ITEM_ID,
+    TIMESTAMP,
     code_view_name,
 )
 
@@ -69,11 +71,10 @@ _ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class BackfillJob:
-    """What every piece has in common; ``created`` is when the rows are written, aware UTC."""
+    """What every piece has in common."""
 
     config_path: str
     codebook_version: str
-    created: datetime
 
 
 @dataclass
@@ -150,17 +151,21 @@ class PieceWriter:
 
     Args:
         job: What to write.
+        clock: Aware time of a row's writing.
 
     Raises:
         CodebookError: If the codebook is not there or damaged.
         ConfigError: If ``feast apply`` has not run.
     """
 
-    def __init__(self, job: BackfillJob) -> None:
+    def __init__(
+        self, job: BackfillJob, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         feature_store = open_feature_store(Path(job.config_path).resolve().parent)
         uri = load_section(job.config_path, "codebook", CodebookConfig).uri
         placement = load_section(job.config_path, "quantizer", QuantizerConfig).placement
         self._job = job
+        self._clock = clock
         self._view = code_view_name(job.codebook_version)
         self._log = open_code_log(feature_store.config)
         self._online = FeastOnlineTables(feature_store)
@@ -215,6 +220,9 @@ class PieceWriter:
             counts.num_refused[refusal.reason] += refusal.count
         codes = pa.concat_tables([CODE_ROWS.empty_table(), *tables])
         if codes.num_rows:
+            # Now, not at the start: encoding may have taken minutes, in which nobody was served
+            # these rows, and `qarm audit` goes by it.
+            codes = _created_at(codes, self._clock())
             self._log.append(self._view, codes)
             # Only then: what is online can be materialized again from the log, never back.
             counts.num_online_changes = self._online.write(self._view, newest_per_item(codes))
@@ -224,7 +232,7 @@ class PieceWriter:
         self, rows: pa.Table, encoded: EncodedItems, counts: BackfillCounts
     ) -> list[pa.Table]:
         """Return the rows of uploads and of takedowns, and count them."""
-        version, created = self._job.codebook_version, self._job.created
+        version, created = self._job.codebook_version, self._clock()
         takedowns = rows.filter(rows[_IS_DELETED])
         uploads = rows.take(pa.array(encoded.positions_N))
         is_own = pc.equal(uploads[_ENCODER_VERSION], encoded.encoder_version)
@@ -269,6 +277,11 @@ class PieceWriter:
             with _naming_the_need(self._job):
                 self._encoder = load_encoder(self._encoder_uri, version)
         return self._encoder
+
+
+def _created_at(codes: pa.Table, created: datetime) -> pa.Table:
+    times = pa.repeat(pa.scalar(created, TIMESTAMP), codes.num_rows)
+    return codes.set_column(codes.column_names.index(CREATED), codes.schema.field(CREATED), times)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,27 @@ def test_parts_that_a_compaction_takes_away_during_a_backfill_are_read_where_the
     backfill_codes(stream.repo.config_path, "v2")
 
     assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_row_is_created_when_its_piece_is_written_not_when_the_backfill_began(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _log_three_parts(stream)
+    write, starts = PieceWriter.write, []
+
+    def write_and_note(writer: PieceWriter, piece: backfill_writer.Piece) -> object:
+        starts.append(datetime.now(UTC))
+        return write(writer, piece)
+
+    monkeypatch.setattr(PieceWriter, "write", write_and_note)
+
+    backfill_codes(stream.repo.config_path, "v2")
+
+    created = sorted(set(code_log(stream.repo).read(VIEW)["created"].to_pylist()))
+    assert len(created) == len(starts) == 3
+    assert all(start <= time for start, time in zip(starts, created, strict=True))
+    assert all(time <= start for start, time in zip(starts[1:], created, strict=False))
 
 
 def test_progress_of_rows_that_are_gone_does_not_count(stream: LoggedStream) -> None:
