@@ -135,13 +135,16 @@ class CodeReader:
             Codes and history.
 
         Raises:
+            ConfigError: If a view was not applied.
             DataError: If the ids are no integers, or a stored row has a wrong number of codes.
             ServiceUnavailableError: If the store does not answer.
         """
         user = np.array([user_id], dtype=np.int64)
         recent_1H, times_1H, lengths = self.read_recent_items(user, history_length)
         recent_H, times_H = recent_1H[0, : lengths[0]], times_1H[0, : lengths[0]]
-        codes, present_N = self.read_codes(np.concatenate([item_ids_B, recent_H]))
+        # An empty array is float64 unless one says otherwise, and would make the items so.
+        candidates_B = item_ids_B if len(item_ids_B) else np.empty(0, dtype=np.int64)
+        codes, present_N = self.read_codes(np.concatenate([candidates_B, recent_H]))
         num_candidates = len(item_ids_B)
         return ScoringInputs(
             candidates=_part(codes, slice(num_candidates)),

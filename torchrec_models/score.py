@@ -124,12 +124,15 @@ class OnlineScorer:
 
         Args:
             user_id: The user.
-            item_ids: Candidates.
+            item_ids: Candidates; there may be none.
             now: Time of the request, aware.
 
         Returns:
             Task name to float32 probabilities.
         """
+        if not len(item_ids):
+            # TorchRec pools no batch without rows.
+            return {name: np.empty(0, dtype=np.float32) for name in self.task_names}
         batch = self.batch(user_id, np.asarray(item_ids, dtype=np.int64), now)
         with torch.inference_mode():
             logits_BT = self._ranker(batch.sparse_features, batch.dense_features)

@@ -133,6 +133,16 @@ def test_a_user_without_history_and_a_request_without_candidates_are_served(
     assert (nothing.candidates.rq_NL.shape, len(nothing.has_codes_B)) == ((0, 2), 0)
 
 
+def test_an_empty_array_of_candidates_may_have_any_type(online: Online, reader: CodeReader) -> None:
+    online.write(code_view(), code_rows([(2, 1, "a", [20, 21])]))
+    online.write(recent_view(), recent_rows([(7, [(3, 2)])]))
+
+    read = reader.read_scoring_inputs(7, np.array([]), 2)
+
+    assert read.candidates.rq_NL.shape == (0, 2)
+    assert read.history.rq_NL.tolist() == [[20, 21]]
+
+
 def test_reads_off_the_event_loop_run_side_by_side_and_give_the_same(
     online: Online, reader: CodeReader
 ) -> None:

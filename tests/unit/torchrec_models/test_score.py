@@ -167,6 +167,18 @@ def test_cross_features_are_served_as_they_were_trained(
     assert np.isfinite(scores["like"]).all()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "cross_checkpoint"])
+def test_no_candidates_have_no_scores(
+    inputs: TrainInputs, name: str, request: pytest.FixtureRequest
+) -> None:
+    reader = _reader(inputs)
+    scorer = OnlineScorer(request.getfixturevalue(name), reader)
+
+    scores = scorer.score(reader.rows[0]["user_id"], [], NOW)
+
+    assert {task: len(values) for task, values in scores.items()} == {"like": 0, "love": 0}
+
+
 def test_a_checkpoint_with_cross_features_fits_no_ranker_without_them(
     cross_checkpoint: Checkpoint,
 ) -> None:
