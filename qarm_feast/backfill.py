@@ -208,6 +208,7 @@ class _Backfill:
         """
         self._progress = BackfillProgress(self._log.root, self._job.codebook_version)
         if not self._log.exists(self._view):
+            # Before there is a log again: killed in between, nothing else tells that it was gone.
             self._progress.forget()
         self._log.create(self._view, CODE_ROWS)
         self._fill_from_log(engine)
@@ -222,16 +223,17 @@ class _Backfill:
         progress = self._progress
         known = progress.done if progress.is_finished else frozenset()
         survey = Survey(self._log, encoder_version, known)
-        parts = survey.parts()
-        wanted = self._wanted(parts)
+        wanted = self._wanted(survey.parts())
         for _ in range(MAX_LISTINGS):
+            # Listed anew: a scan may miss a part that is written meanwhile, and show the next one,
+            # whose offsets are noted as the end. What lies before it is there by now.
+            parts = survey.parts()
+            # A source that is new since the first look has nothing that is wanted.
+            wanted = {s: Offsets(0, 0) for part in parts for s in part.offsets} | wanted
             left_out = self._run(engine, cut_log(parts, wanted, progress.done), "log")
             if left_out is None:
                 break
             survey.left_out |= left_out
-            parts = survey.parts()
-            # A source that is new since the first look has nothing that is wanted.
-            wanted = {s: Offsets(0, 0) for part in parts for s in part.offsets} | wanted
         else:
             raise DataError(
                 f"parts of {self._log.root / CONTENT_LOG} vanished {MAX_LISTINGS} times while they "

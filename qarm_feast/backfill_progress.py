@@ -63,6 +63,7 @@ class BackfillProgress:
     def forget(self) -> None:
         """Begin anew: the rows that were written are not there any more."""
         self._content = _Content(codebook_version=self._content.codebook_version)
+        self._write()
 
     def add(self, names: tuple[str, ...]) -> None:
         """Note that pieces are in both stores."""

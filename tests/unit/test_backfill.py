@@ -20,6 +20,7 @@ from qarm_feast.alignment.encoder import AlignmentHead, EncoderManifest, ItemEnc
 from qarm_feast.backfill import backfill_codes
 from qarm_feast.backfill_progress import progress_path
 from qarm_feast.backfill_writer import BackfillCounts, PieceWriter
+from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_cli import codebook_group
 from qarm_feast.compaction import CompactionRules, Compactor
@@ -286,6 +287,46 @@ def test_progress_of_rows_that_are_gone_does_not_count(stream: LoggedStream) -> 
     backfill_codes(stream.repo.config_path, "v2")
     shutil.rmtree(code_log(stream.repo).root / VIEW)
 
+    backfill_codes(stream.repo.config_path, "v2")
+
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_progress_of_rows_that_are_gone_does_not_count_after_a_kill_either(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream.log(upload(1))
+    backfill_codes(stream.repo.config_path, "v2")
+    shutil.rmtree(code_log(stream.repo).root / VIEW)
+
+    def kill(writer: PieceWriter, piece: backfill_writer.Piece) -> object:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PieceWriter, "write", kill)
+        with pytest.raises(KilledError):
+            backfill_codes(stream.repo.config_path, "v2")
+    backfill_codes(stream.repo.config_path, "v2")
+
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_a_part_that_a_listing_missed_while_it_was_written_is_filled_nevertheless(
+    stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan of a folder may show the second of two parts that are written meanwhile only."""
+    missed = str(stream.log(upload(1)))
+    stream.log(upload(2))
+    row_parts, listings = CodeLog.row_parts, []
+
+    def miss_once(log: CodeLog, name: str) -> list[str]:
+        listings.append(name)
+        found = row_parts(log, name)
+        return [path for path in found if path != missed] if len(listings) == 1 else found
+
+    monkeypatch.setattr(CodeLog, "row_parts", miss_once)
+
+    backfill_codes(stream.repo.config_path, "v2")
     backfill_codes(stream.repo.config_path, "v2")
 
     assert offline_rows(stream.repo, "v2") == stream.rows("v2")
