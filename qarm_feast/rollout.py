@@ -9,7 +9,8 @@
    offsets would hide what was stored without it in between.
 4. The owner of each partition acknowledges the version, with the first offset written in it. These
    offsets are kept: what lies before them is the backfill's, and any later owner writes on.
-5. The backfill fills up what lies before them.
+5. The backfill fills up what lies before them; partitions that the topic got meanwhile have to be
+   acknowledged and filled up, too.
 6. A sample of the old view is held against the new one.
 7. The version becomes the default, the old one live.
 8. The old version is retired: from here on there is no way back to it.
@@ -143,7 +144,6 @@ class Rollout:
             self._check_unchanged(record)
             self._check_view(version)
             self._make_live(record)
-            record = self._await_owners(record)
             record = self._fill_up(record)
             record = self._compare(record)
             # A backfill may take hours in which somebody made another version the default.
@@ -418,12 +418,16 @@ class Rollout:
             self._patience.sleep(_POLL_SECONDS)
 
     def _fill_up(self, record: RolloutRecord) -> RolloutRecord:
-        if record.backfill is not None:
-            return record
-        up_to = {(topic, partition): offset for topic, partition, offset in record.first_offsets}
-        counts = self._parts.backfill(record.version, up_to)
-        logger.info("rollout_backfilled version=%s counts=%s", record.version, counts)
-        return self._store(record.model_copy(update={"backfill": str(counts)}))
+        """Fill up to where the owners began, again if the topic has got more partitions by then."""
+        while record.backfill is None:
+            record = self._await_owners(record)
+            up_to = {(topic, number): offset for topic, number, offset in record.first_offsets}
+            counts = self._parts.backfill(record.version, up_to)
+            logger.info("rollout_backfilled version=%s counts=%s", record.version, counts)
+            is_all = self._parts.first_offsets(record.version).keys() <= up_to.keys()
+            update = {"backfill": str(counts)} if is_all else {"first_offsets": ()}
+            record = self._store(record.model_copy(update=update))
+        return record
 
     def _compare(self, record: RolloutRecord) -> RolloutRecord:
         if record.verification is not None:

@@ -141,11 +141,11 @@ class RolloutView:
         if record.phase is Phase.UNDONE:
             return f"`qarm rollout start --codebook-version {version}` begins anew"
         if record.phase is Phase.FINISHED:
-            is_left = self._parts.has_view(previous)
+            is_gone = self._looked_for(previous) is StepState.OPEN
             drop = f"`feast apply`, which drops {code_view_name(previous)}"
-            return drop if is_left else "nothing is left to do"
+            return "nothing is left to do" if is_gone else drop
         states = self._registry.states()
-        if not self._parts.has_view(version):
+        if self._looked_for(version) is StepState.OPEN:
             return f"`feast apply`, then `qarm rollout start --codebook-version {version}`"
         if states.get(version) is not VersionState.DEFAULT or record.verification is None:
             return f"`qarm rollout start --codebook-version {version}`"
@@ -204,7 +204,14 @@ class RolloutView:
 
     def _view_step(self, name: str, version: str, *, is_wanted: bool) -> Step:
         text = f"`feast apply` {'declares' if is_wanted else 'drops'} {code_view_name(version)}"
-        return Step(name, _done(self._parts.has_view(version) is is_wanted), text)
+        try:
+            return Step(name, _done(self._parts.has_view(version) is is_wanted), text)
+        except QarmError as error:
+            return Step(name, StepState.UNKNOWN, f"{text}: {error}")
+
+    def _looked_for(self, version: str) -> StepState:
+        """Return whether a version's view is declared; unknown while the store is away."""
+        return self._view_step("declare", version, is_wanted=True).state
 
     def _acknowledgement_step(self, record: RolloutRecord) -> Step:
         name, version = "acknowledge", record.version

@@ -59,6 +59,7 @@ class World:
     encoders: set[str] = field(default_factory=set)
     workers_run: bool = True
     is_broker_down: bool = False
+    is_store_down: bool = False
     num_events: int = 5
     told: dict[str, int] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)
@@ -80,6 +81,11 @@ class World:
             self.rows.setdefault(version, set()).add(self.num_events)
         self.num_events += 1
 
+    def has_view(self, version: str) -> bool:
+        if self.is_store_down:
+            raise ServiceUnavailableError("no store answers")
+        return version in self.views
+
     def first_offsets(self, version: str) -> dict[tuple[str, int], int | None]:
         if self.is_broker_down:
             raise ServiceUnavailableError("no broker answers")
@@ -95,7 +101,7 @@ class World:
 
     def rollout(self, wait_seconds: float = 5.0) -> Rollout:
         parts = RolloutParts(
-            has_view=lambda version: version in self.views,
+            has_view=self.has_view,
             first_offsets=self.first_offsets,
             has_encoder=lambda version: version in self.encoders,
             backfill=self.backfill,
@@ -637,6 +643,50 @@ def test_the_status_answers_while_the_broker_does_not(world: World) -> None:
     assert _step_states(status)["acknowledge"] == "unknown"
     assert _detail(status, "acknowledge") == "no broker answers"
     assert status.next_step == "`qarm rollout start --codebook-version v2`"
+
+
+@pytest.mark.parametrize(
+    ("is_finished", "next_step"),
+    [
+        (False, "`qarm rollout start --codebook-version v2`"),
+        (True, "`feast apply`, which drops item_codes_v1"),
+    ],
+)
+def test_the_status_answers_while_the_online_store_does_not(
+    world: World, is_finished: bool, next_step: str
+) -> None:
+    if is_finished:
+        _walk(world)
+        world.views.discard("v1")
+    else:
+        world.workers_run = False
+        with pytest.raises(ServiceUnavailableError):
+            world.rollout().start("v2")
+    world.is_store_down = True
+
+    status = world.rollout().status()
+
+    assert _step_states(status)["declare"] == "unknown"
+    assert "no store answers" in _detail(status, "declare")
+    assert status.next_step == next_step
+
+
+def test_a_partition_that_is_added_during_the_backfill_is_acknowledged_and_filled_up_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_offsets, added = world.first_offsets, ("items", 2)
+
+    def told(version: str) -> dict[tuple[str, int], int | None]:
+        offsets = first_offsets(version)
+        return offsets | {added: offsets["items", 1]} if world.backfills else offsets
+
+    monkeypatch.setattr(world, "first_offsets", told)
+
+    status = world.rollout().start("v2")
+
+    assert [added in up_to for _, up_to in world.backfills] == [False, True]
+    assert "items 2 from" in _detail(status, "acknowledge")
+    assert _detail(status, "backfill") == "3 partitions"
 
 
 def test_a_damaged_record_is_told_with_what_to_do(world: World) -> None:
