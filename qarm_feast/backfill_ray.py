@@ -110,7 +110,8 @@ def _running(ray: "ModuleType") -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+    # Without an address Ray would join what somebody else has started on this machine.
+    ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **local)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield

@@ -56,6 +56,13 @@ def test_ray_writes_the_same_rows_bit_for_bit_and_ends_with_the_command(
 ) -> None:
     monkeypatch.setattr(backfill_parts, "SMALL_PARTS_BYTES", 1)
     options = ["--config", str(stream.repo.config_path), "--codebook-version", "v2"]
+    init, addresses = ray.init, []
+
+    def note_address(address: str | None, **others: object) -> object:
+        addresses.append(address)
+        return init(address=address, **others)
+
+    monkeypatch.setattr(ray, "init", note_address)
 
     result = CliRunner().invoke(
         codebook_group, ["backfill", *options, "--engine", "ray"], catch_exceptions=False
@@ -66,6 +73,7 @@ def test_ray_writes_the_same_rows_bit_for_bit_and_ends_with_the_command(
     assert offline_rows(stream.repo, "v2") == stream.rows("v2")
     assert online_codes(stream.repo, "v2", 1, 2, 3, 4) == newest(stream.rows("v2"))
     assert again.num_pieces == 0
+    assert addresses == ["local"]
     assert not ray.is_initialized()
 
 
