@@ -239,9 +239,9 @@ class _Backfill:
                 f"parts of {self._log.root / CONTENT_LOG} vanished {MAX_LISTINGS} times while they "
                 "were read; raise compaction.grace_seconds, then run the backfill again"
             )
-        self._counts.num_damaged_parts = len(survey.left_out)
+        self._counts.num_damaged_parts = len(survey.unread())
         # A damaged part may be mended and come back: its offsets are not done.
-        if not survey.left_out:
+        if not self._counts.num_damaged_parts:
             progress.finish(wanted, survey.listed_names())
 
     def _wanted(self, parts: Sequence[PartFacts]) -> dict[Source, Offsets]:

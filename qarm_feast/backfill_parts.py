@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 from qarm_feast.code_log import CodeLog, left_out_after
 from qarm_feast.errors import DataError
 from qarm_feast.log_parts import (
+    QUARANTINE_PREFIX,
     DamagedPartError,
     is_stream,
+    list_quarantined,
     read_parts,
     read_row_group,
     unpacked_bytes,
@@ -118,7 +120,7 @@ class Survey:
 
     def __init__(self, log: CodeLog, encoder_version: str, done: frozenset[str]) -> None:
         self.left_out: set[str] = set()
-        """Damaged parts."""
+        """Damaged parts, and some that are gone."""
         self._log = log
         self._encoder_version = encoder_version
         self._done = {name.partition("#")[0] for name in done}
@@ -147,6 +149,20 @@ class Survey:
     def listed_names(self) -> frozenset[str]:
         """Return the names of all parts that are there."""
         return frozenset(map(self._name, self._log.row_parts(CONTENT_LOG)))
+
+    def unread(self) -> set[str]:
+        """Return the damaged parts: those left out, and those that somebody put into quarantine.
+
+        Returns:
+            Paths under which they may come back mended; one that has done so is none of them.
+        """
+        listed = set(self._log.row_parts(CONTENT_LOG))
+        aside = list_quarantined(self._log.root / CONTENT_LOG)
+        places = {
+            str(path.with_name(path.name.removeprefix(QUARANTINE_PREFIX)))
+            for path in map(Path, aside)
+        }
+        return (self.left_out & listed) | (places - listed)
 
     def _is_open(self, path: str) -> bool:
         return path not in self.left_out and self._name(path) not in self._done

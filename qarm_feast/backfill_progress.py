@@ -80,6 +80,9 @@ class BackfillProgress:
         """
         ends = self._content.ends
         for (topic, partition), wanted in offsets.items():
+            if partition < 0:
+                # Rows of no known source have no order: what is done of them, names alone tell.
+                continue
             text = f"{topic}:{partition}"
             ends[text] = max(ends.get(text, 0), wanted.end)
         names = self._content.done

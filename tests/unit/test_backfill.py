@@ -185,6 +185,22 @@ def test_up_to_is_exclusive_and_a_source_that_it_does_not_name_is_read_to_its_en
     assert offline_rows(stream.repo, "v2") == stream.rows("v2")
 
 
+def test_rows_of_unknown_source_are_filled_whenever_they_are_logged(stream: LoggedStream) -> None:
+    """A part that no worker has written, like one of an import, names no topic."""
+    log = code_log(stream.repo)
+    for number in (1, 2):
+        part = stream.log(upload(number))
+        rows = log.read(CONTENT_LOG, where=pc.field("item_id") == number)
+        for name in ("topic", "partition", "offset"):
+            place = rows.schema.get_field_index(name)
+            rows = rows.set_column(place, name, pa.nulls(rows.num_rows, rows.schema.types[place]))
+        part.unlink()
+        log.append(CONTENT_LOG, rows, written_at=WRITTEN)
+        backfill_codes(stream.repo.config_path, "v2")
+
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
 def test_a_finished_backfill_writes_nothing_again_and_loads_no_codebook(
     stream: LoggedStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +364,24 @@ def test_a_damaged_part_is_quarantined_the_rest_is_filled_and_a_mended_one_is_fi
     assert counts.num_damaged_parts == 1
     assert filled == [1]
     assert (part.parent / f".quarantined-{part.name}").is_file()
+    assert offline_rows(stream.repo, "v2") == stream.rows("v2")
+
+
+def test_a_part_that_was_put_into_quarantine_before_a_backfill_is_told_and_filled_later(
+    stream: LoggedStream,
+) -> None:
+    part = stream.log(upload(1))
+    stream.log(upload(2))
+    part.rename(part.parent / f".quarantined-{part.name}")
+
+    counts = backfill_codes(stream.repo.config_path, "v2")
+    (part.parent / f".quarantined-{part.name}").rename(part)
+    mended = backfill_codes(stream.repo.config_path, "v2")
+    again = backfill_codes(stream.repo.config_path, "v2")
+
+    assert counts.num_damaged_parts == 1
+    assert mended.num_damaged_parts == 0
+    assert again == BackfillCounts()
     assert offline_rows(stream.repo, "v2") == stream.rows("v2")
 
 
