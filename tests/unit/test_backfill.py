@@ -448,6 +448,27 @@ def test_catalogue_items_get_a_row_at_their_upload_unless_an_event_of_that_time_
     assert counts.num_refused == {"encoder_mismatch": 1}
 
 
+def test_an_item_of_the_catalogue_that_was_taken_down_stays_away(
+    repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its upload is written offline, where joins as of that time find it."""
+    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    streamed = LoggedStream(repo, {"v3": _codebook(repo, "v3")})
+    streamed.log(takedown(1, minute=7), takedown(2, minute=7))
+    [codes] = streamed.codes["v3"]
+    write_online(repo, "v3", codes.slice(1))
+    write_catalogue(repo, item_id=[1, 2, 3], title=["mug", "cup", "jar"])
+
+    # The takedown of item 2 is left to the worker, which has written it by now.
+    backfill_codes(repo.config_path, "v3", up_to={(TOPIC, 0): 1})
+
+    written = sorted((item, time) for item, time, _ in offline_rows(repo, "v3"))
+    assert written == [(1, START), (1, START + 7 * 60_000_000), (2, START), (3, START)]
+    codes_of = online_codes(repo, "v3", 1, 2, 3)
+    assert (codes_of[1], codes_of[2]) == (None, None)
+    assert codes_of[3] is not None
+
+
 def test_catalogue_rows_are_those_that_the_stream_makes_of_the_same_content(
     repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
