@@ -284,6 +284,9 @@ class Rollout:
         record = self.record()
         if record is None or record.phase in (Phase.UNDONE, Phase.FINISHED):
             return None
+        if record.phase is Phase.UNDOING and self._view.is_past_return(record):
+            # Somebody retired the old version half way back: this one is over, too.
+            return None
         self._check_not_undoing(record)
         if record.version != version:
             raise CodebookError(
@@ -350,10 +353,8 @@ class Rollout:
             raise CodebookError(f"{fault}; run `qarm rollout undo`")
 
     def _check_way_back(self, record: RolloutRecord) -> None:
-        states = self._registry.states()
-        old, new = states[record.previous], states.get(record.version)
-        is_too_late = old in GONE and new is VersionState.DEFAULT
-        if is_too_late or record.phase is Phase.FINISHED:
+        if self._view.is_past_return(record) or record.phase is Phase.FINISHED:
+            old = self._registry.states()[record.previous]
             raise CodebookError(
                 f"{record.previous!r} is {old.value}, nothing has written its rows since, so "
                 f"{record.version!r} cannot be undone any more; run `qarm codebook train "

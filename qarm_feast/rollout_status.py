@@ -137,7 +137,8 @@ class RolloutView:
         """Return what the user does next: a command, or what lies before it."""
         version, previous = record.version, record.previous
         if record.phase is Phase.UNDOING:
-            return "`qarm rollout undo`"
+            other = "`qarm rollout start --codebook-version VERSION` with another one"
+            return other if self.is_past_return(record) else "`qarm rollout undo`"
         if record.phase is Phase.UNDONE:
             return f"`qarm rollout start --codebook-version {version}` begins anew"
         if record.phase is Phase.FINISHED:
@@ -156,6 +157,12 @@ class RolloutView:
             f"switch services to {self._parts.service_name(version)}, let those of {previous} "
             "drain; then `qarm rollout finish`, or back with `qarm rollout undo`"
         )
+
+    def is_past_return(self, record: RolloutRecord) -> bool:
+        """Return whether the old version is gone and the new one the default: nothing to undo."""
+        states = self._registry.states()
+        is_default = states.get(record.version) is VersionState.DEFAULT
+        return is_default and states.get(record.previous) in GONE
 
     def outside_change(self, record: RolloutRecord) -> str | None:
         """Return what somebody did to the states that no step of this rollout does."""

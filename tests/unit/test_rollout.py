@@ -353,6 +353,27 @@ def test_an_undo_that_is_killed_anywhere_goes_on_and_nothing_else_does(
     assert "begins anew" in world.rollout().status().next_step
 
 
+def test_a_killed_undo_whose_old_version_somebody_retired_leaves_the_way_to_another_version(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _plant(Path(world.uri), "v3")
+    world.views.add("v3")
+    world.rollout().start("v2")
+    with monkeypatch.context() as patch:
+        _watch(world, _Kill(0, is_after=True), patch)
+        with pytest.raises(Killed):
+            world.rollout().undo()
+    world.registry.set_state("v1", VersionState.RETIRED)
+
+    halfway = world.rollout().status()
+    with pytest.raises(CodebookError, match="cannot be undone any more"):
+        world.rollout().undo()
+    world.rollout().start("v3")
+
+    assert halfway.next_step == "`qarm rollout start --codebook-version VERSION` with another one"
+    assert world.states() == {"v1": "retired", "v2": "live", "v3": "default"}
+
+
 def test_after_an_undo_the_rows_that_were_not_written_meanwhile_are_filled_up(
     world: World,
 ) -> None:
