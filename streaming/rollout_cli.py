@@ -14,6 +14,7 @@ import click
 
 from qarm_feast.command import config_option, log_level_option, start_logging
 from qarm_feast.config import load_section
+from qarm_feast.errors import DataError
 
 if TYPE_CHECKING:
     from qarm_feast.rollout import Rollout
@@ -209,7 +210,16 @@ def open_parts(config_path: str, engine: Engine = "local") -> "RolloutParts":
     def backfill(version: str, up_to: "Mapping[Partition, int]") -> object:
         from qarm_feast.backfill import backfill_codes
 
-        return backfill_codes(config_path, version, up_to=up_to, engine=engine)
+        counts = backfill_codes(config_path, version, up_to=up_to, engine=engine)
+        if counts.num_damaged_parts:
+            # A takedown in it would be missed, and its item come back with the catalogue.
+            raise DataError(
+                f"{counts.num_damaged_parts} damaged parts of the content log were left out of the "
+                f"backfill of {version!r}; `qarm offline status` lists those in quarantine: mend "
+                "and move them back, or delete them, then run "
+                f"`qarm rollout start --codebook-version {version}`"
+            )
+        return counts
 
     def verify(version: str, previous: str) -> "Comparison":
         from qarm_feast.rollout_sample import compare_versions

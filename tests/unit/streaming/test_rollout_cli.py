@@ -7,8 +7,9 @@ import pytest
 from click.testing import CliRunner
 from kafka.structs import TopicPartition
 
+from qarm_feast.backfill_writer import BackfillCounts
 from qarm_feast.cli import qarm
-from qarm_feast.errors import CodebookError, CodebookNotFoundError, ConfigError
+from qarm_feast.errors import CodebookError, CodebookNotFoundError, ConfigError, DataError
 from qarm_feast.registry import VersionState
 from streaming.acknowledgements import Acknowledgement
 from streaming.config import StreamConfig
@@ -39,9 +40,11 @@ def backfills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, UpTo, str
     """What the backfill was called with."""
     calls: list[tuple[str, str, UpTo, str]] = []
 
-    def backfill_codes(config_path: str, version: str, *, up_to: UpTo, engine: str) -> str:
+    def backfill_codes(
+        config_path: str, version: str, *, up_to: UpTo, engine: str
+    ) -> BackfillCounts:
         calls.append((config_path, version, up_to, engine))
-        return "no rows"
+        return BackfillCounts()
 
     monkeypatch.setattr("qarm_feast.backfill.backfill_codes", backfill_codes)
     return calls
@@ -87,6 +90,23 @@ def test_the_commands_walk_a_version_to_the_default_and_retire_the_old_one(
     assert states_before == {"v1": VersionState.LIVE, "v2": VersionState.DEFAULT}
     assert finished[-1] == "next: `feast apply`, which drops item_codes_v1"
     assert repo.registry.states() == {"v1": VersionState.RETIRED, "v2": VersionState.DEFAULT}
+
+
+def test_damaged_parts_of_the_content_log_hold_the_default_up(
+    repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([BackfillCounts(num_damaged_parts=2), BackfillCounts()])
+    monkeypatch.setattr(
+        "qarm_feast.backfill.backfill_codes", lambda *arguments, **options: next(found)
+    )
+
+    with pytest.raises(DataError, match=r"2 damaged parts .* `qarm offline status`"):
+        _run(repo, "start", "--codebook-version", "v2")
+    states_meanwhile = repo.registry.states()
+    mended = _run(repo, "start", "--codebook-version", "v2")
+
+    assert states_meanwhile == {"v1": VersionState.DEFAULT, "v2": VersionState.LIVE}
+    assert _is_done(mended, "default")
 
 
 def test_an_undone_rollout_says_how_it_begins_anew(
