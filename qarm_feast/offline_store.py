@@ -45,6 +45,8 @@ from qarm_feast.source_rows import FeatureRows, RecentItemLists, SourceRows, Tim
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_FIRST_SHARED_FLOAT = 2**53
+"""From here on several integers are one float64."""
 _NUMBER_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
 
 # Feast imports this module before it opens the registry of a repository that names our store.
@@ -292,7 +294,7 @@ class CodeLogOfflineStore(OfflineStore):
         if not log.exists(path.name) and _kind(source) == view_tags.ITEM_CODES_KIND:
             log.create(path.name, CODE_ROWS)
         if not log.exists(path.name) and _holds_parquet(path):
-            _add_to_parquet(path, table)
+            _add_to_parquet(path.resolve(), table)
         else:
             log.append(path.name, table)
         if progress is not None:
@@ -466,6 +468,19 @@ def _check_ids(keys: pa.Table, key_schema: pa.Schema) -> None:
                 f"the entity frame: {field.name} is {found} and cannot be {field.type}; convert "
                 f"it with `frame.astype({{{field.name!r}: 'int64'}})`"
             )
+        if pa.types.is_integer(field.type) and pa.types.is_floating(found):
+            _check_is_exact(keys[field.name], field)
+
+
+def _check_is_exact(ids: pa.ChunkedArray, field: pa.Field) -> None:
+    """Refuse floats so great that the next id has the same one, so that it would get its row."""
+    greatest = pc.max(pc.abs(ids)).as_py()
+    if greatest is not None and greatest >= _FIRST_SHARED_FLOAT:
+        raise DataError(
+            f"the entity frame: {field.name} is {ids.type} and holds {greatest:.0f}, which may "
+            f"stand for several {field.type} ids; build the column with "
+            "`pd.array(ids, dtype='Int64')`, which keeps gaps and every digit"
+        )
 
 
 def _join_views(frame: _EntityFrame, joins: Sequence[_ViewJoin]) -> pa.Table:
@@ -540,31 +555,41 @@ def _keyed(rows: SourceRows, table: pa.Table, join_keys: Sequence[str]) -> pa.Ta
 
 
 def _holds_parquet(path: Path) -> bool:
-    """Tell whether a source is a parquet file, or a folder of such files that is no log."""
-    return path.is_file() or any(path.glob("*.parquet"))
+    """Tell whether a source is a file, or a folder that has files at any depth but is no log."""
+    return path.is_file() or (path.is_dir() and bool(pads.dataset(path, format="parquet").files))
 
 
 def _add_to_parquet(path: Path, table: pa.Table) -> None:
     if path.is_dir():
         rows = conform(table, pads.dataset(path, format="parquet").schema, str(path))
-        _replace_parquet(path / f"part-{uuid.uuid4().hex}.parquet", rows)
+        _replace_file(path / f"part-{uuid.uuid4().hex}.parquet", rows)
         return
     with FileLock(path.with_name(f".{path.name}.lock")):
         stored = pq.read_table(path)
         rows = conform(table, stored.schema.remove_metadata(), str(path))
-        _replace_parquet(path, pa.concat_tables([stored.replace_schema_metadata(None), rows]))
+        _replace_file(path, pa.concat_tables([stored.replace_schema_metadata(None), rows]))
 
 
 def _replace_parquet(target: Path, table: pa.Table) -> None:
     """Write a file, or a folder of one file; what lay there goes only when the new is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}.tmp")
     if target.suffix == ".parquet":
-        pq.write_table(table, temporary)
-        os.replace(temporary, target)
+        _replace_file(target, table)
         return
+    temporary = _temporary_name(target)
     temporary.mkdir()
     pq.write_table(table, temporary / "part-0.parquet")
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
+
+
+def _replace_file(target: Path, table: pa.Table) -> None:
+    temporary = _temporary_name(target)
+    pq.write_table(table, temporary)
+    os.replace(temporary, target)
+
+
+def _temporary_name(target: Path) -> Path:
+    # Readers of a folder pass over hidden names.
+    return target.with_name(f".{target.name}-{uuid.uuid4().hex}.tmp")

@@ -87,6 +87,19 @@ def test_ids_of_a_wrong_type_are_refused_with_both_types(
         joined(store, item_id=ids)
 
 
+def test_great_ids_that_a_gap_made_floats_are_refused_for_they_may_be_another_items(
+    store: FeatureStore,
+) -> None:
+    times = [START, START]
+
+    with pytest.raises(DataError, match=r"item_id is double and holds 9007199254740992.*Int64"):
+        joined(store, item_id=[2**53 + 1, None], event_timestamp=times)
+
+    assert len(joined(store, item_id=[2**53 - 1, None], event_timestamp=times)) == 2
+    whole = pd.array([2**53 + 1, None], dtype="Int64")
+    assert len(joined(store, item_id=whole, event_timestamp=times)) == 2
+
+
 def test_a_missing_id_joins_to_nothing(store: FeatureStore) -> None:
     found = joined(
         store,

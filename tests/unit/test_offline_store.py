@@ -438,17 +438,17 @@ def test_pushed_rows_land_in_the_log_and_in_the_next_join(store: FeatureStore) -
     assert open_code_log(store.config).read("item_codes_v1").schema == schema.CODE_ROWS
 
 
-@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("part", [None, "part-0.parquet", "day=1/part-0.parquet", "part-0.pq"])
 def test_rows_pushed_by_many_at_once_are_added_to_a_parquet_source(
-    store: FeatureStore, plain_source: FileSource, is_folder: bool
+    store: FeatureStore, plain_source: FileSource, part: str | None
 ) -> None:
     path = Path(store.config.repo_path) / "data" / "drivers.parquet"
-    if is_folder:
-        path.rename(path.with_name("part-0.parquet"))
-        path.mkdir()
-        path.with_name("part-0.parquet").rename(path / "part-0.parquet")
+    if part:
+        moved = path.rename(path.with_name("moved.parquet"))
+        (path / part).parent.mkdir(parents=True)
+        moved.rename(path / part)
     view = store.get_feature_view("drivers")
-    stored = pq.read_table(path)
+    stored = pq.read_table(path, partitioning=None)
     row = stored.slice(0, 1)
 
     def push(number: int) -> None:
@@ -459,13 +459,30 @@ def test_rows_pushed_by_many_at_once_are_added_to_a_parquet_source(
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(push, range(20)))
 
-    found = pq.read_table(path)
+    found = pq.read_table(path, partitioning=None)
     assert found.schema.equals(stored.schema)
     names = set(found["driver"].to_pylist())
     assert names == {*stored["driver"].to_pylist(), *(f"pushed-{number}" for number in range(20))}
     assert found.num_rows == stored.num_rows + 20
     with pytest.raises(DataError, match=r"lack the columns \['speed'\]"):
         CodeLogOfflineStore.offline_write_batch(store.config, view, row.drop_columns("speed"), None)
+
+
+def test_a_push_keeps_a_file_of_any_name_and_the_link_to_it(
+    store: FeatureStore, plain_source: FileSource
+) -> None:
+    path = Path(store.config.repo_path) / "data" / "drivers.parquet"
+    target = path.rename(path.with_name("drivers.pq"))
+    path.symlink_to(target.name)
+    rows = pq.read_table(target).slice(0, 1)
+
+    CodeLogOfflineStore.offline_write_batch(
+        store.config, store.get_feature_view("drivers"), rows, None
+    )
+
+    assert path.is_symlink()
+    assert pq.read_table(target).num_rows == 4
+    assert not list(path.parent.glob(".*.tmp"))
 
 
 def test_a_saved_result_is_read_back_and_not_overwritten_by_accident(store: FeatureStore) -> None:
