@@ -17,6 +17,8 @@ from qarm_feast.command import config_option, log_level_option, start_logging
 from qarm_feast.config import load_section
 
 if TYPE_CHECKING:
+    from feast import FeatureStore
+
     from qarm_feast.codebook_config import CodebookConfig
     from qarm_feast.registry import GateReading, Manifest
 
@@ -295,6 +297,9 @@ def purge(config_path: str, log_level: str | None, version: str, yes: bool) -> N
     config = load_section(config_path, "codebook", CodebookConfig)
     registry = CodebookRegistry(config.uri)
     registry.check_purgeable(version)
+    # Opened before anything is removed: a repository that cannot be read or holds a store that
+    # gives no rows away is told while the version is still there.
+    feature_store = _purged_store(config_path) if version in registry.states() else None
     question = f"Remove codebook version {version} from {config.uri} for good? This cannot be"
     if not (yes or click.confirm(f"{question} undone")):
         click.echo(f"kept {version}")
@@ -302,7 +307,7 @@ def purge(config_path: str, log_level: str | None, version: str, yes: bool) -> N
     removed = registry.purge(version)
     click.echo(f"purged {version}: " + (", ".join(map(str, removed)) or "no file was left"))
     if version in registry.states():
-        click.echo(_purge_rows(config_path, config, version))
+        click.echo(_purge_rows(feature_store, config, version))
 
 
 @codebook_group.command(epilog="Example: qarm codebook diff --codebook-version v2 --against v1")
@@ -324,17 +329,28 @@ def diff(
     click.echo(json.dumps(changes, indent=2) if as_json else _diff_table(changes))
 
 
-def _purge_rows(config_path: str, config: "CodebookConfig", version: str) -> str:
-    """Delete the online rows of a purged version, and return the line that tells of it."""
-    from qarm_feast.purge import purge_online_rows
+def _purged_store(config_path: str) -> "FeatureStore | None":
+    """Return the repository beside the configuration, one whose online store is ours, if any."""
+    from qarm_feast.online_stores import code_online_store
     from qarm_feast.repo_paths import open_feature_store
 
     repo_dir = Path(config_path).resolve().parent
     if not (repo_dir / "feature_store.yaml").is_file():
-        return f"online rows: none looked for, {repo_dir} holds no feature_store.yaml"
-    mark = purge_online_rows(
-        open_feature_store(repo_dir), config.uri, version, config.purge_rows_per_second
-    )
+        return None
+    feature_store = open_feature_store(repo_dir)
+    code_online_store(feature_store)
+    return feature_store
+
+
+def _purge_rows(
+    feature_store: "FeatureStore | None", config: "CodebookConfig", version: str
+) -> str:
+    """Delete the online rows of a purged version, and return the line that tells of it."""
+    from qarm_feast.purge import purge_online_rows
+
+    if feature_store is None:
+        return "online rows: none looked for, no feature_store.yaml stands beside the configuration"
+    mark = purge_online_rows(feature_store, config.uri, version, config.purge_rows_per_second)
     return f"online rows: {mark.num_rows} removed, of {mark.num_items} items in the offline log"
 
 

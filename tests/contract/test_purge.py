@@ -1,8 +1,10 @@
 """The rows of a purged version leave a real store slowly, and nothing else does."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import redis
 from feast import FeatureStore, RepoConfig
@@ -103,10 +105,37 @@ def test_a_purge_goes_on_where_it_was_interrupted(shop: FeatureStore, tmp_path: 
     assert left == NUM_ITEMS - 400
     # 800 ids are left: two batches, one pause.
     assert clock.pauses == [1.0]
-    assert mark == PurgeMark(NUM_ITEMS - 1, NUM_ITEMS, NUM_ITEMS)
+    assert mark == PurgeMark(mark.started_us, NUM_ITEMS - 1, NUM_ITEMS, NUM_ITEMS)
     assert num_present(shop, V1) == 0
     again = purge_online_rows(shop, uri, "v1", 1e9)
     assert (again.num_items, again.num_rows) == (NUM_ITEMS, 0)
+
+
+def test_rows_that_a_worker_still_wrote_during_a_purge_go_as_well(
+    shop: FeatureStore, online: Online, tmp_path: Path
+) -> None:
+    """Behind the mark: an id that is new, -1, and one whose row was deleted before, 5."""
+    uri = str(tmp_path / "codebooks")
+    late_ids_N = np.array([-1, 5])
+
+    def write_and_be_killed(_: float) -> None:
+        late = code_rows([(item, 2, "b", [item, 2]) for item in late_ids_N.tolist()])
+        at = late.schema.get_field_index("created")
+        now = pa.array([datetime.now(UTC)] * 2, late.schema.field(at).type)
+        late = late.set_column(at, "created", now)
+        CodeLog(online.directory / "offline").append(V1.name, late)
+        code_online_store(shop).write_table(shop.config, V1, late)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        purge_online_rows(shop, uri, "v1", 400, write_and_be_killed)
+    mark = purge_online_rows(shop, uri, "v1", 1e9)
+
+    read = code_online_store(shop).read_columns(shop.config, V1, late_ids_N, ["rq_code"])
+    assert read.present_N.tolist() == [False, False]
+    assert num_present(shop, V1) == 0
+    assert (mark.num_items, mark.num_rows) == (NUM_ITEMS, NUM_ITEMS + 2)
+    assert not mark_path(uri, "v1").exists()
 
 
 @pytest.mark.parametrize("online", ["redis"], indirect=True)
@@ -144,7 +173,9 @@ def test_rows_of_a_view_that_apply_has_dropped_are_gone_already(
 
 
 def test_a_version_without_a_log_has_no_known_rows(shop: FeatureStore, tmp_path: Path) -> None:
-    assert purge_online_rows(shop, str(tmp_path / "codebooks"), "v7", 1e9) == PurgeMark()
+    mark = purge_online_rows(shop, str(tmp_path / "codebooks"), "v7", 1e9)
+
+    assert mark == PurgeMark(mark.started_us)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"last": 1}'])

@@ -432,8 +432,28 @@ def test_purge_asks_and_leaves_a_name_that_list_shows_and_train_refuses(config_p
         _run(config_path, "train", "--codebook-version", "v3", "--parent", "v1")
     assert _run(config_path, "purge", "--codebook-version", "v1", "--yes") == (
         "purged v1: no file was left\n"
-        f"online rows: none looked for, {config_path.parent} holds no feature_store.yaml\n"
+        "online rows: none looked for, no feature_store.yaml stands beside the configuration\n"
     )
+
+
+def test_purge_refuses_a_store_that_gives_no_rows_away_while_the_version_is_still_there(
+    config_path: Path,
+) -> None:
+    for version in ("v1", "v2"):
+        _publish(config_path, version)
+    _run(config_path, "default", "--codebook-version", "v2")
+    _run(config_path, "retire", "--codebook-version", "v1")
+    stock = "{type: sqlite, path: online.db}"
+    config_path.with_name("feature_store.yaml").write_text(
+        f"project: shop\nprovider: local\nregistry: registry.db\nonline_store: {stock}\n"
+        "entity_key_serialization_version: 3\n"
+    )
+
+    with pytest.raises(ConfigError, match="names the online store SqliteOnlineStore"):
+        _run(config_path, "purge", "--codebook-version", "v1", "--yes")
+
+    assert CodebookRegistry(_uri(config_path)).states()["v1"] is VersionState.RETIRED
+    assert (Path(_uri(config_path)) / "v1").exists()
 
 
 def test_purge_refuses_a_version_in_use_before_it_asks(config_path: Path) -> None:
