@@ -37,11 +37,10 @@ def command_line(tmp_path: Path) -> CommandLine:
     return CommandLine(tmp_path)
 
 
-@pytest.mark.parametrize("online", ["sqlite", "redis"])
 def test_a_repository_that_init_wrote_is_applied_and_serves_the_first_commands(
-    command_line: CommandLine, online: str
+    command_line: CommandLine,
 ) -> None:
-    told = command_line.run(QARM, "init", "shop", "--online", online)
+    told = command_line.run(QARM, "init", "shop")
     repo_dir, config = command_line.folder / "shop", ("--config", "shop/qarm.yaml")
     plant_input(repo_dir / "data" / "input")
 
@@ -56,7 +55,15 @@ def test_a_repository_that_init_wrote_is_applied_and_serves_the_first_commands(
     views = {view.name for view in store.list_feature_views()}
     assert store.project == "shop"
     assert {"user_recent_items", "user_train_items", "user_profile"} <= views
-    assert online in type(store.provider.online_store).__name__.lower()
+    assert type(store.provider.online_store).__name__ == "CodeSqliteOnlineStore"
+
+
+def test_feast_opens_a_repository_that_init_wrote_for_redis(command_line: CommandLine) -> None:
+    command_line.run(QARM, "init", "shop", "--online", "redis")
+
+    store = open_feature_store(command_line.folder / "shop")
+
+    assert type(store.provider.online_store).__name__ == "CodeRedisOnlineStore"
 
 
 def test_init_refuses_a_folder_that_holds_something_and_changes_nothing(
