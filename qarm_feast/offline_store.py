@@ -291,11 +291,11 @@ class CodeLogOfflineStore(OfflineStore):
         source = _batch_source(feature_view.batch_source)
         path = Path(FileSource.get_uri_for_file_path(config.repo_path, source.path))
         log = CodeLog(path.parent)
-        if not log.exists(path.name) and _kind(source) == view_tags.ITEM_CODES_KIND:
-            log.create(path.name, CODE_ROWS)
-        if not log.exists(path.name) and _holds_parquet(path):
+        if _holds_plain_files(log, path):
             _add_to_parquet(path.resolve(), table)
         else:
+            if _kind(source) == view_tags.ITEM_CODES_KIND and not log.exists(path.name):
+                log.create(path.name, CODE_ROWS)
             log.append(path.name, table)
         if progress is not None:
             progress(table.num_rows)
@@ -554,9 +554,15 @@ def _keyed(rows: SourceRows, table: pa.Table, join_keys: Sequence[str]) -> pa.Ta
     return table.append_column(DUMMY_ENTITY_ID, values)
 
 
-def _holds_parquet(path: Path) -> bool:
-    """Tell whether a source is a file, or a folder that has files at any depth but is no log."""
-    return path.is_file() or (path.is_dir() and bool(pads.dataset(path, format="parquet").files))
+def _holds_plain_files(log: CodeLog, path: Path) -> bool:
+    """Tell whether a source is a file, or a folder with files at any depth but without a log."""
+    if path.is_file():
+        return True
+    if log.exists(path.name):
+        return False
+    holds_files = any(each.is_file() and each.name[0] not in "._" for each in path.rglob("*"))
+    # Looked for again: another process may have made the log, and the files in it, meanwhile.
+    return holds_files and not log.exists(path.name)
 
 
 def _add_to_parquet(path: Path, table: pa.Table) -> None:

@@ -3,6 +3,7 @@
 Times are given in seconds after an arbitrary start, fractions included.
 """
 
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -466,6 +467,23 @@ def test_rows_pushed_by_many_at_once_are_added_to_a_parquet_source(
     assert found.num_rows == stored.num_rows + 20
     with pytest.raises(DataError, match=r"lack the columns \['speed'\]"):
         CodeLogOfflineStore.offline_write_batch(store.config, view, row.drop_columns("speed"), None)
+
+
+def test_codes_that_lie_in_plain_parquet_files_are_still_read_after_a_push(
+    store: FeatureStore,
+) -> None:
+    path = Path(store.config.repo_path) / "data" / "offline" / "item_codes_v1"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    pq.write_table(code_rows([(1, 10, [1], "a", 10)]), path / "copied.parquet")
+    view = store.get_feature_view("item_codes_v1")
+
+    pushed = code_rows([(2, 10, [2], "b", 10)])
+    CodeLogOfflineStore.offline_write_batch(store.config, view, pushed, None)
+
+    frame = pd.DataFrame({"item_id": [1, 2], "event_timestamp": pd.to_datetime([at(20)] * 2)})
+    found = join(store, frame, "item_codes_v1:content_hash")
+    assert found["content_hash"].to_pylist() == ["a", "b"]
 
 
 def test_a_push_keeps_a_file_of_any_name_and_the_link_to_it(
