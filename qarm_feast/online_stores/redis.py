@@ -132,6 +132,12 @@ class CodeRedisOnlineStore(RedisOnlineStore):
         """Do the same off the event loop."""
         await asyncio.to_thread(self.online_write_batch, config, table, data, progress)
 
+    async def close(self) -> None:
+        """Close the connections of reads off the event loop, which stock Feast leaves open."""
+        client: Any = self.__dict__.pop("_client_async", None)
+        if client is not None:
+            await client.aclose()
+
     def read_columns(
         self,
         config: RepoConfig,
