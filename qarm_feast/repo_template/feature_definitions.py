@@ -2,7 +2,8 @@
 
     entities   item, user
     views      user_recent_items, user_train_items, user_profile (with users.parquet), and one
-               item_codes_<version> per staged, live or default codebook version
+               item_codes_<version> per staged, live or default codebook version; with `cross`
+               in ranker.features also cross_features_<version>, on demand
     services   <ranker>_<version>
 
 Publish or retire a codebook version and run ``feast apply`` again: the views follow the registry.
