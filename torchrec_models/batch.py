@@ -44,7 +44,8 @@ class RankingBatch(Pipelineable):
     dense_features: torch.Tensor
     labels: torch.Tensor
     user_ids: torch.Tensor
-    is_cold: torch.Tensor
+    item_rows: torch.Tensor
+    """Vocabulary row of each row's item, without ID dropout: what metrics are sliced by."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RankingBatch":
         """Return the batch on a device."""
@@ -150,7 +151,7 @@ class BatchBuilder:
             dense_features=self._dense_features(rows, history),
             labels=torch.from_numpy(rows.labels_BT),
             user_ids=torch.from_numpy(rows.user_ids_B),
-            is_cold=torch.from_numpy(item_rows_B == DEFAULT_ROW),
+            item_rows=torch.from_numpy(item_rows_B),
         )
 
     def _sparse_features(

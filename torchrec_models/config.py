@@ -23,6 +23,7 @@ FeatureName = Literal[
     "vector",
     "cross",
 ]
+StoppingMetric = Literal["auc", "gauc", "uauc", "ne", "log_loss"]
 LayerSizes = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
 
 
@@ -103,9 +104,22 @@ class RankerConfig(Section):
     sparse_learning_rate: float = Field(
         default=0.05, gt=0, description="Row-wise Adagrad, embedding tables."
     )
-    num_epochs: int = Field(default=3, gt=0, description="Passes over the train rows.")
+    num_epochs: int = Field(
+        default=3, ge=0, description="Passes over the train rows; 0: only evaluate and save."
+    )
     eval_every_steps: int = Field(
-        default=500, gt=0, description="Steps between evaluations on valid rows."
+        default=500,
+        gt=0,
+        description="Steps between evaluations on valid rows, beside the one after each epoch.",
+    )
+    early_stopping_patience: int = Field(
+        default=0,
+        ge=0,
+        description="Evaluations without a better metric after which training stops; the best "
+        "weights are kept, for which each rank holds a copy of its part. 0: never.",
+    )
+    early_stopping_metric: StoppingMetric = Field(
+        default="auc", description="Metric on valid rows, averaged over the tasks."
     )
     seed: int = Field(default=0, ge=0, description="Seed of weights, shuffling and ID dropout.")
 

@@ -1,9 +1,11 @@
-"""Ranking metrics per task, over the rows of all ranks, for all items and for cold ones.
+"""Ranking metrics per task, over the rows of all ranks, for all items and per slice of items.
 
 AUC; GAUC = sum n_u AUC_u / sum n_u and UAUC = mean AUC_u over the users with both classes;
-NE = log loss / entropy of the base rate. A metric that is not defined (one class only) is NaN.
-Shape letters: N rows, T tasks, G groups (users).
-May import: numpy, torch.
+NE = log loss / entropy of the base rate; calibration = mean prediction / base rate; ECE = expected
+calibration error over ten equally wide bins of the prediction. A metric that is not defined (one
+class only) is NaN.
+Shape letters: N rows, T tasks, G groups (users), C calibration bins.
+May import: numpy, scipy, torch.
 """
 
 import math
@@ -14,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from scipy.special import expit
 
 from qarm_feast.errors import ConfigError
+from torchrec_models.slices import SLICES
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Predictions:
     logits_NT: torch.Tensor
     labels_NT: torch.Tensor
     user_ids_N: torch.Tensor
-    is_cold_N: torch.Tensor
+    slices_N: torch.Tensor
+    """Slice of each row's item, a place in :data:`~torchrec_models.slices.SLICES`, uint8."""
 
     @staticmethod
     def concatenate(parts: Sequence["Predictions"]) -> "Predictions":
@@ -38,7 +45,7 @@ class Predictions:
             logits_NT=torch.cat([part.logits_NT for part in parts]),
             labels_NT=torch.cat([part.labels_NT for part in parts]),
             user_ids_N=torch.cat([part.user_ids_N for part in parts]),
-            is_cold_N=torch.cat([part.is_cold_N for part in parts]),
+            slices_N=torch.cat([part.slices_N for part in parts]),
         )
 
     def first(self, num_rows: int) -> "Predictions":
@@ -47,7 +54,7 @@ class Predictions:
             logits_NT=self.logits_NT[:num_rows],
             labels_NT=self.labels_NT[:num_rows],
             user_ids_N=self.user_ids_N[:num_rows],
-            is_cold_N=self.is_cold_N[:num_rows],
+            slices_N=self.slices_N[:num_rows],
         )
 
     def gathered(self) -> "Predictions":
@@ -56,7 +63,7 @@ class Predictions:
             logits_NT=_all_rows(self.logits_NT),
             labels_NT=_all_rows(self.labels_NT),
             user_ids_N=_all_rows(self.user_ids_N),
-            is_cold_N=_all_rows(self.is_cold_N.to(torch.uint8)).to(torch.bool),
+            slices_N=_all_rows(self.slices_N),
         )
 
 
@@ -80,7 +87,8 @@ def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict
         task_names: One name per column of the logits.
 
     Returns:
-        ``rows``, ``cold_rows``, and AUC, GAUC, UAUC and NE per task, of all and of cold rows.
+        ``rows``, and per task AUC, GAUC, UAUC, NE, log loss, calibration and ECE; the same of each
+        slice with the slice's name before it.
 
     Raises:
         ConfigError: If a logit is not finite: it would still be ranked, and look like a result.
@@ -91,25 +99,32 @@ def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict
             f"{num_bad} of {len(predictions.logits_NT)} rows have a logit that is not finite: the "
             "training diverged; lower ranker.learning_rate or ranker.sparse_learning_rate"
         )
-    is_cold_N = predictions.is_cold_N.numpy()
+    slices_N = predictions.slices_N.numpy()
     user_ids_N = predictions.user_ids_N.numpy()
-    metrics: dict[str, float] = {"rows": len(is_cold_N), "cold_rows": int(is_cold_N.sum())}
+    chosen = {"": np.ones(len(slices_N), dtype=np.bool_)}
+    chosen |= {f"{name}_": slices_N == number for number, name in enumerate(SLICES)}
+    metrics: dict[str, float] = {
+        f"{prefix}rows": int(rows.sum()) for prefix, rows in chosen.items()
+    }
     for task, name in enumerate(task_names):
         logits_N = predictions.logits_NT[:, task].double().numpy()
         labels_N = predictions.labels_NT[:, task].numpy() > 0.5
-        for prefix, chosen_N in (("", np.ones_like(is_cold_N)), ("cold_", is_cold_N)):
-            values = _slice_metrics(logits_N[chosen_N], labels_N[chosen_N], user_ids_N[chosen_N])
+        for prefix, rows in chosen.items():
+            values = _task_metrics(logits_N[rows], labels_N[rows], user_ids_N[rows])
             metrics |= {f"{prefix}{metric}/{name}": value for metric, value in values.items()}
     return metrics
 
 
-def _slice_metrics(logits_N: Floats, labels_N: Bools, user_ids_N: Ints) -> dict[str, float]:
+def _task_metrics(logits_N: Floats, labels_N: Bools, user_ids_N: Ints) -> dict[str, float]:
     gauc, uauc = user_auc(logits_N, labels_N, user_ids_N)
     return {
         "auc": auc(logits_N, labels_N),
         "gauc": gauc,
         "uauc": uauc,
         "ne": normalized_entropy(logits_N, labels_N),
+        "log_loss": log_loss(logits_N, labels_N),
+        "calibration": calibration(logits_N, labels_N),
+        "ece": expected_calibration_error(logits_N, labels_N),
     }
 
 
@@ -132,14 +147,40 @@ def user_auc(scores_N: Floats, labels_N: Bools, user_ids_N: Ints) -> tuple[float
     return float((auc_G * rows_G).sum() / rows_G.sum()), float(auc_G.mean())
 
 
+def log_loss(logits_N: Floats, labels_N: Bools) -> float:
+    """Return the mean binary cross entropy in nats; NaN without rows."""
+    if not len(labels_N):
+        return float("nan")
+    return float((np.logaddexp(0.0, logits_N) - labels_N * logits_N).mean())
+
+
 def normalized_entropy(logits_N: Floats, labels_N: Bools) -> float:
     """Return log loss divided by the log loss of always saying the base rate; NaN for one class."""
     base_rate = labels_N.mean() if len(labels_N) else 0.0
     if not 0.0 < base_rate < 1.0:
         return float("nan")
-    log_loss = (np.logaddexp(0.0, logits_N) - labels_N * logits_N).mean()
     entropy = -(base_rate * np.log(base_rate) + (1 - base_rate) * np.log(1 - base_rate))
-    return float(log_loss / entropy)
+    return float(log_loss(logits_N, labels_N) / entropy)
+
+
+def calibration(logits_N: Floats, labels_N: Bools) -> float:
+    """Return the mean predicted probability divided by the base rate; NaN without positives."""
+    if not labels_N.any():
+        return float("nan")
+    return float(expit(logits_N).mean() / labels_N.mean())
+
+
+def expected_calibration_error(logits_N: Floats, labels_N: Bools) -> float:
+    """Return sum over bins of n_c / N * |mean prediction - base rate|; NaN without rows.
+
+    The formula of Guo et al. (arXiv 1706.04599) over :data:`CALIBRATION_BINS` equally wide bins.
+    """
+    if not len(labels_N):
+        return float("nan")
+    predictions_N = expit(logits_N)
+    bins_N = np.minimum((predictions_N * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    gaps_C = np.bincount(bins_N, weights=predictions_N - labels_N, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps_C).sum() / len(labels_N))
 
 
 def _group_aucs(scores_N: Floats, labels_N: Bools, groups_N: Ints) -> tuple[Floats, Ints]:

@@ -6,7 +6,7 @@ May import: torch, torchrec.
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +17,13 @@ from torchrec_models.batch import BatchBuilder, RankingBatch
 from torchrec_models.checkpoint import CheckpointManifest, save_checkpoint
 from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
 from torchrec_models.dataset import RowDataset
+from torchrec_models.early_stopping import EarlyStopping
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
 from torchrec_models.ranker import RankerTrainTask, StepOutput, build_ranker
 from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import Ranks, ShardedRanker, current_ranks, shard_ranker, start_tables
+from torchrec_models.slices import item_slices
 from torchrec_models.snapshot import ItemSnapshot
 from torchrec_models.tables import (
     centroid_start,
@@ -37,10 +39,16 @@ _PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run reached; metrics (test rows) have the keys of ``ranking_metrics``."""
+    """What a run reached; metrics (test rows) have the keys of ``ranking_metrics``.
+
+    With early stopping, weights and metrics are those of the best evaluation; ``num_steps`` counts
+    the steps after it, too. ``test_predictions`` are equal on all ranks, and in the same order for
+    every run on the same rows and number of ranks.
+    """
 
     metrics: dict[str, float]
     valid_metrics: dict[str, float]
+    test_predictions: Predictions
     checkpoint: Path | None
     num_steps: int
     samples_per_second: float
@@ -63,18 +71,16 @@ def train(
     """
     started = time.monotonic()
     run = _Run.create(config, inputs)
-    num_steps, train_seconds = run.fit()
-    valid_metrics = run.evaluate("valid")
-    checkpoint = run.save(num_steps, valid_metrics) if enable_checkpoint else None
-    metrics = run.evaluate("test")
+    progress = run.fit()
+    checkpoint = run.save(progress.num_steps) if enable_checkpoint else None
+    predictions = run.predict("test")
     return TrainResult(
-        metrics=metrics,
-        valid_metrics=valid_metrics,
+        metrics=ranking_metrics(predictions, run.task_names),
+        valid_metrics=run.valid_metrics,
+        test_predictions=predictions,
         checkpoint=checkpoint,
-        num_steps=num_steps,
-        samples_per_second=inputs.store.manifest.num_rows["train"]
-        * config.num_epochs
-        / train_seconds,
+        num_steps=progress.num_steps,
+        samples_per_second=progress.samples_per_second,
         seconds=time.monotonic() - started,
         masked_history_share=run.snapshot.masked_share,
     )
@@ -89,6 +95,10 @@ class _Run:
     builder: BatchBuilder
     sharded: ShardedRanker
     ranks: Ranks
+    stopping: EarlyStopping
+    slices_V: torch.Tensor
+    valid_metrics: dict[str, float] = field(default_factory=dict)
+    """Of the latest evaluation; after :meth:`fit`, of the weights that it leaves."""
 
     @staticmethod
     def create(config: RankerConfig, inputs: TrainInputs) -> "_Run":
@@ -110,29 +120,79 @@ class _Run:
             code_lookup=snapshot,
             vector_lookup=snapshot,
         )
-        return _Run(config, inputs, tasks, snapshot, builder, sharded, ranks)
+        return _Run(
+            config=config,
+            inputs=inputs,
+            tasks=tasks,
+            snapshot=snapshot,
+            builder=builder,
+            sharded=sharded,
+            ranks=ranks,
+            stopping=EarlyStopping(config, sharded.model),
+            slices_V=torch.from_numpy(item_slices(store)),
+        )
 
-    def fit(self) -> tuple[int, float]:
-        """Train for all epochs; return the steps and the seconds spent in them."""
-        pipeline = self._pipeline()
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks, in the order of the logits."""
+        return [task.name for task in self.tasks]
+
+    def fit(self) -> "_Progress":
+        """Train until the last epoch or until early stopping ends it; leave the best weights."""
         dataset = self._dataset("train")
         progress = _Progress(dataset.num_batches() * self.config.num_epochs, self.ranks)
         self.sharded.model.train()
+        pipeline = self._pipeline()
         for epoch in range(self.config.num_epochs):
             batches = dataset.train_batches(
                 seed=self.config.seed, epoch=epoch, window_rows=self.config.shuffle_window_rows
             )
-            for logits_BT, labels_BT in _steps(pipeline, batches):
-                progress.add_step(logits_BT, labels_BT)
-                if progress.num_steps % self.config.eval_every_steps == 0:
-                    # Evaluation calls the model itself; batches in flight stay in the pipeline.
-                    pipeline.detach()
-                    self._log_evaluation(progress)
+            self._fit_epoch(pipeline, batches, progress)
+            if self.stopping.is_exhausted:
+                break
+        if self.stopping.best_weights:
+            self.stopping.restore_best()
+            self.valid_metrics = self.stopping.state.best_metrics
+        if not self.valid_metrics:
+            self.valid_metrics = self.evaluate("valid")
+        return progress
+
+    def _fit_epoch(
+        self,
+        pipeline: TrainPipelineSparseDist[RankingBatch, StepOutput],
+        batches: Iterator[RankingBatch],
+        progress: "_Progress",
+    ) -> None:
+        for logits_BT, labels_BT in _steps(pipeline, batches):
+            progress.add_step(logits_BT, labels_BT)
+            if progress.num_steps % self.config.eval_every_steps == 0:
+                # Evaluation calls the model itself; batches in flight stay in the pipeline.
+                pipeline.detach()
+                self._judge(progress)
+                if self.stopping.is_exhausted:
+                    return
         pipeline.detach()
-        return progress.num_steps, progress.train_seconds
+        if progress.num_steps % self.config.eval_every_steps:
+            self._judge(progress)
+
+    def _judge(self, progress: "_Progress") -> None:
+        self.valid_metrics = self.evaluate("valid")
+        self.stopping.judge(self.valid_metrics, progress.num_steps)
+        progress.forget_pause()
+        if self.ranks.is_first:
+            shown = " ".join(
+                f"{key}={self.valid_metrics[key]:.4f}"
+                for name in self.task_names
+                for key in (f"auc/{name}", f"gauc/{name}", f"ne/{name}", f"cold_auc/{name}")
+            )
+            logger.info("evaluated split=valid step=%d %s", progress.num_steps, shown)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return the metrics of a split's rows over all ranks."""
+        return ranking_metrics(self.predict(split), self.task_names)
+
+    def predict(self, split: str) -> Predictions:
+        """Return the predictions for a split's rows of all ranks, on every rank."""
         model = self.sharded.model
         model.eval()
         dataset = self._dataset(split)
@@ -140,12 +200,12 @@ class _Run:
         with torch.no_grad():
             for batch in dataset.eval_batches():
                 _, (logits_BT, labels_BT) = model(batch)
-                parts.append(Predictions(logits_BT, labels_BT, batch.user_ids, batch.is_cold))
+                slices_B = self.slices_V[batch.item_rows]
+                parts.append(Predictions(logits_BT, labels_BT, batch.user_ids, slices_B))
         model.train()
-        predictions = Predictions.concatenate(parts).first(dataset.num_own_rows()).gathered()
-        return ranking_metrics(predictions, [task.name for task in self.tasks])
+        return Predictions.concatenate(parts).first(dataset.num_own_rows()).gathered()
 
-    def save(self, num_steps: int, metrics: dict[str, float]) -> Path:
+    def save(self, num_steps: int) -> Path:
         """Save a checkpoint of all ranks."""
         rows = self.inputs.store.manifest
         manifest = CheckpointManifest(
@@ -157,18 +217,11 @@ class _Run:
             config=self.config,
             tasks=self.tasks,
             sizes=code_sizes(rows),
-            metrics=defined_metrics(metrics),
+            metrics=defined_metrics(self.valid_metrics),
         )
         return save_checkpoint(
             self.config.checkpoint_dir, self.sharded.model, manifest, self.builder.vocabularies
         )
-
-    def _log_evaluation(self, progress: "_Progress") -> None:
-        metrics = self.evaluate("valid")
-        progress.forget_pause()
-        if self.ranks.is_first:
-            shown = " ".join(f"{key}={value:.4f}" for key, value in sorted(metrics.items()))
-            logger.info("evaluated split=valid step=%d %s", progress.num_steps, shown)
 
     def _pipeline(self) -> TrainPipelineSparseDist[RankingBatch, StepOutput]:
         return TrainPipelineSparseDist(
@@ -222,7 +275,12 @@ class _Progress:
         self._num_planned = num_planned
         self._ranks = ranks
         self._marked = self._logged = time.monotonic()
-        self._rows_since_log = 0
+        self._rows_since_log = self._num_rows = 0
+
+    @property
+    def samples_per_second(self) -> float:
+        """Rows of all ranks per second of training, evaluations left out; 0 before a step."""
+        return self._num_rows / self.train_seconds if self._num_rows else 0.0
 
     def add_step(self, logits_BT: torch.Tensor, labels_BT: torch.Tensor) -> None:
         """Count one step; on the first rank, log it when the last line is old enough."""
@@ -230,7 +288,9 @@ class _Progress:
         self.num_steps += 1
         self.train_seconds += now - self._marked
         self._marked = now
-        self._rows_since_log += len(labels_BT) * self._ranks.world_size
+        num_rows = len(labels_BT) * self._ranks.world_size
+        self._rows_since_log += num_rows
+        self._num_rows += num_rows
         if not self._ranks.is_first or now - self._logged < _PROGRESS_SECONDS:
             return
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits_BT, labels_BT)

@@ -66,7 +66,7 @@ def test_ids_and_codes_become_jagged_features() -> None:
         "rq_1": [[5], []],
         "history_rq_0": [[6, 4], []],
     }
-    assert batch.is_cold.tolist() == [False, True]
+    assert batch.item_rows.tolist() == [1, 0]
     assert batch.dense_features.shape == (2, 0)
 
 

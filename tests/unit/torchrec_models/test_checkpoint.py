@@ -13,6 +13,7 @@ from torchrec_models.inputs import TrainInputs
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
 from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.sharding import Ranks
+from torchrec_models.slices import item_slices
 from torchrec_models.training import train
 
 
@@ -44,10 +45,11 @@ def test_a_saved_run_scores_alike_when_loaded_into_an_unsharded_model(
     )
     task = RankerTrainTask(ranker, [1.0, 1.0])
     checkpoint.load_into(task)
+    slices_V = torch.from_numpy(item_slices(inputs.store))
     batches = list(make_dataset(inputs, "test", config, ranks).eval_batches())
     with torch.no_grad():
         parts = [
-            Predictions(task(batch)[1][0], batch.labels, batch.user_ids, batch.is_cold)
+            Predictions(task(batch)[1][0], batch.labels, batch.user_ids, slices_V[batch.item_rows])
             for batch in batches
         ]
     metrics = ranking_metrics(Predictions.concatenate(parts), ["like", "love"])
