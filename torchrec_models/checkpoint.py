@@ -9,7 +9,7 @@ A checkpoint folder appears whole or not at all:
     5. it removes older checkpoints of the same step.
 
 The reader may have any number of ranks, also one process without a process group.
-May import: torch.
+May import: torch, torchrec.
 """
 
 import os
@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from qarm_feast.errors import CodebookMismatchError, DataError
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
+from torchrec_models.ranker import MultiTaskRanker, RankerTrainTask, build_ranker
 from torchrec_models.row_store import sync_folder, write_atomically
 from torchrec_models.vocabulary import Vocabularies
 
@@ -149,3 +151,25 @@ class Checkpoint:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load_distributed(state, checkpoint_id=self.folder, no_dist=not is_distributed)
         model.load_state_dict(state["model"])
+
+    def load_ranker(self) -> MultiTaskRanker:
+        """Return the trained ranker in this process, ready to score."""
+        ranker = build_trained_ranker(self.manifest, self.vocabularies(), torch.device("cpu"))
+        self.load_into(RankerTrainTask(ranker, [task.weight for task in self.manifest.tasks]))
+        return ranker.eval()
+
+
+def build_trained_ranker(
+    manifest: CheckpointManifest, vocabularies: Vocabularies, table_device: torch.device
+) -> MultiTaskRanker:
+    """Return the ranker that a manifest describes, its weights not loaded yet.
+
+    Args:
+        manifest: Of a checkpoint, or of an export of it.
+        vocabularies: Those stored beside it.
+        table_device: Device of the tables; ``meta``: nothing of their size is made.
+
+    Returns:
+        The ranker.
+    """
+    return build_ranker(manifest.config, manifest.tasks, vocabularies, manifest.sizes, table_device)

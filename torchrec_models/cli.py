@@ -12,7 +12,7 @@ from qarm_feast.command import (
     start_logging,
 )
 from torchrec_models.dependency import require_torchrec
-from torchrec_models.options import load_ranker_config, set_option
+from torchrec_models.options import TrainedName, load_ranker_config, set_option, trained_options
 
 
 @click.group(
@@ -20,7 +20,7 @@ from torchrec_models.options import load_ranker_config, set_option
 )
 @click.version_option(package_name="qarm-feast")
 def qarm_rank() -> None:
-    """Build training rows and score candidates.
+    """Build training rows, export what was trained, and score candidates.
 
     Training: torchrun --standalone --nproc-per-node 2 -m torchrec_models.train
     """
@@ -46,20 +46,38 @@ def rows(
     click.echo(manifest.model_dump_json(indent=2))
 
 
+@qarm_rank.command(epilog="Example: qarm-rank export --config feature_repo/qarm.yaml")
+@config_option
+@click.option("--checkpoint", help="Checkpoint folder name; default: the newest.")
+@set_option
+@log_level_option
+def export(
+    config_path: str, checkpoint: str | None, assignments: tuple[str, ...], log_level: str | None
+) -> None:
+    """Write a checkpoint with int8 tables; print its folder and its error on valid rows as JSON."""
+    require_torchrec()
+    from torchrec_models.export import export_newest
+
+    start_logging(config_path, log_level)
+    config = load_ranker_config(config_path, assignments)
+    made = export_newest(config_path, config, checkpoint)
+    click.echo(json.dumps({"export": str(made.folder), "error": made.facts.error.model_dump()}))
+
+
 @qarm_rank.command(
     epilog="Example: qarm-rank score --config feature_repo/qarm.yaml --user-id 42 --items 7,8,9"
 )
 @config_option
 @click.option("--user-id", type=int, required=True, help="The user.")
 @click.option("--items", "item_list", required=True, help="Candidate item ids, comma-separated.")
-@click.option("--checkpoint", help="Checkpoint folder name; default: the newest.")
+@trained_options
 @set_option
 @log_level_option
 def score(
     config_path: str,
     user_id: int,
     item_list: str,
-    checkpoint: str | None,
+    trained: TrainedName,
     assignments: tuple[str, ...],
     log_level: str | None,
 ) -> None:
@@ -75,7 +93,7 @@ def score(
         ) from error
     start_logging(config_path, log_level)
     config = load_ranker_config(config_path, assignments)
-    with open_scorer(config_path, config, checkpoint) as scorer:
+    with open_scorer(config_path, config, trained) as scorer:
         scores = scorer.score(user_id, item_ids, datetime.now(UTC))
     for row, item_id in enumerate(item_ids):
         values = {name: round(float(values_B[row]), 6) for name, values_B in scores.items()}

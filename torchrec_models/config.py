@@ -47,6 +47,9 @@ class RankerConfig(Section):
     checkpoint_dir: ConfigPath = Field(
         default="data/checkpoints", description="Folder of checkpoints."
     )
+    export_dir: ConfigPath = Field(
+        default="data/exports", description="Folder of int8 exports, made by `qarm-rank export`."
+    )
     codebook_version: str = Field(
         default="default",
         description="Codebook whose codes are read; `default` asks the codebook registry.",

@@ -1,5 +1,6 @@
 """The one optional package of the ranker. May import: nothing heavy."""
 
+import logging
 from importlib.util import find_spec
 
 from qarm_feast.errors import MissingDependencyError
@@ -18,3 +19,8 @@ def require_torchrec() -> None:
         raise MissingDependencyError(
             package="torchrec", needed_for="the ranker", command=TORCHREC_COMMAND
         )
+
+
+def silence_tracing_notice() -> None:
+    """Leave out what torchrec 1.8 makes torch 2.13 say whenever it builds or rewrites a model."""
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

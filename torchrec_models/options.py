@@ -1,6 +1,8 @@
 """Command-line options that the doors of this package share. May import: click."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
@@ -10,6 +12,38 @@ from qarm_feast.errors import ConfigError
 from torchrec_models.config import RankerConfig
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+_NEWEST = "newest"
+
+
+@dataclass(frozen=True)
+class TrainedName:
+    """Which trained ranker to score with; ``name`` None: the newest of its kind."""
+
+    name: str | None = None
+    is_export: bool = False
+
+
+def trained_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--checkpoint`` and ``--export``, passed together as ``trained``."""
+
+    @click.option("--checkpoint", help="Checkpoint folder name; default: the newest.")
+    @click.option(
+        "--export",
+        "export_name",
+        is_flag=False,
+        flag_value=_NEWEST,
+        help="Score with the newest int8 export, or with the one of this folder name.",
+    )
+    @wraps(command)
+    def with_trained(checkpoint: str | None, export_name: str | None, **others: Any) -> None:
+        if checkpoint and export_name:
+            raise click.UsageError("--checkpoint and --export exclude each other; name one of them")
+        name = checkpoint if export_name in (None, _NEWEST) else export_name
+        command(trained=TrainedName(name, is_export=bool(export_name)), **others)
+
+    return with_trained
 
 
 def set_option(command: CommandT) -> CommandT:

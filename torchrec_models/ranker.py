@@ -112,3 +112,9 @@ def build_ranker(
     )
     task_archs = [TaskArch(mmoe.out_features, config.over_arch_layer_sizes) for _ in tasks]
     return MultiTaskRanker(sparse_arch, dense_arch, interaction_arch, mmoe, task_archs)
+
+
+def ranker_logits(ranker: nn.Module, batch: RankingBatch) -> torch.Tensor:
+    """Return the logits ``[B, T]`` that a ranker, be it a quantized one, gives a batch."""
+    logits_BT: torch.Tensor = ranker(batch.sparse_features, batch.dense_features)
+    return logits_BT

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.rows import ColumnBatch
@@ -29,12 +30,38 @@ from torchrec_models.batch import (
     RankingBatch,
     RowColumns,
 )
-from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.checkpoint import Checkpoint, CheckpointManifest
 from torchrec_models.config import RankerConfig
+from torchrec_models.dependency import silence_tracing_notice
+from torchrec_models.export import Export
 from torchrec_models.inputs import resolve_codebook_version
 from torchrec_models.leaks import to_microseconds
-from torchrec_models.ranker import RankerTrainTask, build_ranker
+from torchrec_models.options import TrainedName
+from torchrec_models.ranker import ranker_logits
 from torchrec_models.tables import ranker_tables, sparse_feature_names
+from torchrec_models.vocabulary import Vocabularies
+
+
+class TrainedRanker(Protocol):
+    """A ranker and what it was trained from: a checkpoint, or an export of one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def manifest(self) -> CheckpointManifest:
+        """Service, codebook version, config, tasks and sizes."""
+        ...
+
+    def vocabularies(self) -> Vocabularies:
+        """Return the vocabularies whose rows the tables hold."""
+        ...
+
+    def load_ranker(self) -> nn.Module:
+        """Return the ranker, ready to score."""
+        ...
 
 
 class OnlineReader(Protocol):
@@ -72,31 +99,26 @@ class OnlineScorer:
     """A trained ranker over the online store, in one process.
 
     Args:
-        checkpoint: Of the feature service that the reader serves.
+        trained: Checkpoint or export of the feature service that the reader serves.
         reader: Codes, recent items and profiles.
 
     Raises:
         ConfigError: If the ranker was trained on aligned vectors, which are not served.
     """
 
-    def __init__(self, checkpoint: Checkpoint, reader: OnlineReader) -> None:
-        manifest = checkpoint.manifest
+    def __init__(self, trained: TrainedRanker, reader: OnlineReader) -> None:
+        manifest = trained.manifest
         self._config = manifest.config
         if self._config.has("vector"):
             raise ConfigError(
-                f"{checkpoint.folder} was trained with the feature `vector`, which is in no "
+                f"{trained.folder} was trained with the feature `vector`, which is in no "
                 "online view; train without it to score online"
             )
         self._reader = reader
-        self._vocabularies = checkpoint.vocabularies()
+        self._vocabularies = trained.vocabularies()
         tables = ranker_tables(manifest.sizes, self._vocabularies, self._config)
         self._feature_names = sparse_feature_names(tables)
-        ranker = build_ranker(
-            self._config, manifest.tasks, self._vocabularies, manifest.sizes, torch.device("cpu")
-        )
-        task = RankerTrainTask(ranker, [task.weight for task in manifest.tasks])
-        checkpoint.load_into(task)
-        self._ranker = ranker.eval()
+        self._ranker = trained.load_ranker()
         self.task_names = tuple(task.name for task in manifest.tasks)
 
     def batch(self, user_id: int, item_ids_B: Ints, now: datetime) -> RankingBatch:
@@ -135,8 +157,7 @@ class OnlineScorer:
             return {name: np.empty(0, dtype=np.float32) for name in self.task_names}
         batch = self.batch(user_id, np.asarray(item_ids, dtype=np.int64), now)
         with torch.inference_mode():
-            logits_BT = self._ranker(batch.sparse_features, batch.dense_features)
-            scores_BT = torch.sigmoid(logits_BT).numpy()
+            scores_BT = torch.sigmoid(ranker_logits(self._ranker, batch)).numpy()
         return {name: scores_BT[:, task] for task, name in enumerate(self.task_names)}
 
     def _rows(self, user_id: int, inputs: ScoringInputs, now: datetime) -> RowColumns:
@@ -172,23 +193,29 @@ class OnlineScorer:
 
 @contextmanager
 def open_scorer(
-    config_path: str, config: RankerConfig, checkpoint_name: str | None = None
+    config_path: str, config: RankerConfig, trained_name: TrainedName | None = None
 ) -> Iterator[OnlineScorer]:
-    """Give a scorer over the repository's online store and the newest checkpoint.
+    """Give a scorer over the repository's online store and a trained ranker.
 
     At the end of the block what section ``serving_log`` had sampled is written.
 
     Args:
         config_path: Path of ``qarm.yaml``, beside ``feature_store.yaml``.
-        config: The ranker section: service name and checkpoint folder.
-        checkpoint_name: Another checkpoint than the newest.
+        config: The ranker section: service name, folders of checkpoints and exports.
+        trained_name: Checkpoint or export; None: the newest checkpoint.
 
     Yields:
         The scorer, its weights loaded.
     """
+    silence_tracing_notice()
     version = resolve_codebook_version(config_path, config.codebook_version)
     service = config.service_name(version)
-    checkpoint = Checkpoint(config.checkpoint_dir, service, checkpoint_name)
+    wanted = trained_name or TrainedName()
+    trained: TrainedRanker
+    if wanted.is_export:
+        trained = Export(config.export_dir, service, wanted.name)
+    else:
+        trained = Checkpoint(config.checkpoint_dir, service, wanted.name)
     store = open_feature_store(Path(config_path).resolve().parent)
     with open_serving_log(config_path, store.config) as serving_log:
-        yield OnlineScorer(checkpoint, CodeReader(store, version, serving_log))
+        yield OnlineScorer(trained, CodeReader(store, version, serving_log))

@@ -3,7 +3,6 @@
 May import: torch, torchrec.
 """
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from qarm_feast.errors import ConfigError
 from torchrec_models.config import RankerConfig
+from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.ranker import RankerTrainTask
 
 
@@ -48,8 +48,8 @@ class Ranks:
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the process group that torchrun describes, or a group of one; leave it at the end."""
-    # torchrec 1.8 asks torch 2.13 this when it rewrites a model, and every rank would say so.
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # Every rank would say it.
+    silence_tracing_notice()
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:

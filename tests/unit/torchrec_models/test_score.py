@@ -80,7 +80,7 @@ def _stored_rows(inputs: TrainInputs) -> list[dict[str, object]]:
     return list({row["user_id"]: row for row in reversed(rows)}.values())
 
 
-def _reader(inputs: TrainInputs) -> StoredReader:
+def stored_reader(inputs: TrainInputs) -> StoredReader:
     folder = inputs.store.snapshot_folder
     item_ids, rq = np.load(folder / "item_ids.npy"), np.load(folder / "rq.npy")
     codes = dict(zip(item_ids.tolist(), rq.tolist(), strict=True))
@@ -90,7 +90,7 @@ def _reader(inputs: TrainInputs) -> StoredReader:
 def test_serving_builds_the_same_features_as_training(
     inputs: TrainInputs, checkpoint: Checkpoint
 ) -> None:
-    reader = _reader(inputs)
+    reader = stored_reader(inputs)
     scorer = OnlineScorer(checkpoint, reader)
     config = checkpoint.manifest.config
     dataset = make_dataset(inputs, "test", config, Ranks(0, 1))
@@ -110,7 +110,7 @@ def test_serving_builds_the_same_features_as_training(
 def test_scores_are_probabilities_per_task_in_the_order_asked(
     inputs: TrainInputs, checkpoint: Checkpoint
 ) -> None:
-    reader = _reader(inputs)
+    reader = stored_reader(inputs)
     scorer = OnlineScorer(checkpoint, reader)
     user = reader.rows[0]["user_id"]
     items = [5000, 5001, 5002]
@@ -127,7 +127,7 @@ def test_scores_are_probabilities_per_task_in_the_order_asked(
 def test_an_item_without_codes_is_scored_by_what_is_known(
     inputs: TrainInputs, checkpoint: Checkpoint
 ) -> None:
-    reader = _reader(inputs)
+    reader = stored_reader(inputs)
 
     scores = OnlineScorer(checkpoint, reader).score(reader.rows[0]["user_id"], [123456], NOW)
 
@@ -142,13 +142,13 @@ def test_a_ranker_trained_on_vectors_is_not_served(inputs: TrainInputs, tmp_path
         train(config, inputs)
 
     with pytest.raises(ConfigError, match="in no online view"):
-        OnlineScorer(Checkpoint(str(tmp_path), "ranker_v1"), _reader(inputs))
+        OnlineScorer(Checkpoint(str(tmp_path), "ranker_v1"), stored_reader(inputs))
 
 
 def test_cross_features_are_served_as_they_were_trained(
     inputs: TrainInputs, cross_checkpoint: Checkpoint
 ) -> None:
-    reader = _reader(inputs)
+    reader = stored_reader(inputs)
     scorer = OnlineScorer(cross_checkpoint, reader)
     dataset = make_dataset(inputs, "test", cross_checkpoint.manifest.config, Ranks(0, 1))
     table = pq.read_table(dataset.path)
@@ -171,7 +171,7 @@ def test_cross_features_are_served_as_they_were_trained(
 def test_no_candidates_have_no_scores(
     inputs: TrainInputs, name: str, request: pytest.FixtureRequest
 ) -> None:
-    reader = _reader(inputs)
+    reader = stored_reader(inputs)
     scorer = OnlineScorer(request.getfixturevalue(name), reader)
 
     scores = scorer.score(reader.rows[0]["user_id"], [], NOW)

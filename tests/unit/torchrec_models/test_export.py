@@ -1,0 +1,194 @@
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_score import stored_reader
+from torch import nn
+from torchrec.modules.embedding_configs import (
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from qarm_feast.errors import CodebookMismatchError, CorruptArtifactError, DataError
+from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.config import RankerConfig
+from torchrec_models.export import Export, export_checkpoint, open_rows
+from torchrec_models.inputs import TrainInputs
+from torchrec_models.quantized import allocate_quantized_tables, quantize_tables
+from torchrec_models.score import OnlineScorer
+from torchrec_models.sharding import process_group
+from torchrec_models.training import train
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+FEATURES = ("user_id", "item_id", "history_item_id", "rq_code", "vq_code", "cross")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    config = RankerConfig(checkpoint_dir=folder, features=FEATURES, num_epochs=1, batch_size=300)
+    with process_group():
+        train(config, inputs)
+    return Checkpoint(folder, "ranker_v1")
+
+
+@pytest.fixture(scope="module")
+def export(
+    inputs: TrainInputs, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Export:
+    folder = tmp_path_factory.mktemp("exports")
+    rows = open_rows(checkpoint, inputs.store, "valid")
+    made = export_checkpoint(str(folder), checkpoint, rows, "valid")
+    return Export(str(folder), "ranker_v1", made.name)
+
+
+def rowwise_int8(x_ND: np.ndarray) -> np.ndarray:
+    """Eight bits per number, a scale and an offset per row in float16."""
+    low_N1 = x_ND.min(axis=1, keepdims=True).astype(np.float16).astype(np.float32)
+    scale_N1 = (x_ND.max(axis=1, keepdims=True) - low_N1) / 255
+    scale_N1 = scale_N1.astype(np.float16).astype(np.float32)
+    return np.clip(np.rint((x_ND - low_N1) / scale_N1), 0, 255) * scale_N1 + low_N1
+
+
+class BothKinds(nn.Module):
+    """Pooled and sequence lookups, one of them in a child."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        pooled = EmbeddingBagConfig(
+            name="t",
+            embedding_dim=8,
+            num_embeddings=5,
+            feature_names=["f"],
+            pooling=PoolingType.MEAN,
+        )
+        sequence = EmbeddingConfig(name="s", embedding_dim=8, num_embeddings=5, feature_names=["g"])
+        self.pooled = EmbeddingBagCollection(tables=[pooled], device=torch.device(device))
+        self.child = nn.Sequential(
+            EmbeddingCollection(tables=[sequence], device=torch.device(device))
+        )
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pooled(features)["f"], self.child(features)["g"].values()
+
+
+def test_int8_tables_hold_each_row_rounded_to_its_own_255_steps() -> None:
+    torch.manual_seed(0)
+    model = BothKinds("cpu")
+    tables = [
+        model.pooled.embedding_bags["t"].weight.detach().numpy().copy(),
+        model.child[0].embeddings["s"].weight.detach().numpy().copy(),
+    ]
+    features = KeyedJaggedTensor(
+        ["f", "g"],
+        torch.tensor([1, 2, 4, 0, 3]),
+        lengths=torch.tensor([2, 1, 0, 2], dtype=torch.int32),
+    )
+
+    quantize_tables(model)
+    pooled_BE, sequence_NE = model(features)
+
+    rounded = [rowwise_int8(table) for table in tables]
+    means = [rounded[0][[1, 2]].mean(axis=0), rounded[0][4]]
+    np.testing.assert_allclose(pooled_BE.numpy(), means, atol=1e-6)
+    np.testing.assert_allclose(sequence_NE.numpy(), rounded[1][[0, 3]], atol=1e-6)
+
+
+def test_allocated_tables_take_the_state_of_quantized_ones() -> None:
+    model, empty = BothKinds("cpu"), BothKinds("meta")
+    quantize_tables(model)
+    allocate_quantized_tables(empty)
+
+    empty.load_state_dict(model.state_dict())
+
+    features = KeyedJaggedTensor(
+        ["f", "g"], torch.tensor([1, 2]), lengths=torch.tensor([1, 1], dtype=torch.int32)
+    )
+    for loaded, original in zip(empty(features), model(features), strict=True):
+        assert torch.equal(loaded, original)
+        assert loaded.abs().sum() > 0
+
+
+def test_an_export_scores_online_as_its_checkpoint_within_the_error_it_names(
+    inputs: TrainInputs, checkpoint: Checkpoint, export: Export
+) -> None:
+    reader = stored_reader(inputs)
+    error = export.facts.error
+    items = list(range(5000, 5060))
+    scorers = [OnlineScorer(checkpoint, reader), OnlineScorer(export, reader)]
+    differences = []
+
+    for row in reader.rows[:12]:
+        before, after = (scorer.score(row["user_id"], items, NOW) for scorer in scorers)
+        differences += [np.abs(after[name] - before[name]) for name in ("like", "love")]
+
+    assert error.num_rows == inputs.store.manifest.num_rows["valid"]
+    assert 0 < error.mean_score_difference <= error.max_score_difference < 0.02
+    assert sorted(error.auc_difference) == ["like", "love"]
+    assert 0 < np.mean(differences) < 2 * error.mean_score_difference
+    assert np.max(differences) < 2 * error.max_score_difference
+
+
+def test_the_error_in_the_manifest_is_that_of_the_loaded_export(
+    inputs: TrainInputs, checkpoint: Checkpoint, export: Export
+) -> None:
+    rankers = [checkpoint.load_ranker(), export.load_ranker()]
+    scores = []
+    with torch.inference_mode():
+        for ranker in rankers:
+            batches = open_rows(checkpoint, inputs.store, "valid").eval_batches()
+            logits = [ranker(batch.sparse_features, batch.dense_features) for batch in batches]
+            scores.append(torch.cat(logits).double().sigmoid())
+
+    differences = (scores[0] - scores[1]).abs()
+
+    assert float(differences.max()) == pytest.approx(export.facts.error.max_score_difference)
+    assert float(differences.mean()) == pytest.approx(export.facts.error.mean_score_difference)
+
+
+def test_an_export_of_another_service_or_none_is_refused(export: Export, tmp_path: Path) -> None:
+    other = tmp_path / "ranker_v2"
+    other.mkdir()
+    (other / "step-1").symlink_to(export.folder)
+
+    with pytest.raises(CodebookMismatchError, match=r"ranker_v1.*loaded 'ranker_v2'"):
+        Export(str(tmp_path), "ranker_v2", "step-1")
+    with pytest.raises(DataError, match="qarm-rank export"):
+        Export(str(tmp_path), "ranker_v3")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vocabularies.json"])
+def test_a_damaged_file_of_an_export_is_refused(
+    inputs: TrainInputs, checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    rows = open_rows(checkpoint, inputs.store, "valid")
+    folder = export_checkpoint(str(tmp_path), checkpoint, rows, "valid")
+    payload = bytearray((folder / name).read_bytes())
+    payload[-2] ^= 1
+    (folder / name).write_bytes(payload)
+
+    with pytest.raises(CorruptArtifactError, match=f"{name} has SHA-256"):
+        Export(str(tmp_path), "ranker_v1")
+
+
+def test_a_second_export_leaves_the_first_one_and_becomes_the_newest(
+    inputs: TrainInputs, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    rows = open_rows(checkpoint, inputs.store, "valid")
+    folders = [export_checkpoint(str(tmp_path), checkpoint, rows, "valid") for _ in range(2)]
+
+    newest = Export(str(tmp_path), "ranker_v1")
+
+    assert newest.folder == folders[1] == folders[0].with_name(f"{checkpoint.folder.name}-2")
+    assert sorted(path.name for path in folders[0].iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "vocabularies.json",
+    ]
+    assert json.loads((folders[0] / "manifest.json").read_text())["table_precision"] == "int8"

@@ -1,0 +1,283 @@
+"""``qarm-rank export``: a checkpoint as int8 tables with their manifest, ready to score with.
+
+An export folder appears whole or not at all:
+
+    1. ``model.safetensors``, ``vocabularies.json`` and ``manifest.json``, which holds the SHA-256
+       of the others, are written into ``<dir>/<service>/.<name>.tmp`` and flushed to disk;
+    2. the folder is renamed to ``<dir>/<service>/<name>``, a name that is not taken;
+    3. ``<dir>/<service>/LATEST``, which names the newest one, is replaced.
+
+Code is in no file: loading builds the model from the manifest, as training did, and fills it. So
+an export holds no pickle, which a TorchScript archive would (``torch.jit.script`` is deprecated in
+this torch, and TorchRec's quantized collections do not pass through it).
+Shape letters: B rows, T tasks.
+May import: torch, torchrec, safetensors.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from qarm_feast.artifact import MANIFEST_NAME, read_verified, sha256
+from qarm_feast.errors import CodebookMismatchError, DataError
+from torchrec_models.batch import BatchBuilder, RankingBatch
+from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, build_trained_ranker
+from torchrec_models.config import RankerConfig
+from torchrec_models.dataset import RowDataset
+from torchrec_models.dependency import silence_tracing_notice
+from torchrec_models.inputs import resolve_codebook_version
+from torchrec_models.metrics import auc
+from torchrec_models.quantized import allocate_quantized_tables, quantize_tables
+from torchrec_models.ranker import ranker_logits
+from torchrec_models.row_store import RowStore, sync_folder, write_atomically
+from torchrec_models.sharding import Ranks
+from torchrec_models.snapshot import ItemSnapshot
+from torchrec_models.tables import ranker_tables, sparse_feature_names
+from torchrec_models.vocabulary import Vocabularies
+
+logger = logging.getLogger(__name__)
+
+Scores = npt.NDArray[np.float64]
+
+_MODEL_FILE = "model.safetensors"
+_VOCABULARIES_FILE = "vocabularies.json"
+_ERROR_SPLIT = "valid"
+_POINTER = "LATEST"
+_REMEDY = "run `qarm-rank export` again"
+
+
+class QuantizationError(BaseModel):
+    """How far the export's scores lie from the checkpoint's, over the same rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: str = Field(description="Split of the rows.")
+    num_rows: int
+    max_score_difference: float = Field(description="Largest difference of any task's score.")
+    mean_score_difference: float = Field(description="Mean absolute difference of the scores.")
+    auc_difference: dict[str, float] = Field(description="Export minus checkpoint, by task.")
+
+
+class ExportManifest(BaseModel):
+    """What an export is, and the hashes of its files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint_name: str = Field(description="Folder of the checkpoint below its service.")
+    checkpoint: CheckpointManifest = Field(
+        description="Its manifest: service, codebook version, step, config, tasks, sizes."
+    )
+    table_precision: str = Field(default="int8", description="Numbers in tables, row by row.")
+    dense_precision: str = Field(default="float32", description="Everything else.")
+    error: QuantizationError
+    files: Mapping[str, str] = Field(description="SHA-256 by file name.")
+
+
+class Export:
+    """One export of a service, checked to belong to it and to be whole.
+
+    Args:
+        directory: ``ranker.export_dir``.
+        service: Feature service whose features the caller will feed.
+        name: Folder name; by default what ``LATEST`` names.
+
+    Raises:
+        DataError: If there is no such export.
+        CodebookMismatchError: If it was made for another feature service.
+        CorruptArtifactError: If a file is missing or has another hash than the manifest says.
+    """
+
+    def __init__(self, directory: str, service: str, name: str | None = None) -> None:
+        folder = Path(directory) / service
+        pointer = folder / _POINTER
+        if name is None:
+            name = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
+        self.folder = folder / name
+        manifest_path = self.folder / MANIFEST_NAME
+        if not manifest_path.is_file():
+            raise DataError(f"no export at {self.folder}; make one by `qarm-rank export`")
+        self.facts = ExportManifest.model_validate_json(manifest_path.read_text("utf-8"))
+        if self.manifest.service != service:
+            raise CodebookMismatchError(
+                expected=service,
+                found=self.manifest.service,
+                where=str(self.folder),
+                command="qarm-rank export, from a checkpoint of this service",
+            )
+        self._files = {
+            name: read_verified(self.folder, name, self.facts.files, _REMEDY)
+            for name in self.facts.files
+        }
+
+    @property
+    def manifest(self) -> CheckpointManifest:
+        """The manifest of the checkpoint that was exported."""
+        return self.facts.checkpoint
+
+    def vocabularies(self) -> Vocabularies:
+        """Return the vocabularies whose rows the tables hold."""
+        return Vocabularies.from_json(self._files[_VOCABULARIES_FILE].decode("utf-8"))
+
+    def load_ranker(self) -> nn.Module:
+        """Return the ranker, its tables in int8, ready to score."""
+        ranker = build_trained_ranker(self.manifest, self.vocabularies(), torch.device("meta"))
+        allocate_quantized_tables(ranker)
+        ranker.load_state_dict(load_tensors(self._files[_MODEL_FILE]))
+        return ranker.eval()
+
+
+def export_newest(config_path: str, config: RankerConfig, name: str | None = None) -> Export:
+    """Export a checkpoint of the ranker's service, its error measured on the valid rows.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        config: The ranker section: service name, folders of rows, checkpoints and exports.
+        name: Another checkpoint than the newest.
+
+    Returns:
+        The export, as it was read back.
+
+    Raises:
+        DataError: If there is no checkpoint, or there are no rows.
+    """
+    silence_tracing_notice()
+    service = config.service_name(resolve_codebook_version(config_path, config.codebook_version))
+    checkpoint = Checkpoint(config.checkpoint_dir, service, name)
+    rows = open_rows(checkpoint, RowStore(config.rows_uri, service), _ERROR_SPLIT)
+    folder = export_checkpoint(config.export_dir, checkpoint, rows, _ERROR_SPLIT)
+    made = Export(config.export_dir, service, folder.name)
+    logger.info(
+        "exported service=%s folder=%s max_score_difference=%.2g",
+        service,
+        folder.name,
+        made.facts.error.max_score_difference,
+    )
+    return made
+
+
+def export_checkpoint(directory: str, checkpoint: Checkpoint, rows: RowDataset, split: str) -> Path:
+    """Write the int8 form of a checkpoint and return its folder.
+
+    Args:
+        directory: ``ranker.export_dir``.
+        checkpoint: What to export.
+        rows: Rows over which the error of the quantization is measured.
+        split: Their split, for the manifest.
+
+    Returns:
+        ``<directory>/<service>/<checkpoint's name>``, with a suffix where that name is taken.
+    """
+    ranker, quantized = checkpoint.load_ranker(), checkpoint.load_ranker()
+    quantize_tables(quantized)
+    error = _measure_error(ranker, quantized, checkpoint.manifest, rows, split)
+    state = {name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}
+    files = {
+        _MODEL_FILE: save_tensors(state),
+        _VOCABULARIES_FILE: checkpoint.vocabularies().to_json().encode("utf-8"),
+    }
+    manifest = ExportManifest(
+        checkpoint_name=checkpoint.folder.name,
+        checkpoint=checkpoint.manifest,
+        error=error,
+        files={name: sha256(payload) for name, payload in files.items()},
+    )
+    return _publish(Path(directory) / checkpoint.manifest.service, manifest, files)
+
+
+def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset:
+    """Return stored rows as the checkpoint's ranker reads them, all on this process.
+
+    Args:
+        checkpoint: Its vocabularies and config make the features.
+        store: Rows of its service, be they of a later build.
+        split: Split to read.
+
+    Returns:
+        The rows.
+    """
+    manifest, vocabularies = checkpoint.manifest, checkpoint.vocabularies()
+    snapshot = ItemSnapshot(store.snapshot_folder)
+    tables = ranker_tables(manifest.sizes, vocabularies, manifest.config)
+    return RowDataset(
+        path=store.split_path(split),
+        label_names=tuple(task.label_name for task in manifest.tasks),
+        user_columns=store.manifest.user_columns,
+        builder=BatchBuilder(
+            config=manifest.config,
+            vocabularies=vocabularies,
+            feature_names=sparse_feature_names(tables),
+            code_lookup=snapshot,
+            vector_lookup=snapshot,
+        ),
+        ranks=Ranks(rank=0, world_size=1),
+        batch_size=manifest.config.batch_size,
+    )
+
+
+def _publish(folder: Path, manifest: ExportManifest, files: Mapping[str, bytes]) -> Path:
+    name = _free_name(folder, manifest.checkpoint_name)
+    temporary = folder / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file_name, payload in files.items():
+        (temporary / file_name).write_bytes(payload)
+    (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), "utf-8")
+    sync_folder(temporary)
+    os.replace(temporary, folder / name)
+    write_atomically(folder / _POINTER, name)
+    return folder / name
+
+
+def _free_name(folder: Path, name: str) -> str:
+    # A server may read the one that has the name now.
+    free, number = name, 1
+    while (folder / free).exists():
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _measure_error(
+    ranker: nn.Module,
+    quantized: nn.Module,
+    manifest: CheckpointManifest,
+    rows: RowDataset,
+    split: str,
+) -> QuantizationError:
+    parts = [_scores(ranker, quantized, batch) for batch in rows.eval_batches()]
+    before_BT, after_BT, labels_BT = (np.concatenate(part) for part in zip(*parts, strict=True))
+    differences_BT = np.abs(after_BT - before_BT)
+    return QuantizationError(
+        split=split,
+        num_rows=len(differences_BT),
+        max_score_difference=float(differences_BT.max()),
+        mean_score_difference=float(differences_BT.mean()),
+        auc_difference={
+            task.name: auc(after_B, is_positive_B) - auc(before_B, is_positive_B)
+            for task, after_B, before_B, is_positive_B in zip(
+                manifest.tasks, after_BT.T, before_BT.T, labels_BT.T > 0.5, strict=True
+            )
+            # One class alone has no AUC.
+            if 0 < is_positive_B.sum() < len(is_positive_B)
+        },
+    )
+
+
+def _scores(
+    ranker: nn.Module, quantized: nn.Module, batch: RankingBatch
+) -> tuple[Scores, Scores, Scores]:
+    """Return both rankers' scores and the labels, ``[B, T]`` each."""
+    with torch.inference_mode():
+        before_BT = ranker_logits(ranker, batch).double().sigmoid()
+        after_BT = ranker_logits(quantized, batch).double().sigmoid()
+    return before_BT.numpy(), after_BT.numpy(), batch.labels.double().numpy()
