@@ -36,6 +36,7 @@ SECTIONS = (
     "comparison",
     "observability",
     "compaction",
+    "serving",
     "serving_log",
 )
 """Every section that a ``qarm.yaml`` may hold; each has one owner, which checks its keys."""

@@ -103,6 +103,28 @@ SERVING_LOG_ROWS = Counter(
     ["outcome"],
 )
 
+RANK_SECONDS = Histogram(
+    "qarm_rank_request_seconds",
+    "From a request's last byte to its scores, by outcome: ok, or the kind of the error.",
+    ["outcome"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+)
+RANK_CANDIDATES = Histogram(
+    "qarm_rank_candidates",
+    "Candidates of one scored request.",
+    buckets=(1, 10, 50, 100, 200, 500, 1000, 2000, 5000, 10000),
+)
+RANK_MISSING_ITEMS = Counter(
+    "qarm_rank_missing_items", "Candidates that were scored without codes: unknown or taken down."
+)
+RANK_EMPTY_HISTORIES = Counter(
+    "qarm_rank_empty_histories", "Requests of users without any recent item."
+)
+RANK_ERRORS = Counter("qarm_rank_errors", "Requests that were not scored, by kind.", ["kind"])
+RANK_READY = Gauge(
+    "qarm_rank_ready", "1 while model, store and codebook agreed when /health was last asked."
+)
+
 
 class ObservabilityConfig(Section):
     """Section ``observability``."""

@@ -172,6 +172,21 @@ class CodeReader:
         names = [field.name for field in view.features]
         return self._online_store.read_columns(self._config, view, user_ids_N, names)
 
+    def code_view_tags(self) -> dict[str, str]:
+        """Return what the view of this version says of its codebook, see ``view_tags``."""
+        return dict(self._view(schema.code_view_name(self.codebook_version)).tags)
+
+    def check_reachable(self) -> None:
+        """Read one item, there or not, past the serving log.
+
+        Raises:
+            ConfigError: If the view was not applied.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        view = self._view(schema.code_view_name(self.codebook_version))
+        nobody_N = np.zeros(1, dtype=np.int64)
+        self._online_store.read_columns(self._config, view, nobody_N, ["rq_code"])
+
     async def read_codes_async(self, item_ids_N: Ints) -> tuple[ItemCodes, Bools]:
         """Do what :meth:`read_codes` does off the event loop; calls may run side by side."""
         return await asyncio.to_thread(self.read_codes, item_ids_N)

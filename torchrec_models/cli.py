@@ -11,6 +11,7 @@ from qarm_feast.command import (
     run_command_line,
     start_logging,
 )
+from qarm_feast.config import load_section
 from torchrec_models.dependency import require_torchrec
 from torchrec_models.options import TrainedName, load_ranker_config, set_option, trained_options
 
@@ -98,6 +99,40 @@ def score(
     for row, item_id in enumerate(item_ids):
         values = {name: round(float(values_B[row]), 6) for name, values_B in scores.items()}
         click.echo(json.dumps({"item_id": item_id, "scores": values}))
+
+
+@qarm_rank.command(epilog="Example: qarm-rank serve --config feature_repo/qarm.yaml --export")
+@config_option
+@click.option("--host", help="Overrides serving.host.")
+@click.option("--port", type=int, help="Overrides serving.port; 0 takes a free one.")
+@trained_options
+@log_level_option
+def serve(
+    config_path: str,
+    host: str | None,
+    port: int | None,
+    trained: TrainedName,
+    log_level: str | None,
+) -> None:
+    """Score over HTTP until SIGTERM: POST /rank, GET /health, GET /metrics."""
+    require_torchrec()
+    from torchrec_models.server import serve as serve_until_signal
+    from torchrec_models.serving import ServingConfig, open_served
+
+    start_logging(config_path, log_level)
+    overrides = {
+        key: value for key, value in {"host": host, "port": port}.items() if value is not None
+    }
+    config = load_section(config_path, "serving", ServingConfig, overrides)
+    ranker = load_ranker_config(config_path)
+    with open_served(config_path, ranker, trained) as served:
+        serve_until_signal(
+            served,
+            config,
+            announce=lambda host, port: click.echo(
+                json.dumps({"service": served.manifest.service, "host": host, "port": port})
+            ),
+        )
 
 
 def main() -> None:

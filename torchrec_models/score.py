@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import nn
@@ -95,6 +96,21 @@ class ReadHistory:
         return HistoryCodes(read.rq_NL[places_H], self.inputs.history_has_codes_H[places_H])
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What one request gave.
+
+    Attributes:
+        scores: Task name to the probability of each candidate, float32, in the order asked for.
+        has_codes_B: Which candidates have codes; the others were scored by what else is known.
+        history_length: Items of the user's history that were read.
+    """
+
+    scores: Mapping[str, Floats]
+    has_codes_B: npt.NDArray[np.bool_]
+    history_length: int
+
+
 class OnlineScorer:
     """A trained ranker over the online store, in one process.
 
@@ -132,14 +148,7 @@ class OnlineScorer:
         Returns:
             A batch without labels.
         """
-        inputs = self._reader.read_scoring_inputs(user_id, item_ids_B, self._config.history_length)
-        builder = BatchBuilder(
-            config=self._config,
-            vocabularies=self._vocabularies,
-            feature_names=self._feature_names,
-            code_lookup=ReadHistory(inputs),
-        )
-        return builder.build(self._rows(user_id, inputs, now))
+        return self._build(user_id, self._read(user_id, item_ids_B), now)
 
     def score(self, user_id: int, item_ids: Sequence[int], now: datetime) -> Mapping[str, Floats]:
         """Return per task the probability of each candidate, in the order given.
@@ -155,10 +164,40 @@ class OnlineScorer:
         if not len(item_ids):
             # TorchRec pools no batch without rows.
             return {name: np.empty(0, dtype=np.float32) for name in self.task_names}
-        batch = self.batch(user_id, np.asarray(item_ids, dtype=np.int64), now)
+        return self.rank(user_id, np.asarray(item_ids, dtype=np.int64), now).scores
+
+    def rank(self, user_id: int, item_ids_B: Ints, now: datetime) -> Ranking:
+        """Return the scores of one candidate or more, and what was known of them.
+
+        Args:
+            user_id: The user.
+            item_ids_B: Candidates, at least one.
+            now: Time of the request, aware.
+
+        Returns:
+            The scores.
+        """
+        inputs = self._read(user_id, item_ids_B)
+        batch = self._build(user_id, inputs, now)
         with torch.inference_mode():
             scores_BT = torch.sigmoid(ranker_logits(self._ranker, batch)).numpy()
-        return {name: scores_BT[:, task] for task, name in enumerate(self.task_names)}
+        return Ranking(
+            scores={name: scores_BT[:, task] for task, name in enumerate(self.task_names)},
+            has_codes_B=inputs.has_codes_B,
+            history_length=len(inputs.history.item_ids_N),
+        )
+
+    def _read(self, user_id: int, item_ids_B: Ints) -> ScoringInputs:
+        return self._reader.read_scoring_inputs(user_id, item_ids_B, self._config.history_length)
+
+    def _build(self, user_id: int, inputs: ScoringInputs, now: datetime) -> RankingBatch:
+        builder = BatchBuilder(
+            config=self._config,
+            vocabularies=self._vocabularies,
+            feature_names=self._feature_names,
+            code_lookup=ReadHistory(inputs),
+        )
+        return builder.build(self._rows(user_id, inputs, now))
 
     def _rows(self, user_id: int, inputs: ScoringInputs, now: datetime) -> RowColumns:
         user = np.array([user_id], dtype=np.int64)
@@ -191,6 +230,27 @@ class OnlineScorer:
         return columns
 
 
+def open_trained(config: RankerConfig, service: str, wanted: TrainedName) -> TrainedRanker:
+    """Return the checkpoint or export of a service that was asked for.
+
+    Args:
+        config: The ranker section: folders of checkpoints and exports.
+        service: Feature service that it must belong to.
+        wanted: Which one.
+
+    Returns:
+        Either, checked.
+
+    Raises:
+        DataError: If there is none.
+        CodebookMismatchError: If it belongs to another service.
+        CorruptArtifactError: If a file of an export is not the one that was written.
+    """
+    if wanted.is_export:
+        return Export(config.export_dir, service, wanted.name)
+    return Checkpoint(config.checkpoint_dir, service, wanted.name)
+
+
 @contextmanager
 def open_scorer(
     config_path: str, config: RankerConfig, trained_name: TrainedName | None = None
@@ -210,12 +270,7 @@ def open_scorer(
     silence_tracing_notice()
     version = resolve_codebook_version(config_path, config.codebook_version)
     service = config.service_name(version)
-    wanted = trained_name or TrainedName()
-    trained: TrainedRanker
-    if wanted.is_export:
-        trained = Export(config.export_dir, service, wanted.name)
-    else:
-        trained = Checkpoint(config.checkpoint_dir, service, wanted.name)
+    trained = open_trained(config, service, trained_name or TrainedName())
     store = open_feature_store(Path(config_path).resolve().parent)
     with open_serving_log(config_path, store.config) as serving_log:
         yield OnlineScorer(trained, CodeReader(store, version, serving_log))
