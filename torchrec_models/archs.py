@@ -1,7 +1,6 @@
-"""Parts of the ranker below the heads: sparse lookup, dense net, feature interaction.
+"""Parts of the ranker below the interaction: sparse lookup and dense net.
 
-Shape letters: B rows, F features, P pairs of features, E table width, W dense width,
-X interaction width.
+Shape letters: B rows, F features, E table width, W dense width.
 May import: torch, torchrec.
 """
 
@@ -20,15 +19,15 @@ class SparseArch(nn.Module):
         super().__init__()
         self.embedding_bag_collection = embedding_bag_collection
         configs = embedding_bag_collection.embedding_bag_configs()
-        self._feature_names = [name for config in configs for name in config.feature_names]
+        self.feature_names = [name for config in configs for name in config.feature_names]
         self._embedding_dim = configs[0].embedding_dim
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Return pooled embeddings in table order, whatever order the sharding plan gave them."""
         embeddings = self.embedding_bag_collection(sparse_features)
-        grouped = KeyedTensor.regroup([embeddings], [self._feature_names])[0]
+        grouped = KeyedTensor.regroup([embeddings], [self.feature_names])[0]
         embeddings_BFE: torch.Tensor = grouped.view(
-            -1, len(self._feature_names), self._embedding_dim
+            -1, len(self.feature_names), self._embedding_dim
         )
         return embeddings_BFE
 
@@ -46,24 +45,6 @@ class DenseArch(nn.Module):
         """Return one embedding per row."""
         embedding_BE: torch.Tensor = self.net(dense_features_BW)
         return embedding_BE
-
-
-class InteractionArch(nn.Module):
-    """DLRM's dot interaction: all embeddings and the dot product of every pair, ``[B, X]``."""
-
-    def __init__(self, num_features: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.out_features = num_features * embedding_dim + num_features * (num_features - 1) // 2
-        self._pairs: torch.Tensor
-        first, second = torch.triu_indices(num_features, num_features, offset=1)
-        # Places in the flattened matrix: the backward of a two-index lookup is far slower.
-        self.register_buffer("_pairs", first * num_features + second, persistent=False)
-
-    def forward(self, features_BFE: torch.Tensor) -> torch.Tensor:
-        """Return the flattened embeddings followed by the pairwise dot products."""
-        dots_BFF = torch.bmm(features_BFE, features_BFE.transpose(1, 2))
-        dots_BP = dots_BFF.flatten(1).index_select(1, self._pairs)
-        return torch.cat([features_BFE.flatten(1), dots_BP], dim=1)
 
 
 def mlp(in_features: int, layer_sizes: Sequence[int]) -> nn.Sequential:

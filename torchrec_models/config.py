@@ -33,6 +33,40 @@ class TaskConfig(Section):
     name: str = Field(description="Name in metrics and scores, for example `like`.")
     label_name: str = Field(description="Bool column of the interactions, for example `is_like`.")
     weight: float = Field(default=1.0, gt=0, description="Weight of this task's loss.")
+    after: str | None = Field(
+        default=None,
+        description="Task without which this one cannot happen: `like` for `love`.",
+    )
+
+
+def parents_first(tasks: Sequence[TaskConfig]) -> list[int]:
+    """Return the tasks' places in an order in which each stands behind the one it comes after.
+
+    Args:
+        tasks: Tasks, some with ``after``.
+
+    Returns:
+        Places in ``tasks``.
+
+    Raises:
+        ValueError: If ``after`` names no other task, or tasks come after each other in a circle.
+    """
+    names = [task.name for task in tasks]
+    unknown = [task.after for task in tasks if task.after not in (None, *names)]
+    if unknown:
+        raise ValueError(f"tasks come after {unknown}, but the tasks are {names}")
+    order: list[int] = []
+    placed: set[str | None] = {None}
+    while len(order) < len(tasks):
+        ready = [
+            place for place, task in enumerate(tasks) if place not in order and task.after in placed
+        ]
+        if not ready:
+            circle = [name for place, name in enumerate(names) if place not in order]
+            raise ValueError(f"tasks come after each other in a circle: {circle}")
+        order += ready
+        placed |= {names[place] for place in ready}
+    return order
 
 
 class RankerConfig(Section):
@@ -77,12 +111,62 @@ class RankerConfig(Section):
         description="Hidden layers over dense features (aligned vectors, cross features).",
     )
     expert_layer_sizes: LayerSizes = Field(
-        default=(128,), description="Hidden layers of each MMoE expert."
+        default=(128,), description="Layers of each expert, and of the shared bottom."
     )
     over_arch_layer_sizes: LayerSizes = Field(
         default=(128, 1), description="Layers of each task's tower; the last one is the logit."
     )
+    head: Literal["shared_bottom", "mmoe", "ple", "home"] = Field(
+        default="mmoe", description="What the tasks share."
+    )
     num_experts: int = Field(default=4, gt=0, description="MMoE experts shared by the tasks.")
+    experts_per_bank: int = Field(
+        default=2,
+        gt=0,
+        description="PLE and HoME: experts of each bank (shared, of a task, of a group of tasks).",
+    )
+    num_levels: int = Field(default=2, gt=0, description="PLE: extraction levels.")
+    task_groups: Literal["auto"] | tuple[tuple[str, ...], ...] = Field(
+        default="auto",
+        description="HoME: names of the tasks of each group; `auto` puts all in one.",
+    )
+    feature_gate_rank: int = Field(default=8, gt=0, description="HoME: rank of feature gates.")
+    interaction: Literal["dot", "dcn", "fgcnn"] = Field(
+        default="dot", description="How embeddings meet: DLRM's dot, DCN-v2, FGCNN with IPNN."
+    )
+    dcn_num_layers: int = Field(default=2, gt=0, description="DCN-v2: cross layers.")
+    dcn_rank: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="DCN-v2: rank of cross weights; null for full ones."
+    )
+    fgcnn_num_maps: LayerSizes = Field(
+        default=(6, 8), description="FGCNN: feature maps of each convolution."
+    )
+    fgcnn_num_new_maps: LayerSizes = Field(
+        default=(2, 2), description="FGCNN: maps of new features of each recombination."
+    )
+    fgcnn_kernel_height: int = Field(
+        default=3, gt=0, description="FGCNN: features that a convolution covers, odd."
+    )
+    fgcnn_pooling_height: int = Field(
+        default=2, gt=1, description="FGCNN: features of which pooling keeps the largest."
+    )
+    enable_esmm: bool = Field(
+        default=False,
+        description="Tasks with `after` are learnt as products over all rows (ESMM); else their "
+        "loss is over the rows where the other task happened.",
+    )
+    content_id_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the term that ties the dense embedding to the item id's (EM3: "
+        "1e-3); 0 is off.",
+    )
+    content_id_temperature: float = Field(
+        default=0.1, gt=0, description="Temperature of that term."
+    )
+    content_id_num_negatives: int = Field(
+        default=16, gt=0, description="Other rows of the batch that each row is set against."
+    )
     history_length: int = Field(default=50, gt=0, description="Latest history items that are used.")
     id_dropout: float = Field(
         default=0.5,
@@ -132,6 +216,30 @@ class RankerConfig(Section):
             raise ValueError("over_arch_layer_sizes must end in 1, the logit of one task")
         if set(self.features) <= {"vector", "cross"}:
             raise ValueError("features need one that has a table, beside `vector` and `cross`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> "RankerConfig":
+        tasks = () if self.tasks == "auto" else self.tasks
+        parents_first(tasks)
+        if self.enable_esmm and not any(task.after for task in tasks):
+            raise ValueError(
+                "enable_esmm needs a task that comes after another: set tasks, for example to "
+                "[{name: like, label_name: is_like}, {name: love, label_name: is_love, "
+                "after: like}]"
+            )
+        if self.content_id_weight and not {"item_id", "vector"} <= set(self.features):
+            raise ValueError("content_id_weight needs the features `item_id` and `vector`")
+        if self.fgcnn_kernel_height % 2 == 0:
+            raise ValueError(
+                f"fgcnn_kernel_height is {self.fgcnn_kernel_height}, but must be odd: it reaches "
+                "equally far to both sides"
+            )
+        if len(self.fgcnn_num_maps) != len(self.fgcnn_num_new_maps):
+            raise ValueError(
+                f"fgcnn_num_maps has {len(self.fgcnn_num_maps)} layers, fgcnn_num_new_maps "
+                f"{len(self.fgcnn_num_new_maps)}; give both one entry per layer"
+            )
         return self
 
     def has(self, feature: FeatureName) -> bool:

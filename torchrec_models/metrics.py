@@ -83,7 +83,7 @@ def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict
     """Return every metric under its key, for example ``auc/like`` and ``cold_auc/like``.
 
     Args:
-        predictions: Rows of all ranks.
+        predictions: Rows of all ranks; a row whose label of a task is NaN does not count there.
         task_names: One name per column of the logits.
 
     Returns:
@@ -108,8 +108,10 @@ def ranking_metrics(predictions: Predictions, task_names: Sequence[str]) -> dict
     }
     for task, name in enumerate(task_names):
         logits_N = predictions.logits_NT[:, task].double().numpy()
+        is_labelled_N = ~predictions.labels_NT[:, task].isnan().numpy()
         labels_N = predictions.labels_NT[:, task].numpy() > 0.5
-        for prefix, rows in chosen.items():
+        for prefix, chosen_N in chosen.items():
+            rows = chosen_N & is_labelled_N
             values = _task_metrics(logits_N[rows], labels_N[rows], user_ids_N[rows])
             metrics |= {f"{prefix}{metric}/{name}": value for metric, value in values.items()}
     return metrics

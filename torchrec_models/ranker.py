@@ -12,64 +12,92 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from qarm_feast.errors import ConfigError
-from torchrec_models.archs import DenseArch, InteractionArch, SparseArch
+from torchrec_models.archs import DenseArch, SparseArch
 from torchrec_models.batch import RankingBatch
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
-from torchrec_models.heads import Mmoe, TaskArch
-from torchrec_models.tables import dense_width, ranker_tables
+from torchrec_models.heads import Head, build_head
+from torchrec_models.interactions import Interaction, build_interaction
+from torchrec_models.losses import ContentIdLoss, TaskLosses
+from torchrec_models.tables import ITEM_ID_FEATURE, dense_width, ranker_tables
+from torchrec_models.towers import TaskChain, TaskLabels, TaskTowers
 from torchrec_models.vocabulary import Vocabularies
 
 StepOutput = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 
 class MultiTaskRanker(nn.Module):
-    """Sparse and dense features, dot interaction, MMoE, one tower per task."""
+    """Sparse and dense features, their interaction, a head, one tower per task."""
 
     def __init__(
         self,
         sparse_arch: SparseArch,
         dense_arch: DenseArch | None,
-        interaction_arch: InteractionArch,
-        mmoe: Mmoe,
-        task_archs: Sequence[TaskArch],
+        interaction_arch: Interaction,
+        head: Head,
+        task_towers: TaskTowers,
     ) -> None:
         super().__init__()
         self.sparse_arch = sparse_arch
         self.dense_arch = dense_arch
         self.interaction_arch = interaction_arch
-        self.mmoe = mmoe
-        self.task_archs = nn.ModuleList(task_archs)
+        self.head = head
+        self.task_towers = task_towers
 
     def forward(
         self, sparse_features: KeyedJaggedTensor, dense_features_BW: torch.Tensor
     ) -> torch.Tensor:
-        """Return logits ``[B, T]``."""
-        features_BFE = self.sparse_arch(sparse_features)
+        """Return the logits ``[B, T]`` of the tasks' probabilities."""
+        return self.logits(self.embeddings(sparse_features, dense_features_BW))
+
+    def embeddings(
+        self, sparse_features: KeyedJaggedTensor, dense_features_BW: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the embeddings ``[B, F, E]``: sparse features in table order, then dense ones."""
+        features_BFE: torch.Tensor = self.sparse_arch(sparse_features)
         if self.dense_arch is not None:
             dense_BE = self.dense_arch(dense_features_BW)
             features_BFE = torch.cat([features_BFE, dense_BE.unsqueeze(1)], dim=1)
-        mixtures = self.mmoe(self.interaction_arch(features_BFE))
-        logits = [task_arch(mixtures[t]) for t, task_arch in enumerate(self.task_archs)]
-        return torch.cat(logits, dim=1)
+        return features_BFE
+
+    def logits(self, features_BFE: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[B, T]`` of embeddings."""
+        mixtures_BTY = self.head(self.interaction_arch(features_BFE))
+        logits_BT: torch.Tensor = self.task_towers(mixtures_BTY)
+        return logits_BT
 
 
 class RankerTrainTask(nn.Module):
-    """A ranker with its loss: binary cross entropy per task, weighted and summed."""
+    """A ranker with its losses: those of the tasks, and the content-ID term where it is on."""
 
-    def __init__(self, ranker: MultiTaskRanker, task_weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        ranker: MultiTaskRanker,
+        task_weights: Sequence[float],
+        content_id_loss: ContentIdLoss | None = None,
+    ) -> None:
         super().__init__()
         self.ranker = ranker
-        self._task_weights: torch.Tensor
-        self.register_buffer("_task_weights", torch.tensor(list(task_weights)), persistent=False)
+        self.task_labels = TaskLabels(ranker.task_towers.chain)
+        self.task_losses = TaskLosses(task_weights)
+        self.content_id_loss = content_id_loss
 
     def forward(self, batch: RankingBatch) -> StepOutput:
-        """Return the loss ``[1]``, and detached logits and labels ``[B, T]``."""
-        logits_BT = self.ranker(batch.sparse_features, batch.dense_features)
-        losses_BT = nn.functional.binary_cross_entropy_with_logits(
-            logits_BT, batch.labels, reduction="none"
-        )
-        loss = (losses_BT.mean(dim=0) * self._task_weights).sum()
-        return loss.reshape(1), (logits_BT.detach(), batch.labels)
+        """Return the loss ``[1]``, and detached logits and labels ``[B, T]``.
+
+        A label is NaN where its task has none, see :class:`~torchrec_models.towers.TaskLabels`.
+        """
+        features_BFE = self.ranker.embeddings(batch.sparse_features, batch.dense_features)
+        logits_BT = self.ranker.logits(features_BFE)
+        labels_BT = self.task_labels(batch.labels)
+        loss = self.task_losses(logits_BT, labels_BT)
+        if self.content_id_loss is not None:
+            feature_names = self.ranker.sparse_arch.feature_names
+            loss = loss + self.content_id_loss(
+                features_BFE[:, len(feature_names)],
+                features_BFE[:, feature_names.index(ITEM_ID_FEATURE)],
+                batch.sparse_features[ITEM_ID_FEATURE].values(),
+            )
+        return loss.reshape(1), (logits_BT.detach(), labels_BT)
 
 
 def build_ranker(
@@ -92,7 +120,8 @@ def build_ranker(
         The ranker on CPU, its tables on ``table_device``.
 
     Raises:
-        ConfigError: If no feature has a table, as user columns of data without users.
+        ConfigError: If no feature has a table, as user columns of data without users, or if
+            the features or tasks do not fit ``interaction`` or ``task_groups``.
     """
     tables = ranker_tables(sizes, vocabularies, config)
     if not tables:
@@ -106,12 +135,11 @@ def build_ranker(
     if width := dense_width(sizes, config):
         dense_arch = DenseArch(width, config.dense_arch_layer_sizes, config.embedding_dim)
         num_features += 1
-    interaction_arch = InteractionArch(num_features, config.embedding_dim)
-    mmoe = Mmoe(
-        interaction_arch.out_features, config.expert_layer_sizes, config.num_experts, len(tasks)
-    )
-    task_archs = [TaskArch(mmoe.out_features, config.over_arch_layer_sizes) for _ in tasks]
-    return MultiTaskRanker(sparse_arch, dense_arch, interaction_arch, mmoe, task_archs)
+    interaction_arch = build_interaction(config, num_features)
+    head = build_head(config, interaction_arch.out_features, tasks)
+    chain = TaskChain(tasks, config.enable_esmm)
+    towers = TaskTowers(head.out_features, config.over_arch_layer_sizes, chain)
+    return MultiTaskRanker(sparse_arch, dense_arch, interaction_arch, head, towers)
 
 
 def ranker_logits(ranker: nn.Module, batch: RankingBatch) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
 from torchrec_models.dataset import RowDataset
 from torchrec_models.early_stopping import EarlyStopping
 from torchrec_models.inputs import TrainInputs
+from torchrec_models.losses import build_content_id_loss
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
 from torchrec_models.ranker import RankerTrainTask, StepOutput, build_ranker
 from torchrec_models.row_store import code_sizes
@@ -109,7 +110,8 @@ class _Run:
         tasks = resolve_tasks(config, store.manifest.label_names)
         vocabularies, sizes = store.vocabularies(), code_sizes(store.manifest)
         ranker = build_ranker(config, tasks, vocabularies, sizes, torch.device("meta"))
-        task = RankerTrainTask(ranker, [task.weight for task in tasks])
+        weights = [task.weight for task in tasks]
+        task = RankerTrainTask(ranker, weights, build_content_id_loss(config))
         sharded = shard_ranker(task, config)
         _start_code_tables(sharded, config, inputs)
         snapshot = ItemSnapshot(store.snapshot_folder)
@@ -293,7 +295,10 @@ class _Progress:
         self._num_rows += num_rows
         if not self._ranks.is_first or now - self._logged < _PROGRESS_SECONDS:
             return
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits_BT, labels_BT)
+        is_labelled_BT = ~labels_BT.isnan()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits_BT[is_labelled_BT], labels_BT[is_labelled_BT]
+        )
         logger.info(
             "trained step=%d/%d samples_per_second=%.0f loss=%.4f",
             self.num_steps,

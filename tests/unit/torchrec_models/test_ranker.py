@@ -5,12 +5,11 @@ import torch
 from test_dataset import make_dataset
 
 from qarm_feast.errors import ConfigError
-from torchrec_models.archs import InteractionArch
 from torchrec_models.batch import RankingBatch
 from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
 from torchrec_models.dataset import RowDataset
-from torchrec_models.heads import Mmoe
 from torchrec_models.inputs import TrainInputs
+from torchrec_models.losses import build_content_id_loss
 from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import Ranks
@@ -19,34 +18,6 @@ from torchrec_models.sharding import Ranks
 def _batch(inputs: TrainInputs, config: RankerConfig) -> RankingBatch:
     dataset: RowDataset = make_dataset(inputs, "test", config, Ranks(0, 1))
     return next(dataset.eval_batches())
-
-
-def test_interaction_is_the_embeddings_and_each_pair_once() -> None:
-    features_BFE = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
-
-    arch = InteractionArch(num_features=3, embedding_dim=2)
-
-    assert arch(features_BFE).tolist() == [[1, 2, 3, 4, 5, 6, 11, 17, 39]]
-    assert arch.out_features == 9
-
-
-@pytest.mark.parametrize("layer_sizes", [(2,), (5, 2)])
-def test_mmoe_mixes_experts_by_each_tasks_gate(layer_sizes: tuple[int, ...]) -> None:
-    mmoe = Mmoe(in_features=3, expert_layer_sizes=layer_sizes, num_experts=2, num_tasks=3)
-    with torch.no_grad():
-        # The gates of task 0 choose expert 0, of task 1 expert 1; task 2 takes half of each.
-        mmoe.gates.weight.zero_()
-        mmoe.gates.bias.copy_(torch.tensor([100.0, -100.0, -100.0, 100.0, 0.0, 0.0]))
-    shared_BX = torch.randn(4, 3)
-
-    first_BY, second_BY, both_BY = mmoe(shared_BX)
-
-    linear, width = mmoe.first_layers[0], layer_sizes[0]
-    weights, biases = linear.weight.split(width), linear.bias.split(width)
-    for expert, mixture_BY in enumerate((first_BY, second_BY)):
-        hidden = torch.relu(shared_BX @ weights[expert].T + biases[expert])
-        torch.testing.assert_close(mixture_BY, mmoe.later_layers[expert](hidden))
-    torch.testing.assert_close(both_BY, (first_BY + second_BY) / 2)
 
 
 def test_the_loss_is_the_weighted_sum_of_the_tasks_losses(inputs: TrainInputs) -> None:
@@ -108,3 +79,60 @@ def test_a_task_on_a_label_that_the_data_lacks_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"\['is_buy'\], but the data has \['is_like'\]"):
         resolve_tasks(config, ["is_like"])
+
+
+def _ranker_config(**keys: object) -> RankerConfig:
+    chained = (
+        {"name": "like", "label_name": "is_like"},
+        {"name": "love", "label_name": "is_love", "after": "like"},
+    )
+    small = {"embedding_dim": 8, "expert_layer_sizes": (8,), "over_arch_layer_sizes": (1,)}
+    return RankerConfig.model_validate(small | {"tasks": chained} | keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"head": "shared_bottom"},
+        {"head": "ple", "interaction": "dcn", "dcn_rank": 4},
+        {"head": "home", "task_groups": (("like",), ("love",))},
+        {"interaction": "fgcnn"},
+        {
+            "enable_esmm": True,
+            "features": ("item_id", "user_id", "vector"),
+            "content_id_weight": 1e-3,
+        },
+    ],
+)
+def test_one_step_moves_every_dense_parameter_of_each_choice(
+    inputs: TrainInputs, keys: dict[str, object]
+) -> None:
+    config = _ranker_config(**keys)
+    tasks = resolve_tasks(config, inputs.store.manifest.label_names)
+    ranker = build_ranker(
+        config, tasks, inputs.store.vocabularies(), code_sizes(inputs.store.manifest)
+    )
+    task = RankerTrainTask(ranker, [1.0, 1.0], build_content_id_loss(config))
+
+    loss, _ = task(_batch(inputs, config))
+    loss.sum().backward()
+
+    assert [name for name, p in task.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+def test_a_masked_task_counts_only_where_the_one_before_it_happened(inputs: TrainInputs) -> None:
+    config = _ranker_config()
+    tasks = resolve_tasks(config, inputs.store.manifest.label_names)
+    ranker = build_ranker(
+        config, tasks, inputs.store.vocabularies(), code_sizes(inputs.store.manifest)
+    )
+    batch = _batch(inputs, config)
+
+    loss, (logits_BT, labels_BT) = RankerTrainTask(ranker, [1.0, 1.0])(batch)
+
+    liked_B = batch.labels[:, 0] == 1
+    loss_of = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = loss_of(logits_BT[:, 0], batch.labels[:, 0])
+    expected += loss_of(logits_BT[liked_B, 1], batch.labels[liked_B, 1])
+    torch.testing.assert_close(loss, expected.reshape(1))
+    assert labels_BT[:, 1].isnan().equal(~liked_B)
