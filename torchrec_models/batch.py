@@ -21,12 +21,14 @@ from torchrec.streamable import Pipelineable
 from qarm_feast.cross_features import cross_features
 from qarm_feast.schema import ABSENT_CODE
 from torchrec_models.config import RankerConfig
+from torchrec_models.side_tables import SideTables
 from torchrec_models.tables import (
     HISTORY_ITEM_FEATURE,
     ITEM_ID_FEATURE,
     USER_ID_FEATURE,
     VQ_FEATURE,
     history_rq_feature,
+    item_column_feature,
     rq_feature,
     user_column_feature,
 )
@@ -74,6 +76,7 @@ class RowColumns:
 
     History items stand newest first, row after row, ``history_lengths_B`` of them per row.
     A missing code is :data:`~qarm_feast.schema.ABSENT_CODE`; times are microseconds, UTC.
+    ``is_train_B`` tells the rows that what is counted in train rows must not see themselves.
     """
 
     user_ids_B: Ints
@@ -84,6 +87,7 @@ class RowColumns:
     history_item_ids_H: Ints
     history_lengths_B: Ints
     labels_BT: Floats
+    is_train_B: npt.NDArray[np.bool_]
     user_columns: Mapping[str, pa.Array] = field(default_factory=dict)
 
 
@@ -104,7 +108,7 @@ class CodeLookup(Protocol):
 
 
 class VectorLookup(Protocol):
-    """Where aligned vectors of items come from."""
+    """Where vectors of items come from."""
 
     def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
         """Return ``[N, D]`` float32 unit vectors, zero where there is none at that time."""
@@ -120,6 +124,9 @@ class BatchBuilder:
     feature_names: tuple[str, ...]
     code_lookup: CodeLookup
     vector_lookup: VectorLookup | None = None
+    side_tables: SideTables | None = None
+    label_names: tuple[str, ...] = ()
+    """Labels of the tasks, whose counts the group ``popularity`` reads."""
 
     def build(
         self, rows: RowColumns, dropout_rng: np.random.Generator | None = None
@@ -172,6 +179,12 @@ class BatchBuilder:
             for name, vocabulary in vocabularies.user_columns.items():
                 column_rows_B = vocabulary.rows(rows.user_columns[name])
                 features[user_column_feature(name)] = _one_each(column_rows_B)
+        if config.has("item_columns"):
+            assert self.side_tables is not None
+            columns = self.side_tables.item_columns
+            for name in vocabularies.item_columns:
+                column_rows_B = columns.rows(name, rows.item_ids_B)
+                features[item_column_feature(name)] = _one_each(column_rows_B)
         return features
 
     def _drop(self, rows_B: Ints, rng: np.random.Generator | None) -> Ints:
@@ -213,6 +226,12 @@ class BatchBuilder:
             rq_HL = np.where(history.present_H[:, None], history.rq_HL, ABSENT_CODE)
             found = cross_features(rows.rq_BL, rq_HL, rows.history_lengths_B)
             parts.append(torch.from_numpy(found.dense_inputs()))
+        if self.config.has("popularity"):
+            assert self.side_tables is not None
+            counts_BW = self.side_tables.popularity.features(
+                rows.item_ids_B, rows.label_times_B, rows.is_train_B, self.label_names
+            )
+            parts.append(torch.from_numpy(counts_BW))
         return torch.cat(parts, dim=1)
 
     def _vector_inputs(self, rows: RowColumns) -> torch.Tensor:

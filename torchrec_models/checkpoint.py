@@ -3,7 +3,8 @@
 A checkpoint folder appears whole or not at all:
 
     1. every rank writes its shards into ``<dir>/<service>/.<name>.tmp``;
-    2. the first rank adds ``vocabularies.json`` and ``manifest.json`` and flushes all to disk;
+    2. the first rank adds ``vocabularies.json``, ``side_tables`` and ``manifest.json`` and flushes
+       all to disk;
     3. it renames the folder to ``<dir>/<service>/<name>``, a name that is not taken;
     4. it replaces ``<dir>/<service>/LATEST``, which names the newest one;
     5. it removes older checkpoints of the same step.
@@ -29,6 +30,7 @@ from qarm_feast.errors import CodebookMismatchError, DataError
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
 from torchrec_models.ranker import MultiTaskRanker, RankerTrainTask, build_ranker
 from torchrec_models.row_store import sync_folder, write_atomically
+from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.vocabulary import Vocabularies
 
 _POINTER = "LATEST"
@@ -51,7 +53,11 @@ class CheckpointManifest(BaseModel):
 
 
 def save_checkpoint(
-    directory: str, model: nn.Module, manifest: CheckpointManifest, vocabularies: Vocabularies
+    directory: str,
+    model: nn.Module,
+    manifest: CheckpointManifest,
+    vocabularies: Vocabularies,
+    side_tables: SideTables,
 ) -> Path:
     """Save the model from all ranks and return the checkpoint's folder.
 
@@ -60,6 +66,7 @@ def save_checkpoint(
         model: The sharded training task, the same on all ranks.
         manifest: What the checkpoint is.
         vocabularies: Stored beside the weights, whose rows they number.
+        side_tables: Stored as they are given: the part that serving reads.
 
     Returns:
         ``<directory>/<service>/step-<number>``, with a suffix where that name is taken.
@@ -75,6 +82,7 @@ def save_checkpoint(
     save_distributed({"model": model.state_dict()}, checkpoint_id=temporary)
     if is_first:
         (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
+        side_tables.save(temporary / SIDE_TABLES)
         (temporary / "manifest.json").write_text(manifest.model_dump_json(indent=2), "utf-8")
         sync_folder(temporary)
         os.replace(temporary, folder / name)
@@ -141,6 +149,10 @@ class Checkpoint:
         return Vocabularies.from_json(
             (self.folder / "vocabularies.json").read_text(encoding="utf-8")
         )
+
+    def side_tables(self) -> SideTables:
+        """Return item columns and counts as of the rows that it was trained on."""
+        return SideTables.load(self.folder / SIDE_TABLES)
 
     def load_into(self, model: nn.Module) -> None:
         """Load the weights into a training task, sharded in any way or not at all."""

@@ -22,8 +22,12 @@ FeatureName = Literal[
     "history_rq_code",
     "vector",
     "cross",
+    "item_columns",
+    "popularity",
 ]
 StoppingMetric = Literal["auc", "gauc", "uauc", "ne", "log_loss"]
+DENSE_FEATURES: tuple[FeatureName, ...] = ("vector", "cross", "popularity")
+"""Groups without a table."""
 LayerSizes = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
 
 
@@ -101,6 +105,16 @@ class RankerConfig(Section):
         min_length=1,
         description="Feature groups that are switched on; `cross`: how the history's codes match "
         "the candidate's.",
+    )
+    vector_source: Literal["aligned", "raw"] = Field(
+        default="aligned",
+        description="Vectors of the group `vector`: the encoder's, or what its head reads (written "
+        "by `qarm align export --raw`).",
+    )
+    item_columns: Literal["auto"] | tuple[str, ...] = Field(
+        default="auto",
+        description="Columns of items.parquet in the group `item_columns`, read when rows are "
+        "built; auto: brand and every further column of text, numbers or bools.",
     )
     tasks: Literal["auto"] | tuple[TaskConfig, ...] = Field(
         default="auto", description="Tasks; `auto` takes the bool columns in file order."
@@ -181,7 +195,7 @@ class RankerConfig(Section):
         default=0.3, gt=0, description="Standard deviation of centroid-started table weights."
     )
     num_numeric_buckets: int = Field(
-        default=10, gt=1, description="Quantile buckets of a numeric user column."
+        default=10, gt=1, description="Quantile buckets of a numeric user or item column."
     )
     batch_size: int = Field(default=4096, gt=0, description="Rows per rank and step.")
     shuffle_window_rows: int = Field(
@@ -214,8 +228,8 @@ class RankerConfig(Section):
     def _check_shapes(self) -> "RankerConfig":
         if self.over_arch_layer_sizes[-1] != 1:
             raise ValueError("over_arch_layer_sizes must end in 1, the logit of one task")
-        if set(self.features) <= {"vector", "cross"}:
-            raise ValueError("features need one that has a table, beside `vector` and `cross`")
+        if set(self.features) <= set(DENSE_FEATURES):
+            raise ValueError(f"features need one that has a table, beside {DENSE_FEATURES}")
         return self
 
     @model_validator(mode="after")
@@ -258,6 +272,7 @@ class CodeSizes:
     level_sizes: tuple[int, ...]
     pool_size: int
     vector_dim: int
+    raw_vector_dim: int = 0
 
 
 def resolve_tasks(config: RankerConfig, label_names: Sequence[str]) -> tuple[TaskConfig, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qarm_feast.errors import DataError
@@ -21,7 +22,15 @@ from torchrec_models.batch import BatchBuilder, Ints, RankingBatch, RowColumns
 from torchrec_models.sharding import Ranks
 
 _SCAN_ROWS = 16384
-_READ_COLUMNS = ("user_id", "item_id", "event_timestamp", "rq_code", "vq_code", "history_item_ids")
+_READ_COLUMNS = (
+    "user_id",
+    "item_id",
+    "event_timestamp",
+    "split",
+    "rq_code",
+    "vq_code",
+    "history_item_ids",
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ def row_columns(
         labels_BT=np.stack(
             [table[name].to_numpy().astype(np.float32) for name in label_names], axis=1
         ),
+        is_train_B=np.asarray(pc.equal(table["split"], "train")),
         user_columns={name: table[name].combine_chunks() for name in user_columns},
     )
 

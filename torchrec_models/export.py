@@ -2,8 +2,9 @@
 
 An export folder appears whole or not at all:
 
-    1. ``model.safetensors``, ``vocabularies.json`` and ``manifest.json``, which holds the SHA-256
-       of the others, are written into ``<dir>/<service>/.<name>.tmp`` and flushed to disk;
+    1. ``model.safetensors``, ``vocabularies.json``, ``side_tables`` and ``manifest.json``, which
+       holds the SHA-256 of the others, are written into ``<dir>/<service>/.<name>.tmp`` and
+       flushed to disk;
     2. the folder is renamed to ``<dir>/<service>/<name>``, a name that is not taken;
     3. ``<dir>/<service>/LATEST``, which names the newest one, is replaced.
 
@@ -41,6 +42,7 @@ from torchrec_models.quantized import allocate_quantized_tables, quantize_tables
 from torchrec_models.ranker import ranker_logits
 from torchrec_models.row_store import RowStore, sync_folder, write_atomically
 from torchrec_models.sharding import Ranks
+from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.snapshot import ItemSnapshot
 from torchrec_models.tables import ranker_tables, sparse_feature_names
 from torchrec_models.vocabulary import Vocabularies
@@ -128,6 +130,10 @@ class Export:
         """Return the vocabularies whose rows the tables hold."""
         return Vocabularies.from_json(self._files[_VOCABULARIES_FILE].decode("utf-8"))
 
+    def side_tables(self) -> SideTables:
+        """Return item columns and counts as of the rows that it was trained on."""
+        return SideTables.load(self.folder / SIDE_TABLES)
+
     def load_ranker(self) -> nn.Module:
         """Return the ranker, its tables in int8, ready to score."""
         ranker = build_trained_ranker(self.manifest, self.vocabularies(), torch.device("meta"))
@@ -185,6 +191,8 @@ def export_checkpoint(directory: str, checkpoint: Checkpoint, rows: RowDataset, 
         _MODEL_FILE: save_tensors(state),
         _VOCABULARIES_FILE: checkpoint.vocabularies().to_json().encode("utf-8"),
     }
+    for path in sorted((checkpoint.folder / SIDE_TABLES).iterdir()):
+        files[f"{SIDE_TABLES}/{path.name}"] = path.read_bytes()
     manifest = ExportManifest(
         checkpoint_name=checkpoint.folder.name,
         checkpoint=checkpoint.manifest,
@@ -206,7 +214,7 @@ def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset
         The rows.
     """
     manifest, vocabularies = checkpoint.manifest, checkpoint.vocabularies()
-    snapshot = ItemSnapshot(store.snapshot_folder)
+    snapshot = ItemSnapshot(store.snapshot_folder, manifest.config.vector_source)
     tables = ranker_tables(manifest.sizes, vocabularies, manifest.config)
     return RowDataset(
         path=store.split_path(split),
@@ -218,6 +226,9 @@ def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset
             feature_names=sparse_feature_names(tables),
             code_lookup=snapshot,
             vector_lookup=snapshot,
+            # Its own, as serving reads them: their table rows are numbered by its vocabularies.
+            side_tables=checkpoint.side_tables(),
+            label_names=tuple(task.label_name for task in manifest.tasks),
         ),
         ranks=Ranks(rank=0, world_size=1),
         batch_size=manifest.config.batch_size,
@@ -228,7 +239,7 @@ def _publish(folder: Path, manifest: ExportManifest, files: Mapping[str, bytes])
     name = _free_name(folder, manifest.checkpoint_name)
     temporary = folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    (temporary / SIDE_TABLES).mkdir(parents=True)
     for file_name, payload in files.items():
         (temporary / file_name).write_bytes(payload)
     (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), "utf-8")

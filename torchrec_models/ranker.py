@@ -132,7 +132,7 @@ def build_ranker(
     sparse_arch = SparseArch(EmbeddingBagCollection(tables=tables, device=table_device))
     num_features = sum(len(table.feature_names) for table in tables)
     dense_arch = None
-    if width := dense_width(sizes, config):
+    if width := dense_width(sizes, config, len(tasks)):
         dense_arch = DenseArch(width, config.dense_arch_layer_sizes, config.embedding_dim)
         num_features += 1
     interaction_arch = build_interaction(config, num_features)

@@ -4,6 +4,7 @@
     <rows_uri>/<service>/<build>/<split>.parquet  rows in time order, never altered
     <rows_uri>/<service>/<build>/vocabularies.json
     <rows_uri>/<service>/<build>/snapshot/*.npy
+    <rows_uri>/<service>/<build>/side_tables/*
 
 Shape letters: I items, L levels, D aligned embedding width.
 May import: numpy, pydantic, pyarrow; neither feast nor torch.
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qarm_feast.errors import DataError
 from qarm_feast.schema import CODES, SPLITS, TIMESTAMP
 from torchrec_models.config import CodeSizes
+from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.vocabulary import Vocabularies
 
 
@@ -44,6 +46,7 @@ class RowsManifest(BaseModel):
     num_neighbors: int
     pool_size: int
     vector_dim: int
+    raw_vector_dim: int = Field(description="Width of raw vectors; 0: they were not exported.")
     num_rows: Mapping[str, int] = Field(description="Rows per split.")
     counts: Mapping[str, int] = Field(description="What the builder counted, by name.")
 
@@ -54,13 +57,15 @@ class SnapshotArrays:
 
     ``event_times_I`` is the time of the item's code row in microseconds; ``rq_IL`` holds
     :data:`~qarm_feast.schema.ABSENT_CODE` for a deleted item; ``vectors_ID`` zero rows where
-    there is no vector, None when the encoder's vectors were not exported.
+    there is no vector, None when the encoder's vectors were not exported; ``raw_vectors_IE`` the
+    same of what the encoder's head reads.
     """
 
     item_ids_I: npt.NDArray[np.int64]
     event_times_I: npt.NDArray[np.int64]
     rq_IL: npt.NDArray[np.int64]
     vectors_ID: npt.NDArray[np.float32] | None = None
+    raw_vectors_IE: npt.NDArray[np.float32] | None = None
 
     def write(self, folder: Path) -> None:
         """Write the arrays, sorted by item id, as ``.npy`` files that can be mapped."""
@@ -68,8 +73,14 @@ class SnapshotArrays:
         np.save(folder / "item_ids.npy", self.item_ids_I[order_I])
         np.save(folder / "event_times.npy", self.event_times_I[order_I])
         np.save(folder / "rq.npy", self.rq_IL[order_I].astype(np.int32))
-        if self.vectors_ID is not None:
-            np.save(folder / "vectors.npy", self.vectors_ID[order_I].astype(np.float32))
+        for source, vectors in (("aligned", self.vectors_ID), ("raw", self.raw_vectors_IE)):
+            if vectors is not None:
+                np.save(folder / vectors_file(source), vectors[order_I].astype(np.float32))
+
+
+def vectors_file(source: str) -> str:
+    """Return the file of the vectors of one ``ranker.vector_source`` in a snapshot."""
+    return f"vectors_{source}.npy"
 
 
 class RowStore:
@@ -92,6 +103,10 @@ class RowStore:
         """Return the parquet file of one split."""
         return self.build_folder / f"{split}.parquet"
 
+    def side_tables(self) -> SideTables:
+        """Return item columns and counts."""
+        return SideTables.load(self.build_folder / SIDE_TABLES)
+
     def vocabularies(self) -> Vocabularies:
         """Return the vocabularies learnt from the train rows."""
         return Vocabularies.from_json(
@@ -105,10 +120,11 @@ def publish_rows(
     rows: pa.Table,
     vocabularies: Vocabularies,
     snapshot: SnapshotArrays,
+    side_tables: SideTables,
 ) -> RowStore:
     """Make a build the current one of its service and return it.
 
-    1. Rows, vocabularies and snapshot are written under a temporary name and flushed.
+    1. Rows, vocabularies, snapshot and side tables are written under a temporary name and flushed.
     2. The folder gets its own name.
     3. ``manifest.json`` is replaced: from here on readers see the new build.
     4. Builds older than the one before are removed; a trainer may still read that one.
@@ -119,6 +135,7 @@ def publish_rows(
         rows: Rows of all splits, schema :func:`row_schema`.
         vocabularies: Learnt from the train rows.
         snapshot: Codes and vectors of the items.
+        side_tables: Item columns, and what was counted in the train rows.
 
     Returns:
         The store of the new build.
@@ -133,6 +150,7 @@ def publish_rows(
         pq.write_table(part, temporary / f"{split}.parquet", row_group_size=65536)
     (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
     snapshot.write(temporary / "snapshot")
+    side_tables.save(temporary / SIDE_TABLES)
     sync_folder(temporary)
     os.replace(temporary, folder / manifest.build)
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=2))
@@ -202,4 +220,5 @@ def code_sizes(manifest: RowsManifest) -> CodeSizes:
         level_sizes=manifest.level_sizes,
         pool_size=manifest.pool_size,
         vector_dim=manifest.vector_dim,
+        raw_vector_dim=manifest.raw_vector_dim,
     )

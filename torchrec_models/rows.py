@@ -11,9 +11,11 @@ May import: feast, duckdb, pyarrow; neither torch nor torchrec.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,7 @@ from feast.errors import FeatureServiceNotFoundException
 from feast.infra.offline_stores.offline_utils import get_offline_store_from_config
 
 from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.export import raw_vectors_folder
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
@@ -45,6 +48,11 @@ from qarm_feast.schema import (
 )
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import resolve_codebook_version
+from torchrec_models.item_columns import (
+    ItemColumns,
+    build_item_columns,
+    select_item_columns,
+)
 from torchrec_models.leaks import (
     check_code_times,
     check_history_split,
@@ -52,8 +60,10 @@ from torchrec_models.leaks import (
     check_learnt_rows,
     check_pool,
 )
+from torchrec_models.popularity import count_items
 from torchrec_models.row_store import RowsManifest, SnapshotArrays, publish_rows, row_schema
-from torchrec_models.vocabulary import build_vocabularies
+from torchrec_models.side_tables import SideTables
+from torchrec_models.vocabulary import ColumnVocabulary, build_vocabularies, find_ids
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +94,13 @@ def build_training_rows(
     num_history_events = sources.check(rows, codes)
     train_rows = rows.filter(pc.equal(rows["split"], "train"))
     vocabularies = build_vocabularies(train_rows, sources.user_columns, config.num_numeric_buckets)
-    snapshot = SnapshotArrays(
-        codes.item_ids_I, codes.last_times_I, codes.rq_IL, sources.read_vectors(codes.item_ids_I)
-    )
-    manifest = sources.manifest(rows, num_history_events)
-    publish_rows(config.rows_uri, manifest, rows, vocabularies, snapshot)
+    columns, column_vocabularies = sources.item_columns(config, vocabularies.item_ids.ids_V)
+    vocabularies = replace(vocabularies, item_columns=column_vocabularies)
+    side_tables = SideTables(columns, count_items(train_rows, sources.labels.task_names))
+    vectors = sources.read_vectors(codes.item_ids_I)
+    snapshot = SnapshotArrays(codes.item_ids_I, codes.last_times_I, codes.rq_IL, *vectors)
+    manifest = sources.manifest(rows, num_history_events, vectors.raw_IE)
+    publish_rows(config.rows_uri, manifest, rows, vocabularies, snapshot, side_tables)
     logger.info(
         "built_rows service=%s %s %s",
         manifest.service,
@@ -108,6 +120,13 @@ class _CodeRows:
     rq_IL: npt.NDArray[np.int64]
 
 
+class _Vectors(NamedTuple):
+    """Exported vectors of items, zero rows where there is none; None: no export."""
+
+    aligned_ID: npt.NDArray[np.float32] | None
+    raw_IE: npt.NDArray[np.float32] | None
+
+
 @dataclass(frozen=True)
 class _Sources:
     store: FeatureStore
@@ -117,7 +136,7 @@ class _Sources:
     """The interactions of ``labels`` that no erasure covers; checks go by all of them."""
     codebook: Codebook
     user_columns: tuple[str, ...]
-    vectors_folder: Path
+    vectors_uri: str
 
     @staticmethod
     def open(config_path: str, service: str, version: str) -> "_Sources":
@@ -141,7 +160,7 @@ class _Sources:
             label_rows=without_erased(labels.interactions, open_code_log(store.config)),
             codebook=codebook,
             user_columns=tuple(feature.name for view in profile for feature in view.features),
-            vectors_folder=Path(alignment.vectors_uri) / codebook.manifest.encoder_version,
+            vectors_uri=alignment.vectors_uri,
         )
 
     @property
@@ -229,22 +248,24 @@ class _Sources:
         check_pool(self.codebook.vq.pool_item_ids_P, self.labels.train_item_ids())
         return num_events
 
-    def read_vectors(self, item_ids_I: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
-        """Return the exported vectors of items, zero rows where there is none; None: no export."""
-        if not self.vectors_folder.is_dir():
-            return None
-        table = pads.dataset(self.vectors_folder, format="parquet").to_table(
-            columns=["item_id", "embedding"]
-        )
-        vectors_ID = np.zeros((len(item_ids_I), self.facts.embedding_dim), dtype=np.float32)
-        places = np.searchsorted(item_ids_I, table["item_id"].to_numpy())
-        places = np.minimum(places, len(item_ids_I) - 1)
-        is_known = item_ids_I[places] == table["item_id"].to_numpy()
-        flat = table["embedding"].combine_chunks().flatten().to_numpy()
-        vectors_ID[places[is_known]] = flat.reshape(len(table), -1)[is_known]
-        return vectors_ID
+    def read_vectors(self, item_ids_I: npt.NDArray[np.int64]) -> "_Vectors":
+        """Return the exported vectors of items, aligned and raw."""
+        encoder, uri = self.facts.encoder_version, self.vectors_uri
+        aligned_ID = _read_vectors(Path(uri) / encoder, item_ids_I)
+        return _Vectors(aligned_ID, _read_vectors(raw_vectors_folder(uri, encoder), item_ids_I))
 
-    def manifest(self, rows: pa.Table, num_history_events: int) -> RowsManifest:
+    def item_columns(
+        self, config: RankerConfig, train_item_ids: npt.NDArray[np.int64]
+    ) -> tuple[ItemColumns, Mapping[str, ColumnVocabulary]]:
+        """Return the typed columns of the items and their vocabularies."""
+        wanted = None if config.item_columns == "auto" else config.item_columns
+        items = self.labels.items
+        names = select_item_columns(items.schema, wanted)
+        return build_item_columns(items, names, train_item_ids, config.num_numeric_buckets)
+
+    def manifest(
+        self, rows: pa.Table, num_history_events: int, raw_IE: npt.NDArray[np.float32] | None
+    ) -> RowsManifest:
         """Describe the rows."""
         created = datetime.now(UTC)
         is_absent_N = pc.equal(pc.list_element(rows["rq_code"], 0), ABSENT_CODE)
@@ -261,6 +282,7 @@ class _Sources:
             num_neighbors=self.facts.num_neighbors,
             pool_size=self.facts.pool_size,
             vector_dim=self.facts.embedding_dim,
+            raw_vector_dim=0 if raw_IE is None else raw_IE.shape[1],
             num_rows={
                 split: pc.sum(pc.equal(rows["split"], split)).as_py() or 0 for split in SPLITS
             },
@@ -271,6 +293,20 @@ class _Sources:
                 "labels_erased": self.labels.interactions.num_rows - self.label_rows.num_rows,
             },
         )
+
+
+def _read_vectors(
+    folder: Path, item_ids_I: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32] | None:
+    if not folder.is_dir():
+        return None
+    table = pads.dataset(folder, format="parquet").to_table(columns=["item_id", "embedding"])
+    width = table.schema.field("embedding").type.list_size
+    vectors_ID = np.zeros((len(item_ids_I), width), dtype=np.float32)
+    places_N, is_known_N = find_ids(item_ids_I, table["item_id"].to_numpy())
+    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    vectors_ID[places_N[is_known_N]] = flat.reshape(-1, width)[is_known_N]
+    return vectors_ID
 
 
 def _code_rows(table: pa.Table, num_levels: int) -> _CodeRows:

@@ -39,6 +39,7 @@ from torchrec_models.inputs import resolve_codebook_version
 from torchrec_models.leaks import to_microseconds
 from torchrec_models.options import TrainedName
 from torchrec_models.ranker import ranker_logits
+from torchrec_models.side_tables import SideTables
 from torchrec_models.tables import ranker_tables, sparse_feature_names
 from torchrec_models.vocabulary import Vocabularies
 
@@ -58,6 +59,10 @@ class TrainedRanker(Protocol):
 
     def vocabularies(self) -> Vocabularies:
         """Return the vocabularies whose rows the tables hold."""
+        ...
+
+    def side_tables(self) -> SideTables:
+        """Return item columns and counts as of the rows that it was trained on."""
         ...
 
     def load_ranker(self) -> nn.Module:
@@ -132,9 +137,11 @@ class OnlineScorer:
             )
         self._reader = reader
         self._vocabularies = trained.vocabularies()
+        self._side_tables = trained.side_tables()
         tables = ranker_tables(manifest.sizes, self._vocabularies, self._config)
         self._feature_names = sparse_feature_names(tables)
         self._ranker = trained.load_ranker()
+        self._label_names = tuple(task.label_name for task in manifest.tasks)
         self.task_names = tuple(task.name for task in manifest.tasks)
 
     def batch(self, user_id: int, item_ids_B: Ints, now: datetime) -> RankingBatch:
@@ -196,6 +203,8 @@ class OnlineScorer:
             vocabularies=self._vocabularies,
             feature_names=self._feature_names,
             code_lookup=ReadHistory(inputs),
+            side_tables=self._side_tables,
+            label_names=self._label_names,
         )
         return builder.build(self._rows(user_id, inputs, now))
 
@@ -212,6 +221,7 @@ class OnlineScorer:
             history_item_ids_H=np.tile(history, num_rows),
             history_lengths_B=np.full(num_rows, len(history)),
             labels_BT=np.zeros((num_rows, len(self.task_names)), dtype=np.float32),
+            is_train_B=np.zeros(num_rows, dtype=np.bool_),
             user_columns=self._user_columns(user, num_rows),
         )
 

@@ -1,8 +1,8 @@
-"""Memory-mapped snapshot: item id to codes, the time of the code row, and the aligned vector.
+"""Memory-mapped snapshot: item id to codes, the time of the code row, and the vector.
 
 Every rank maps the same files (:class:`~torchrec_models.row_store.SnapshotArrays` writes them),
 so memory does not grow with ranks.
-Shape letters: I items, L levels, D aligned embedding width, H history items, N looked-up items.
+Shape letters: I items, L levels, D vector width, H history items, N looked-up items.
 May import: numpy, torch.
 """
 
@@ -15,18 +15,25 @@ import torch
 from qarm_feast.errors import ConfigError
 from qarm_feast.schema import ABSENT_CODE
 from torchrec_models.batch import HistoryCodes, Ints
+from torchrec_models.row_store import vectors_file
 
 
 class ItemSnapshot:
-    """Codes and vectors of items as of a row's time; a code later than the row is masked."""
+    """Codes and vectors of items as of a row's time; a code later than the row is masked.
 
-    def __init__(self, directory: str | Path) -> None:
+    Args:
+        directory: The snapshot's folder.
+        vector_source: Which vectors :meth:`vectors` returns, see ``ranker.vector_source``.
+    """
+
+    def __init__(self, directory: str | Path, vector_source: str = "aligned") -> None:
         folder = Path(directory)
         self._folder = folder
+        self._vector_source = vector_source
         self._item_ids_I: Ints = np.load(folder / "item_ids.npy", mmap_mode="r")
         self._event_times_I: Ints = np.load(folder / "event_times.npy", mmap_mode="r")
         self._rq_IL: npt.NDArray[np.int32] = np.load(folder / "rq.npy", mmap_mode="r")
-        vectors_path = folder / "vectors.npy"
+        vectors_path = folder / vectors_file(vector_source)
         # A mapping opened copy-on-write is one that torch may wrap; nobody writes to it.
         self._vectors_ID = (
             torch.from_numpy(np.load(vectors_path, mmap_mode="c"))
@@ -51,7 +58,7 @@ class ItemSnapshot:
         return HistoryCodes(rq_HL=rq_HL, present_H=present_H)
 
     def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        """Return the aligned vectors of items as known at given times.
+        """Return the vectors of items as known at given times.
 
         Args:
             item_ids_N: Items.
@@ -65,8 +72,8 @@ class ItemSnapshot:
         """
         if self._vectors_ID is None:
             raise ConfigError(
-                f"{self._folder} holds no vectors, but ranker.features asks for `vector`; "
-                "run `qarm align export`, then `qarm-rank rows`"
+                f"{self._folder} holds no {self._vector_source} vectors, but ranker.features asks "
+                "for `vector`; run `qarm align export` (raw: with --raw), then `qarm-rank rows`"
             )
         positions_N, is_known_N, is_in_time_N = self._find(item_ids_N, label_times_N)
         vectors_ND = self._vectors_ID.index_select(0, torch.from_numpy(positions_N))

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from qarm_feast.cross_features import NUM_DENSE_INPUTS
-from torchrec_models.config import CodeSizes, RankerConfig
+from torchrec_models.config import DENSE_FEATURES, CodeSizes, RankerConfig
+from torchrec_models.popularity import popularity_width
 from torchrec_models.vocabulary import Vocabularies
 
 Weights = npt.NDArray[np.float32]
@@ -39,6 +40,11 @@ def user_column_feature(name: str) -> str:
     return f"user_{name}" if name != "id" else "user_column_id"
 
 
+def item_column_feature(name: str) -> str:
+    """Return the feature, and the table, of a typed item column."""
+    return f"item_{name}" if name != "id" else "item_column_id"
+
+
 def code_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingBagConfig]:
     """Return one table per RQ level and the VQ bag, as far as their features are switched on.
 
@@ -60,7 +66,7 @@ def code_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingBagConf
 
 
 def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[EmbeddingBagConfig]:
-    """Return the tables of user ids, item ids (shared with the history) and user columns."""
+    """Return the tables of user ids, item ids (shared with the history), and typed columns."""
     item_features = [ITEM_ID_FEATURE] * config.has("item_id")
     item_features += [HISTORY_ITEM_FEATURE] * config.has("history_item_id")
     user_features = [USER_ID_FEATURE] * config.has("user_id")
@@ -71,6 +77,10 @@ def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[Embeddin
     if config.has("user_columns"):
         for name, vocabulary in vocabularies.user_columns.items():
             feature = user_column_feature(name)
+            tables.append(_table(feature, vocabulary.num_embeddings, [feature], config))
+    if config.has("item_columns"):
+        for name, vocabulary in vocabularies.item_columns.items():
+            feature = item_column_feature(name)
             tables.append(_table(feature, vocabulary.num_embeddings, [feature], config))
     return [table for table in tables if table.feature_names]
 
@@ -87,10 +97,15 @@ def sparse_feature_names(tables: Sequence[EmbeddingBagConfig]) -> tuple[str, ...
     return tuple(feature for table in tables for feature in table.feature_names)
 
 
-def dense_width(sizes: CodeSizes, config: RankerConfig) -> int:
-    """Return the number of dense inputs: vectors with two cosines, then the cross features."""
-    vector_width = 2 * sizes.vector_dim + 2 if config.has("vector") else 0
-    return vector_width + (NUM_DENSE_INPUTS if config.has("cross") else 0)
+def dense_width(sizes: CodeSizes, config: RankerConfig, num_tasks: int) -> int:
+    """Return the number of dense inputs: vectors with two cosines, cross features, popularity."""
+    is_raw = config.vector_source == "raw"
+    widths = {
+        "vector": 2 * (sizes.raw_vector_dim if is_raw else sizes.vector_dim) + 2,
+        "cross": NUM_DENSE_INPUTS,
+        "popularity": popularity_width(num_tasks),
+    }
+    return sum(widths[name] for name in DENSE_FEATURES if config.has(name))
 
 
 def _table(

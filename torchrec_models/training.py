@@ -114,13 +114,15 @@ class _Run:
         task = RankerTrainTask(ranker, weights, build_content_id_loss(config))
         sharded = shard_ranker(task, config)
         _start_code_tables(sharded, config, inputs)
-        snapshot = ItemSnapshot(store.snapshot_folder)
+        snapshot = ItemSnapshot(store.snapshot_folder, config.vector_source)
         builder = BatchBuilder(
             config=config,
             vocabularies=vocabularies,
             feature_names=sparse_feature_names(ranker_tables(sizes, vocabularies, config)),
             code_lookup=snapshot,
             vector_lookup=snapshot,
+            side_tables=store.side_tables(),
+            label_names=tuple(task.label_name for task in tasks),
         )
         return _Run(
             config=config,
@@ -222,7 +224,11 @@ class _Run:
             metrics=defined_metrics(self.valid_metrics),
         )
         return save_checkpoint(
-            self.config.checkpoint_dir, self.sharded.model, manifest, self.builder.vocabularies
+            self.config.checkpoint_dir,
+            self.sharded.model,
+            manifest,
+            self.builder.vocabularies,
+            self.inputs.store.side_tables().for_serving(),
         )
 
     def _pipeline(self) -> TrainPipelineSparseDist[RankingBatch, StepOutput]:

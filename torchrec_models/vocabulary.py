@@ -20,7 +20,18 @@ from qarm_feast.errors import DataError
 
 DEFAULT_ROW = 0
 
+Ids = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]
+
+
+def find_ids(sorted_ids_V: Ids, ids_N: Ids) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """Return where ids stand among ascending ones, and which do; place 0 for those that do not."""
+    if not len(sorted_ids_V):
+        return np.zeros(len(ids_N), dtype=np.intp), np.zeros(len(ids_N), dtype=np.bool_)
+    places_N = np.searchsorted(sorted_ids_V, ids_N)
+    places_N[places_N == len(sorted_ids_V)] = 0
+    is_known_N = sorted_ids_V[places_N] == ids_N
+    return np.where(is_known_N, places_N, 0), is_known_N
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,8 @@ class IdVocabulary:
 
     def rows(self, ids_N: npt.NDArray[np.int64]) -> Rows:
         """Return the table row of each id, :data:`DEFAULT_ROW` for an id that train never saw."""
-        if not len(self.ids_V):
-            return np.zeros(len(ids_N), dtype=np.int64)
-        positions_N = np.searchsorted(self.ids_V, ids_N)
-        positions_N[positions_N == len(self.ids_V)] = 0
-        return np.where(self.ids_V[positions_N] == ids_N, positions_N + 1, DEFAULT_ROW)
+        places_N, is_known_N = find_ids(self.ids_V, ids_N)
+        return np.where(is_known_N, places_N + 1, DEFAULT_ROW)
 
 
 @dataclass(frozen=True)
@@ -89,20 +97,16 @@ class Vocabularies:
     user_ids: IdVocabulary
     item_ids: IdVocabulary
     user_columns: Mapping[str, ColumnVocabulary] = field(default_factory=dict)
+    item_columns: Mapping[str, ColumnVocabulary] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the vocabularies as one JSON text."""
-        columns: dict[str, dict[str, Any]] = {
-            name: {"values": list(vocabulary.values)}
-            if isinstance(vocabulary, CategoryVocabulary)
-            else {"edges": list(vocabulary.edges)}
-            for name, vocabulary in self.user_columns.items()
-        }
         return json.dumps(
             {
                 "user_ids": self.user_ids.ids_V.tolist(),
                 "item_ids": self.item_ids.ids_V.tolist(),
-                "user_columns": columns,
+                "user_columns": _columns_to_json(self.user_columns),
+                "item_columns": _columns_to_json(self.item_columns),
             }
         )
 
@@ -113,13 +117,27 @@ class Vocabularies:
         return Vocabularies(
             user_ids=IdVocabulary(np.asarray(content["user_ids"], dtype=np.int64)),
             item_ids=IdVocabulary(np.asarray(content["item_ids"], dtype=np.int64)),
-            user_columns={
-                name: CategoryVocabulary(tuple(column["values"]))
-                if "values" in column
-                else BucketVocabulary(tuple(column["edges"]))
-                for name, column in content["user_columns"].items()
-            },
+            user_columns=_columns_from_json(content["user_columns"]),
+            item_columns=_columns_from_json(content["item_columns"]),
         )
+
+
+def _columns_to_json(columns: Mapping[str, ColumnVocabulary]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"values": list(vocabulary.values)}
+        if isinstance(vocabulary, CategoryVocabulary)
+        else {"edges": list(vocabulary.edges)}
+        for name, vocabulary in columns.items()
+    }
+
+
+def _columns_from_json(content: Mapping[str, Mapping[str, Any]]) -> dict[str, ColumnVocabulary]:
+    return {
+        name: CategoryVocabulary(tuple(column["values"]))
+        if "values" in column
+        else BucketVocabulary(tuple(column["edges"]))
+        for name, column in content.items()
+    }
 
 
 def build_vocabularies(
@@ -142,23 +160,42 @@ def build_vocabularies(
         user_ids=IdVocabulary(np.unique(train_rows["user_id"].to_numpy())),
         item_ids=IdVocabulary(np.unique(train_rows["item_id"].to_numpy())),
         user_columns={
-            name: _column_vocabulary(name, train_rows[name], num_numeric_buckets)
+            name: column_vocabulary(name, train_rows[name], num_numeric_buckets, "users.parquet")
             for name in user_columns
         },
     )
 
 
-def _column_vocabulary(
-    name: str, column: pa.ChunkedArray, num_numeric_buckets: int
+def is_column_type(kind: pa.DataType) -> bool:
+    """Say whether a column of this type can be a feature: text, bool or number."""
+    return _is_category(kind) or bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def column_vocabulary(
+    name: str, column: pa.ChunkedArray, num_numeric_buckets: int, file: str
 ) -> ColumnVocabulary:
+    """Return the vocabulary of a typed column's values, which must be those of train only.
+
+    Args:
+        name: Column name, for errors.
+        column: Values; nulls are left out.
+        num_numeric_buckets: Quantile buckets of a numeric column.
+        file: Where the column comes from, for errors.
+
+    Returns:
+        All values of text and bools, in order; edges between buckets of numbers.
+
+    Raises:
+        DataError: If the column is neither text, bool nor number.
+    """
     kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind):
+    if _is_category(kind):
         values = pc.unique(pc.cast(column.drop_null(), pa.string())).to_pylist()
         return CategoryVocabulary(tuple(sorted(values)))
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+    if not is_column_type(kind):
         raise DataError(
-            f"user column {name!r} has type {kind}; a user column is a string, a bool or a number: "
-            "drop it from users.parquet or change its type"
+            f"{file}: column {name!r} has type {kind}; a feature column is a string, a bool or a "
+            f"number: drop it from {file} or change its type"
         )
     values_N = _float_values(column)
     known_N = values_N[~np.isnan(values_N)]
@@ -166,6 +203,11 @@ def _column_vocabulary(
         return BucketVocabulary(())
     shares = np.linspace(0, 1, num_numeric_buckets + 1)[1:-1]
     return BucketVocabulary(tuple(np.unique(np.quantile(known_N, shares)).tolist()))
+
+
+def _is_category(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_boolean(kind))
 
 
 def _float_values(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.float64]:

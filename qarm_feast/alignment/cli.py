@@ -75,8 +75,9 @@ def evaluate(config_path: str, log_level: str | None) -> None:
 
 @align_group.command("export", epilog="Example: qarm align export --config feature_repo/qarm.yaml")
 @config_option
+@click.option("--raw", "include_raw", is_flag=True, help="Also write what the head reads.")
 @log_level_option
-def export(config_path: str, log_level: str | None) -> None:
+def export(config_path: str, include_raw: bool, log_level: str | None) -> None:
     """Write the aligned vectors of the whole catalogue."""
     from qarm_feast.alignment.encoder import load_encoder
     from qarm_feast.alignment.export import export_vectors
@@ -84,5 +85,5 @@ def export(config_path: str, log_level: str | None) -> None:
     start_logging(config_path, log_level)
     checked, config = _read_sections(config_path)
     encoder = load_encoder(config.encoder_uri, config.encoder_version)
-    path = export_vectors(checked.items, encoder, config)
+    path = export_vectors(checked.items, encoder, config, include_raw=include_raw)
     click.echo(f"{checked.items.num_rows:,} vectors of {encoder.embedding_dim} -> {path}")

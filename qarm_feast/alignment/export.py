@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 VECTORS_FILE = "part-00000.parquet"
 
 
+def raw_vectors_folder(vectors_uri: str, encoder_version: str) -> Path:
+    """Return where an encoder's content features lie: no version's name holds a dot."""
+    return Path(vectors_uri) / f"{encoder_version}.raw"
+
+
 def vector_table(items: pa.Table, vectors_ND: np.ndarray) -> pa.Table:
     """Return the rows that are exported.
 
@@ -86,13 +91,17 @@ def raw_and_aligned_vectors(
     return {"raw": raw_NE, "aligned": encoder.project(features_NE)}
 
 
-def export_vectors(items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig) -> Path:
+def export_vectors(
+    items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig, *, include_raw: bool = False
+) -> Path:
     """Encode every item and put the vectors in place of an earlier export.
 
     Args:
         items: Items with their content.
         encoder: A loaded encoder.
         config: Section ``alignment``.
+        include_raw: Also write what the encoder's head reads, L2-normalised, into
+            ``<vectors_uri>/<encoder version>.raw``.
 
     Returns:
         The parquet file ``<vectors_uri>/<encoder version>/part-00000.parquet``.
@@ -102,10 +111,18 @@ def export_vectors(items: pa.Table, encoder: ItemEncoder, config: AlignmentConfi
         if num_empty:
             # All of them get the same vector, that of the empty text.
             logger.warning("export_items_without_text count=%d", num_empty)
-    vectors_ND = encoder.project(catalogue_features(items, encoder, config))
+    vectors = raw_and_aligned_vectors(items, encoder, config)
+    if include_raw:
+        _write_vectors(
+            items, vectors["raw"], raw_vectors_folder(config.vectors_uri, encoder.version)
+        )
+    return _write_vectors(items, vectors["aligned"], Path(config.vectors_uri) / encoder.version)
+
+
+def _write_vectors(items: pa.Table, vectors_ND: np.ndarray, folder: Path) -> Path:
     sink = pa.BufferOutputStream()
     pq.write_table(vector_table(items, vectors_ND), sink)
-    path = Path(config.vectors_uri) / encoder.version / VECTORS_FILE
+    path = folder / VECTORS_FILE
     replace_file(path, sink.getvalue().to_pybytes())
     logger.info("vectors_exported items=%d dim=%d path=%s", *vectors_ND.shape, path)
     return path

@@ -4,7 +4,7 @@ Shape letters in this file: N rows, I items, L levels, V neighbours, D vector wi
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +13,15 @@ import pyarrow as pa
 
 from qarm_feast.schema import CODES, TIMESTAMP
 from torchrec_models.inputs import CodebookVectors, TrainInputs
+from torchrec_models.item_columns import build_item_columns
+from torchrec_models.popularity import count_items
 from torchrec_models.row_store import RowsManifest, SnapshotArrays, publish_rows, row_schema
+from torchrec_models.side_tables import SideTables
 from torchrec_models.vocabulary import build_vocabularies
 
 START_MICROSECONDS = 1_600_000_000_000_000
 VECTOR_DIM = 16
+RAW_VECTOR_DIM = 20
 FIRST_ITEM = 5000
 LABELS = ("is_like", "is_love")
 USER_COLUMNS = ("age", "gender")
@@ -74,10 +78,22 @@ def write_synthetic_rows(
         event_times_I=np.full(num_items, START_MICROSECONDS - 1),
         rq_IL=codes.rq_IL,
         vectors_ID=vectors_ID,
+        raw_vectors_IE=np.pad(vectors_ID, ((0, 0), (0, RAW_VECTOR_DIM - VECTOR_DIM))),
     )
     train = rows.filter(pa.array(shape.splits() == "train"))
+    items = _items(shape)
+    columns, column_vocabularies = build_item_columns(
+        items, ("brand", "price"), train["item_id"].to_numpy(), num_numeric_buckets=4
+    )
     vocabularies = build_vocabularies(train, USER_COLUMNS, num_numeric_buckets=4)
-    store = publish_rows(str(rows_uri), _manifest(shape, seed), rows, vocabularies, snapshot)
+    store = publish_rows(
+        str(rows_uri),
+        _manifest(shape, seed),
+        rows,
+        replace(vocabularies, item_columns=column_vocabularies),
+        snapshot,
+        SideTables(columns, count_items(train, LABELS)),
+    )
     codebooks = [rng.normal(size=(size, VECTOR_DIM)).astype(np.float32) for size in level_sizes]
     pool_ID = vectors_ID[: shape.num_warm_items].copy()
     return TrainInputs(store=store, codebook=CodebookVectors(codebooks, pool_ID))
@@ -110,6 +126,14 @@ def _rows(rng: np.random.Generator, shape: _Shape) -> tuple[_Codes, pa.Table]:
     user_fields = [pa.field("age", pa.int64()), pa.field("gender", pa.string())]
     schema = row_schema(LABELS, user_fields)
     return codes, pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def _items(shape: _Shape) -> pa.Table:
+    """Brands of ten items each, but for the last item's own; prices that rise."""
+    numbers_I = np.arange(shape.num_items)
+    brands = [f"brand {number // 10}" for number in numbers_I.tolist()]
+    brands[-1] = "its own"
+    return pa.table({"item_id": numbers_I + FIRST_ITEM, "brand": brands, "price": numbers_I * 1.5})
 
 
 def _codes(rng: np.random.Generator, shape: _Shape) -> _Codes:
@@ -145,6 +169,7 @@ def _manifest(shape: _Shape, seed: int) -> RowsManifest:
         num_neighbors=shape.num_neighbors,
         pool_size=shape.num_warm_items,
         vector_dim=VECTOR_DIM,
+        raw_vector_dim=RAW_VECTOR_DIM,
         num_rows={name: int((splits_N == name).sum()) for name in ("train", "valid", "test")},
         counts={},
     )

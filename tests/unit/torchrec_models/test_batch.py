@@ -38,6 +38,7 @@ def _rows() -> RowColumns:
         history_item_ids_H=np.array([11, 10, 12]),
         history_lengths_B=np.array([3, 0]),
         labels_BT=np.array([[1, 0], [0, 0]], dtype=np.float32),
+        is_train_B=np.array([True, False]),
     )
 
 

@@ -115,6 +115,7 @@ def _by_builder(reader: CodeReader, user: int) -> np.ndarray:
         history_item_ids_H=np.tile(history, num_rows),
         history_lengths_B=np.full(num_rows, len(history)),
         labels_BT=np.zeros((num_rows, 1), dtype=np.float32),
+        is_train_B=np.zeros(num_rows, dtype=np.bool_),
     )
     return builder.build(rows).dense_features.numpy()
 

@@ -21,14 +21,20 @@ from torchrec_models.tables import ranker_tables, sparse_feature_names
 def make_dataset(inputs: TrainInputs, split: str, config: RankerConfig, ranks: Ranks) -> RowDataset:
     store = inputs.store
     vocabularies = store.vocabularies()
-    snapshot = ItemSnapshot(store.snapshot_folder)
+    snapshot = ItemSnapshot(store.snapshot_folder, config.vector_source)
     tables = ranker_tables(code_sizes(store.manifest), vocabularies, config)
     return RowDataset(
         path=store.split_path(split),
         label_names=store.manifest.label_names,
         user_columns=store.manifest.user_columns,
         builder=BatchBuilder(
-            config, vocabularies, sparse_feature_names(tables), snapshot, snapshot
+            config=config,
+            vocabularies=vocabularies,
+            feature_names=sparse_feature_names(tables),
+            code_lookup=snapshot,
+            vector_lookup=snapshot,
+            side_tables=store.side_tables(),
+            label_names=store.manifest.label_names,
         ),
         ranks=ranks,
         batch_size=config.batch_size,

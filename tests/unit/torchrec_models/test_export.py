@@ -163,7 +163,9 @@ def test_an_export_of_another_service_or_none_is_refused(export: Export, tmp_pat
         Export(str(tmp_path), "ranker_v3")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "vocabularies.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "vocabularies.json", "side_tables/popularity.totals.npy"]
+)
 def test_a_damaged_file_of_an_export_is_refused(
     inputs: TrainInputs, checkpoint: Checkpoint, tmp_path: Path, name: str
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_second_export_leaves_the_first_one_and_becomes_the_newest(
     assert sorted(path.name for path in folders[0].iterdir()) == [
         "manifest.json",
         "model.safetensors",
+        "side_tables",
         "vocabularies.json",
     ]
     assert json.loads((folders[0] / "manifest.json").read_text())["table_precision"] == "int8"

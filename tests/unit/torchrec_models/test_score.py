@@ -81,6 +81,7 @@ def _stored_rows(inputs: TrainInputs) -> list[dict[str, object]]:
 
 
 def stored_reader(inputs: TrainInputs) -> StoredReader:
+    """Return a store that answers with the test rows' values."""
     folder = inputs.store.snapshot_folder
     item_ids, rq = np.load(folder / "item_ids.npy"), np.load(folder / "rq.npy")
     codes = dict(zip(item_ids.tolist(), rq.tolist(), strict=True))

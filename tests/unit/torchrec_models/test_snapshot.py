@@ -45,3 +45,26 @@ def test_vectors_are_zero_where_unknown_or_later(tmp_path: Path) -> None:
 def test_a_snapshot_without_vectors_says_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="qarm align export"):
         _snapshot(tmp_path).vectors(np.array([10]), np.array([100]))
+
+
+def test_vectors_come_from_the_source_that_is_asked_for(tmp_path: Path) -> None:
+    aligned = np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32)
+    SnapshotArrays(
+        item_ids_I=np.array([30, 10, 20]),
+        event_times_I=np.array([300, 100, 200]),
+        rq_IL=np.zeros((3, 2), dtype=np.int64),
+        vectors_ID=aligned,
+        raw_vectors_IE=np.array([[3, 3, 3], [1, 1, 1], [2, 2, 2]], dtype=np.float32),
+    ).write(tmp_path)
+
+    vectors = ItemSnapshot(tmp_path, "raw").vectors(np.array([10, 30]), np.array([999, 999]))
+
+    assert vectors.tolist() == [[1, 1, 1], [3, 3, 3]]
+    assert ItemSnapshot(tmp_path).vectors(np.array([10]), np.array([999])).tolist() == [[1, 0]]
+
+
+def test_a_snapshot_without_raw_vectors_names_them(tmp_path: Path) -> None:
+    _snapshot(tmp_path, np.zeros((3, 2), dtype=np.float32))
+
+    with pytest.raises(ConfigError, match="holds no raw vectors"):
+        ItemSnapshot(tmp_path, "raw").vectors(np.array([10]), np.array([100]))

@@ -28,7 +28,8 @@ def test_code_tables_take_their_sizes_from_the_codebook() -> None:
 
 def test_code_sizes_hold_what_tables_and_vectors_are_sized_by_and_no_more() -> None:
     # A VQ list is pooled, so its length sizes nothing.
-    assert [field.name for field in fields(CodeSizes)] == ["level_sizes", "pool_size", "vector_dim"]
+    names = ["level_sizes", "pool_size", "vector_dim", "raw_vector_dim"]
+    assert [field.name for field in fields(CodeSizes)] == names
 
 
 def test_target_and_history_read_the_same_table() -> None:
