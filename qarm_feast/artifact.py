@@ -1,35 +1,52 @@
-"""Files of immutable artifacts: complete or absent, and hashed.
+"""Files of immutable artifacts: complete or absent, and hashed; on disk or in an object store.
 
-May import: the standard library.
+On disk a file is written under a temporary name, fsynced and renamed; an object is put whole, and
+the store answers when it is safe. Verified bytes of an object are kept in a local folder under
+their hash (``$QARM_CACHE_DIR``, else ``qarm-feast`` in the user's cache folder), so that a process
+that starts again fetches no codebook anew. May import: the standard library, the object store.
 """
 
 import hashlib
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from qarm_feast.errors import CorruptArtifactError
+from qarm_feast.object_store import Place, StorePath
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 _COPY_REMEDY = "put back a copy of it"
+_CACHE_VARIABLE = "QARM_CACHE_DIR"
+_CACHE_DAYS = 30.0
+"""A cached file that nobody has read for so long is deleted when another one comes."""
+_DAY_SECONDS = 86_400.0
 
 
-def replace_file(path: Path, payload: bytes) -> None:
+def replace_file(path: Place, payload: bytes) -> None:
     """Put ``payload`` at ``path``, in place of what may be there; readers see old or new."""
+    if isinstance(path, StorePath):
+        path.put(payload)
+        return
     temporary = _write_temporary(path, payload)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
-def remove_file(path: Path) -> None:
+def remove_file(path: Place) -> None:
     """Remove the file at ``path`` if there is one, before anything that is written after it."""
-    if path.is_file():
+    if isinstance(path, StorePath):
+        path.unlink(missing_ok=True)
+    elif path.is_file():
         path.unlink()
         sync_folder(path.parent)
 
 
-def create_file(path: Path, payload: bytes) -> bool:
+def create_file(path: Place, payload: bytes) -> bool:
     """Put ``payload`` at ``path`` unless something is there.
 
     Args:
@@ -37,8 +54,11 @@ def create_file(path: Path, payload: bytes) -> bool:
         payload: All of its bytes.
 
     Returns:
-        Whether this call made the file. Of two callers at once one gets True.
+        Whether this call made the file. Of two callers at once one gets True; in an object store
+        also the other one, if it came with the same bytes.
     """
+    if isinstance(path, StorePath):
+        return path.create(payload)
     temporary = _write_temporary(path, payload)
     try:
         # Unlike a rename, a link fails where a file exists.
@@ -52,7 +72,7 @@ def create_file(path: Path, payload: bytes) -> bool:
 
 
 def read_verified(
-    folder: Path, name: str, files: Mapping[str, str], remedy: str = _COPY_REMEDY
+    folder: Place, name: str, files: Mapping[str, str], remedy: str = _COPY_REMEDY
 ) -> bytes:
     """Return the bytes of one file of an artifact.
 
@@ -69,13 +89,51 @@ def read_verified(
         CorruptArtifactError: If the file is missing or its hash differs.
     """
     path = folder / name
-    if not path.is_file():
-        raise CorruptArtifactError(path=str(path), expected=files[name], found=None, remedy=remedy)
-    payload = path.read_bytes()
+    cached = _cached_file(files[name]) if isinstance(path, StorePath) else None
+    if cached is not None and (payload := _read_cached(cached)) is not None:
+        return payload
+    try:
+        payload = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        expected = files[name]
+        raise CorruptArtifactError(
+            path=str(path), expected=expected, found=None, remedy=remedy
+        ) from error
     found = sha256(payload)
     if found != files[name]:
         raise CorruptArtifactError(path=str(path), expected=files[name], found=found, remedy=remedy)
+    if cached is not None:
+        _fill_cache(cached, payload)
     return payload
+
+
+def _cached_file(digest: str) -> Path:
+    folder = os.environ.get(_CACHE_VARIABLE) or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qarm-feast"
+    )
+    return Path(folder) / digest
+
+
+def _read_cached(path: Path) -> bytes | None:
+    """Return a cached file; None if there is none, or a disk has damaged it."""
+    try:
+        payload = path.read_bytes()
+        os.utime(path)
+    except OSError:
+        # Not cached yet, or a cache that this user may only read: the store has it.
+        return None
+    return payload if sha256(payload) == path.name else None
+
+
+def _fill_cache(path: Path, payload: bytes) -> None:
+    """Keep a copy, and let go of those that nobody asks for; a full disk keeps nothing."""
+    try:
+        replace_file(path, payload)
+        for other in path.parent.iterdir():
+            if time.time() - other.stat().st_mtime > _CACHE_DAYS * _DAY_SECONDS:
+                other.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("artifact_not_cached path=%s error=%s", path, error)
 
 
 def sha256(payload: bytes) -> str:
@@ -83,8 +141,11 @@ def sha256(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Place) -> None:
     """Make the folder's entries survive a power cut: new names, and renames in it."""
+    if isinstance(folder, StorePath):
+        # What a store has answered for is safe.
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

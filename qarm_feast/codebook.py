@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from pydantic import Field, model_validator
 from qarm_feast.artifact import read_verified, sha256
 from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
+from qarm_feast.object_store import Place, place
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
 from qarm_feast.quantizers.devices import ON_CPU, Device, Gpu, GpuBackend, Placement
@@ -28,7 +28,6 @@ from qarm_feast.registry import (
     check_version_name,
     damage_remedy,
     read_manifest,
-    registry_folder,
     write_artifact,
 )
 from qarm_feast.training_reference import TrainingReference
@@ -263,7 +262,7 @@ class Codebook:
             ConfigError: If the pool's search needs faiss or a GPU, and there is none.
         """
         manifest = read_manifest(uri, version)
-        folder = registry_folder(uri) / version
+        folder = place(uri) / version
         rq_arrays = _load_arrays(folder, "rq", manifest)
         override_arrays = _load_arrays(folder, "overrides", manifest)
         levels = [rq_arrays[name] for name in sorted(rq_arrays)]
@@ -412,7 +411,7 @@ def _dump_arrays(arrays: Arrays) -> bytes:
     return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
 
 
-def _load_vq(folder: Path, manifest: Manifest, placement: Placement) -> NeighborQuantizer:
+def _load_vq(folder: Place, manifest: Manifest, placement: Placement) -> NeighborQuantizer:
     is_exact = manifest.search == "exact"
     return NeighborQuantizer.from_arrays(
         _load_arrays(folder, "vq", manifest),
@@ -422,17 +421,17 @@ def _load_vq(folder: Path, manifest: Manifest, placement: Placement) -> Neighbor
     )
 
 
-def _load_training(folder: Path, manifest: Manifest) -> TrainingReference | None:
+def _load_training(folder: Place, manifest: Manifest) -> TrainingReference | None:
     if not any(name.startswith(f"{_TRAINING_PART}-") for name in manifest.files):
         return None
     return TrainingReference.from_arrays(_load_arrays(folder, _TRAINING_PART, manifest))
 
 
-def _load_arrays(folder: Path, part: str, manifest: Manifest) -> dict[str, np.ndarray]:
+def _load_arrays(folder: Place, part: str, manifest: Manifest) -> dict[str, np.ndarray]:
     return safetensors.numpy.load(_load_part(folder, part, manifest))
 
 
-def _load_part(folder: Path, part: str, manifest: Manifest) -> bytes:
+def _load_part(folder: Place, part: str, manifest: Manifest) -> bytes:
     name = next((name for name in manifest.files if name.startswith(f"{part}-")), None)
     if name is None:
         raise CodebookError(f"the manifest in {folder} names no file for the part {part!r}")

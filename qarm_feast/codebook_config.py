@@ -59,7 +59,8 @@ class CodebookConfig(Section):
     """The codebook registry."""
 
     uri: ConfigPath = Field(
-        default="data/codebooks", description="Folder of codebook versions and their states."
+        default="data/codebooks",
+        description="Folder of codebook versions and their states, or s3://BUCKET/PREFIX.",
     )
     gates: GateConfig = Field(
         default=GateConfig(), description="What `qarm codebook publish` asks of the figures."

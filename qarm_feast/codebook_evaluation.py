@@ -19,6 +19,7 @@ from qarm_feast.codebook import Codebook, ItemCodes
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.input_data import DataConfig, load_input_data
+from qarm_feast.object_store import Place
 from qarm_feast.quality import ItemFacts, codebook_quality
 from qarm_feast.quality_page.page import PageInput, quality_page
 from qarm_feast.registry import (
@@ -42,8 +43,8 @@ class Evaluation(NamedTuple):
     manifest: Manifest
     quality: dict[str, Any]
     gates: list[GateReading]
-    report_path: Path
-    page_path: Path
+    report_path: Place
+    page_path: Place
 
 
 def evaluate_codebook(config_path: str, version: str) -> Evaluation:

@@ -18,7 +18,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +26,7 @@ import pyarrow.dataset as pads
 
 from qarm_feast.artifact import remove_file, replace_file
 from qarm_feast.errors import CodebookError
+from qarm_feast.object_store import Place, place
 from qarm_feast.schema import CREATED, ITEM_ID, TIMESTAMP, code_view_name
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class PurgeMark:
     num_rows: int = 0
 
 
-def mark_path(codebooks_uri: str, version: str) -> Path:
+def mark_path(codebooks_uri: str, version: str) -> Place:
     """Return the file that tells how far the purge of ``version`` has come."""
-    return Path(codebooks_uri) / _MARKS_NAME / f"{version}.json"
+    return place(codebooks_uri) / _MARKS_NAME / f"{version}.json"
 
 
 def purge_online_rows(
@@ -157,7 +157,7 @@ def _moved(mark: PurgeMark, batch_N: "Ints", num_rows: int) -> PurgeMark:
     return PurgeMark(mark.started_us, last, mark.num_items + num_new, mark.num_rows + num_rows)
 
 
-def _read_mark(path: Path) -> PurgeMark | None:
+def _read_mark(path: Place) -> PurgeMark | None:
     if not path.is_file():
         return None
     try:

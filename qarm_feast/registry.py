@@ -15,8 +15,12 @@ or the gates that were forced, while no draft of its name is left: the draft goe
 publication that was killed still has it, and is gone on with. A codebook that was saved here
 without a draft carries no such sign.
 
+``uri`` is a folder or ``s3://BUCKET/PREFIX``. In an object store ``registry.json`` and the lock are
+numbered objects (``registry.json/00000012.json``, see ``shared_state``), a version's arrays are put
+before its manifest, and what is loaded is kept in a local cache by its hash (see ``artifact``).
+
 The feature repository reads manifests and states, so this module stays light.
-May import: pydantic, filelock. Neither torch nor NumPy.
+May import: pydantic, filelock, fsspec. Neither torch nor NumPy.
 """
 
 import json
@@ -25,10 +29,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from qarm_feast.artifact import MANIFEST_NAME, create_file, read_verified, replace_file
@@ -38,6 +40,15 @@ from qarm_feast.errors import (
     CodebookNotFoundError,
     ConfigError,
     GateRefusedError,
+    ServiceUnavailableError,
+)
+from qarm_feast.object_store import Place, names_in, place
+from qarm_feast.shared_state import (
+    WAIT_SECONDS,
+    LockTakenError,
+    SharedDocument,
+    Snapshot,
+    exclusive,
 )
 
 _REGISTRY_NAME = "registry.json"
@@ -145,11 +156,11 @@ class GateReading(NamedTuple):
 
 
 class CodebookRegistry:
-    """States of the versions under one ``uri``; every change is made under a file lock."""
+    """States of the versions under one ``uri``; every change is made under a lock."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._path = registry_folder(uri) / _REGISTRY_NAME
+        self._document = SharedDocument(place(uri) / _REGISTRY_NAME)
 
     def states(self) -> dict[str, VersionState]:
         """Return the state of each published version, in the order of publishing.
@@ -161,20 +172,7 @@ class CodebookRegistry:
             CodebookError: If the file is damaged, of another format, or lost: missing beside
                 versions that were published.
         """
-        if not self._path.is_file():
-            lost = _published_versions(self.uri)
-            # Looked at again: a first publication may have come to its end in between.
-            if lost and not self._path.is_file():
-                raise CodebookError(_lost_registry_message(self._path, lost))
-            if not lost:
-                return {}
-        try:
-            return _RegistryContent.model_validate_json(self._path.read_bytes()).versions
-        except ValidationError as error:
-            raise CodebookError(
-                f"{self._path} is no registry that this version of qarm-feast reads: {error}; put "
-                "back a copy of it: the versions themselves lie beside it, untouched"
-            ) from error
+        return self._states_in(self._read())
 
     def versions(self, *states: VersionState) -> list[str]:
         """Return the versions in one of ``states`` (none given: all but purged), oldest first."""
@@ -319,7 +317,7 @@ class CodebookRegistry:
         ]
         return f"{stem}{max(numbers, default=1) + 1}"
 
-    def purge(self, version: str) -> tuple[Path, ...]:
+    def purge(self, version: str) -> tuple[Place, ...]:
         """Remove the files of a retired version, or of one that was never published, for good.
 
         1. A published version's state becomes purged: from here on it is gone, its name taken.
@@ -373,10 +371,10 @@ class CodebookRegistry:
                 drafts=stored_versions(drafts_uri(self.uri)),
             )
 
-    def _folders_of(self, version: str) -> tuple[Path, ...]:
-        folder, name = registry_folder(self.uri), check_version_name(version)
-        places = (folder, folder / _DRAFTS_NAME, folder / _REPORTS_NAME)
-        return tuple(place / name for place in places if (place / name).is_dir())
+    def _folders_of(self, version: str) -> tuple[Place, ...]:
+        root, name = place(self.uri), check_version_name(version)
+        parents = (root, root / _DRAFTS_NAME, root / _REPORTS_NAME)
+        return tuple(parent / name for parent in parents if (parent / name).is_dir())
 
     def _refuse_in_use(self, version: str, state: VersionState) -> None:
         if state in (VersionState.RETIRED, VersionState.PURGED):
@@ -391,14 +389,51 @@ class CodebookRegistry:
     @contextmanager
     def _change(self) -> Iterator[dict[str, VersionState]]:
         """Yield the states to edit in place; they are stored when the block ends without error."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._path.parent / _LOCK_NAME):
-            before = self.states()
+        with self._lock():
+            read = self._read()
+            before = self._states_in(read)
             states = dict(before)
             yield states
-            if states != before:
-                content = _RegistryContent(versions=states).model_dump_json(indent=2)
-                replace_file(self._path, (content + "\n").encode())
+            content = _RegistryContent(versions=states).model_dump_json(indent=2)
+            if states != before and self._document.replace(read, (content + "\n").encode()) is None:
+                raise CodebookError(
+                    f"another process changed {self._document.path} at the same time, and nothing "
+                    "was changed by this one; look with `qarm codebook list`, then run the same "
+                    "command again"
+                )
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            with exclusive(place(self.uri) / _LOCK_NAME, WAIT_SECONDS):
+                yield
+        except LockTakenError as error:
+            raise ServiceUnavailableError(
+                f"another process has been changing {self._document.path} for {WAIT_SECONDS:.0f} "
+                f"s; {error}"
+            ) from error
+
+    def _read(self) -> Snapshot:
+        read = self._document.read()
+        if read.payload is not None:
+            return read
+        lost = _published_versions(self.uri)
+        # Looked at again: a first publication may have come to its end in between.
+        read = self._document.read()
+        if lost and read.payload is None:
+            raise CodebookError(_lost_registry_message(self._document.path, lost))
+        return read
+
+    def _states_in(self, read: Snapshot) -> dict[str, VersionState]:
+        if read.payload is None:
+            return {}
+        try:
+            return _RegistryContent.model_validate_json(read.payload).versions
+        except ValidationError as error:
+            raise CodebookError(
+                f"{self._document.path} is no registry that this version of qarm-feast reads: "
+                f"{error}; put back a copy of it: the versions themselves lie beside it, untouched"
+            ) from error
 
     @staticmethod
     def _in_state(states: Mapping[str, VersionState], state: VersionState) -> list[str]:
@@ -412,7 +447,7 @@ def _published_versions(uri: str) -> list[str]:
     return [found.version for found in manifests if found.quality or found.forced_gates]
 
 
-def _lost_registry_message(path: Path, lost: Sequence[str]) -> str:
+def _lost_registry_message(path: Place, lost: Sequence[str]) -> str:
     first, *others = lost
     states = {first: VersionState.DEFAULT, **dict.fromkeys(others, VersionState.STAGED)}
     example = _RegistryContent(versions=states).model_dump_json()
@@ -440,20 +475,20 @@ def read_manifest(uri: str, version: str) -> Manifest:
         CodebookError: If the manifest is of another format.
         ConfigError: If the name is not legal.
     """
-    path = registry_folder(uri) / check_version_name(version) / MANIFEST_NAME
-    if not path.is_file():
-        drafts = stored_versions(drafts_uri(uri))
-        known = stored_versions(uri)
-        raise CodebookNotFoundError(version=version, uri=uri, known=known, drafts=drafts)
+    path = place(uri) / check_version_name(version) / MANIFEST_NAME
     try:
         return Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        drafts = stored_versions(drafts_uri(uri))
+        known = stored_versions(uri)
+        raise CodebookNotFoundError(version=version, uri=uri, known=known, drafts=drafts) from error
     except ValidationError as error:
         raise CodebookError(
             f"{path} is no codebook manifest that this version of qarm-feast reads: {error}"
         ) from error
 
 
-def damage_remedy(folder: Path, manifest: Manifest) -> str:
+def damage_remedy(folder: Place, manifest: Manifest) -> str:
     """Return what is to be done about a missing or damaged file of a version.
 
     Args:
@@ -490,7 +525,7 @@ def write_artifact(
     Raises:
         CodebookError: If the version is stored with other content.
     """
-    folder = registry_folder(uri) / check_version_name(manifest.version)
+    folder = place(uri) / check_version_name(manifest.version)
     for name, payload in payloads.items():
         if replace:
             # The same bytes by name, unless a disk has damaged them: then this mends the draft.
@@ -569,7 +604,7 @@ def publish_codebook(
             + "\ntrain it with other quantizer settings, change codebook.gates, or use --force"
         )
     if source_uri != uri:
-        folder = Path(source_uri) / version
+        folder = place(source_uri) / version
         remedy = damage_remedy(folder, trained)
         payloads = (
             {name: read_verified(folder, name, trained.files, remedy) for name in trained.files}
@@ -625,36 +660,14 @@ def gate_readings(quality: Mapping[str, Any], gates: GateConfig) -> list[GateRea
 
 def stored_versions(uri: str) -> list[str]:
     """Return the names of all versions stored under ``uri``, sorted, published or not."""
-    return sorted(
-        path.parent.name
-        for path in registry_folder(uri).glob(f"*/{MANIFEST_NAME}")
-        if _VERSION_PATTERN.fullmatch(path.parent.name)
-    )
-
-
-def registry_folder(uri: str) -> Path:
-    """Return the folder that ``uri`` names.
-
-    Args:
-        uri: Folder of codebook versions.
-
-    Returns:
-        Its path; nothing need be there.
-
-    Raises:
-        ConfigError: If ``uri`` is the URI of an object store.
-    """
-    if "://" in uri:
-        raise ConfigError(
-            f"codebooks are kept in a local or mounted folder, found {uri!r}; "
-            "set codebook.uri in qarm.yaml to a path"
-        )
-    return Path(uri)
+    folder = place(uri)
+    names = [name for name in names_in(folder) if _VERSION_PATTERN.fullmatch(name)]
+    return sorted(name for name in names if (folder / name / MANIFEST_NAME).is_file())
 
 
 def drafts_uri(uri: str) -> str:
     """Return the folder of trained versions that are not published yet."""
-    return str(registry_folder(uri) / _DRAFTS_NAME)
+    return str(place(uri) / _DRAFTS_NAME)
 
 
 def trained_uri(uri: str, version: str) -> str:
@@ -678,12 +691,12 @@ def trained_uri(uri: str, version: str) -> str:
     return drafts_uri(uri) if is_draft else uri
 
 
-def report_path(uri: str, version: str) -> Path:
+def report_path(uri: str, version: str) -> Place:
     """Return the file of the last evaluation of ``version``."""
-    return registry_folder(uri) / _REPORTS_NAME / check_version_name(version) / _REPORT_NAME
+    return place(uri) / _REPORTS_NAME / check_version_name(version) / _REPORT_NAME
 
 
-def write_report(uri: str, manifest: Manifest, quality: Mapping[str, Any]) -> Path:
+def write_report(uri: str, manifest: Manifest, quality: Mapping[str, Any]) -> Place:
     """Store the figures of one evaluation with the hashes of what it saw, and return the file.
 
     ``forced_gates`` stand in it as well: a publication by force is told wherever figures are.
@@ -750,15 +763,15 @@ def _is_left_over(uri: str, version: str) -> bool:
 
 
 def _remove_draft(uri: str, version: str) -> None:
-    folder = Path(drafts_uri(uri)) / version
+    folder = place(drafts_uri(uri)) / version
     if folder.is_dir():
         _remove_files(folder, keep=())
 
 
-def _remove_files(folder: Path, keep: Iterable[str]) -> None:
+def _remove_files(folder: Place, keep: Iterable[str]) -> None:
     # The manifest goes first: without it the rest is no version.
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST_NAME):
-        if path.name not in keep:
-            path.unlink(missing_ok=True)
+    for name in sorted(names_in(folder), key=lambda name: name != MANIFEST_NAME):
+        if name not in keep:
+            (folder / name).unlink(missing_ok=True)
     if not keep:
         folder.rmdir()

@@ -33,10 +33,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from qarm_feast.artifact import replace_file
 from qarm_feast.errors import (
     CodebookError,
     CodebookMismatchError,
@@ -44,7 +42,8 @@ from qarm_feast.errors import (
     DataError,
     ServiceUnavailableError,
 )
-from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest, registry_folder
+from qarm_feast.object_store import place
+from qarm_feast.registry import CodebookRegistry, VersionState, read_manifest
 from qarm_feast.rollout_status import (
     GONE,
     WRITTEN,
@@ -58,6 +57,7 @@ from qarm_feast.rollout_status import (
     shortened,
 )
 from qarm_feast.schema import code_view_name
+from qarm_feast.shared_state import LockTakenError, SharedDocument, Snapshot, exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Patience:
 
 
 class Rollout:
-    """Walks one version at a time; every change is made under a file lock.
+    """Walks one version at a time; every change is made under a lock.
 
     Args:
         registry: States of the versions.
@@ -91,8 +91,8 @@ class Rollout:
         self._parts = parts
         self._view = RolloutView(registry, parts)
         self._patience = patience or Patience()
-        self._folder = registry_folder(registry.uri)
-        self._path = self._folder / RECORD_NAME
+        self._document = SharedDocument(place(registry.uri) / RECORD_NAME)
+        self._read = Snapshot(None)
 
     def plan(self, version: str) -> RolloutStatus:
         """Return what :meth:`start` would do and what is done already; changes nothing.
@@ -250,33 +250,39 @@ class Rollout:
         Raises:
             CodebookError: If the file is damaged.
         """
-        if not self._path.is_file():
+        self._read = self._document.read()
+        if self._read.payload is None:
             return None
         try:
-            return RolloutRecord.model_validate_json(self._path.read_bytes())
+            return RolloutRecord.model_validate_json(self._read.payload)
         except ValidationError as error:
             raise CodebookError(
-                f"{self._path} is no rollout that this version of qarm-feast reads: {error}; put "
-                "back a copy of it, or look at the states with `qarm codebook list`, remove the "
-                "file and run `qarm rollout start --codebook-version VERSION` again"
+                f"{self._document.path} is no rollout that this version of qarm-feast reads: "
+                f"{error}; put back a copy of it, or look at the states with `qarm codebook list`, "
+                "remove the file and run `qarm rollout start --codebook-version VERSION` again"
             ) from error
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Hold the lock, which a process that is killed gives back; nobody waits for it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / _LOCK_NAME
         try:
-            with FileLock(path, timeout=0):
+            with exclusive(place(self._registry.uri) / _LOCK_NAME, wait_seconds=0):
                 yield
-        except Timeout as error:
+        except LockTakenError as error:
             raise CodebookError(
                 f"another `qarm rollout` is at work on {self._registry.uri}; let it finish, look "
-                f"with `qarm rollout status`, or who holds the lock with `fuser {path}`"
+                f"with `qarm rollout status`, or {error}"
             ) from error
 
     def _store(self, record: RolloutRecord) -> RolloutRecord:
-        replace_file(self._path, (record.model_dump_json(indent=2) + "\n").encode())
+        payload = (record.model_dump_json(indent=2) + "\n").encode()
+        stored = self._document.replace(self._read, payload)
+        if stored is None:
+            raise CodebookError(
+                f"another process changed {self._document.path} at the same time; look with `qarm "
+                "rollout status`, then run the same command again"
+            )
+        self._read = stored
         return record
 
     def _continued(self, version: str) -> RolloutRecord | None:

@@ -33,6 +33,7 @@ from qarm_feast.registry import (
     write_artifact,
     write_report,
 )
+from qarm_feast.shared_state import SharedDocument, Snapshot
 
 GOOD = {
     "collision_rate": 0.25,
@@ -254,30 +255,30 @@ def test_a_first_publication_that_ends_while_the_registry_is_read_does_not_look_
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_report(uri, _draft(uri), GOOD)
-    is_file, asked = Path.is_file, []
+    read, asked = SharedDocument.read, []
 
-    def is_file_before_a_publication(path: Path) -> bool:
-        found = is_file(path)
-        if path.name == "registry.json" and not asked:
-            asked.append(path)
+    def read_before_a_publication(document: SharedDocument) -> Snapshot:
+        found = read(document)
+        if not asked:
+            asked.append(document.path)
             publish_codebook(uri, "v1", GateConfig())
         return found
 
-    monkeypatch.setattr(Path, "is_file", is_file_before_a_publication)
+    monkeypatch.setattr(SharedDocument, "read", read_before_a_publication)
 
     assert CodebookRegistry(uri).states() == {"v1": VersionState.DEFAULT}
     assert asked
 
 
-def test_an_object_store_is_refused_before_anything_is_written(
+def test_an_unknown_kind_of_store_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    with pytest.raises(ConfigError, match=r"'s3://bucket/codebooks'.*codebook\.uri"):
-        _store("s3://bucket/codebooks")
-    with pytest.raises(ConfigError, match=r"codebook\.uri"):
-        CodebookRegistry("s3://bucket/codebooks")
+    with pytest.raises(ConfigError, match=r"no object store of scheme 's4'; write s3://BUCKET/"):
+        _store("s4://bucket/codebooks")
+    with pytest.raises(ConfigError, match="'s3://' names no bucket"):
+        CodebookRegistry("s3://")
     assert list(tmp_path.iterdir()) == []
 
 

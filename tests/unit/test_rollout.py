@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qarm_feast import registry as registry_module
-from qarm_feast import rollout as rollout_module
+from qarm_feast import shared_state
 from qarm_feast.errors import (
     CodebookError,
     CodebookMismatchError,
@@ -259,9 +258,7 @@ def _count_changes(world: World, walk: Callable[[World], None], patch: pytest.Mo
 
 
 def _watch(world: World, kill: _Kill, patch: pytest.MonkeyPatch) -> None:
-    replace_file = kill.around(registry_module.replace_file)
-    for module in (registry_module, rollout_module):
-        patch.setattr(module, "replace_file", replace_file)
+    patch.setattr(shared_state, "replace_file", kill.around(shared_state.replace_file))
     patch.setattr(world, "backfill", kill.around(world.backfill))
     patch.setattr(world, "verify", kill.around(world.verify))
 
