@@ -22,7 +22,7 @@ RUN := $(UV) run --frozen --extra cpu
 quickstart: setup $(CACHE)/packages/.complete
 	@$(RUN) python -W ignore -m examples.quickstart.run $(if $(DATA),--data "$(DATA)")
 
-test: setup $(CACHE)/packages/.complete
+test: setup $(CACHE)/packages/.complete $(CACHE)/s3proxy/.complete
 	@$(RUN) pytest
 
 # Broker, workers and stores are killed, stopped and filled for at most 15 minutes; one table.
@@ -37,7 +37,7 @@ check: environment
 	$(RUN) pydoclint qarm_feast streaming torchrec_models
 
 # Every benchmark, shortened, and one table; a missed target is shown and is no failure.
-bench: environment $(CACHE)/packages/.complete
+bench: environment $(CACHE)/packages/.complete $(CACHE)/s3proxy/.complete
 	@$(RUN) python -W ignore benchmarks/run_all.py $(if $(DATA),--data "$(DATA)")
 
 clean-run: environment
@@ -60,6 +60,12 @@ $(CACHE)/kafka/.complete: examples/quickstart/kafka-pom.xml | prerequisites
 	@echo "fetching Apache Kafka's jars through Maven" >&2
 	@rm -rf $(CACHE)/kafka
 	@mvn -q -B -Dstyle.color=never -f $< dependency:copy-dependencies "-DoutputDirectory=$(CURDIR)/$(CACHE)/kafka"
+	@touch $@
+
+$(CACHE)/s3proxy/.complete: tests/s3proxy-pom.xml | prerequisites
+	@echo "fetching the jars of an S3 server for the tests through Maven" >&2
+	@rm -rf $(CACHE)/s3proxy
+	@mvn -q -B -Dstyle.color=never -f $< dependency:copy-dependencies "-DoutputDirectory=$(CURDIR)/$(CACHE)/s3proxy"
 	@touch $@
 
 $(CACHE)/packages/.complete: examples/quickstart/packages.txt | environment

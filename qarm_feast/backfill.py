@@ -13,7 +13,7 @@ last noted piece. All rows are idempotent, so that repeating a piece changes not
 may put other parts in the place of those that are noted; a finished backfill is noted by offsets
 as well, an unfinished one then repeats them. Of the catalogue ids and times are held in memory.
 
-Shape letters in this file: N items, M rows of a table. May import: feast, filelock, ray (by name).
+Shape letters in this file: N items, M rows of a table. May import: feast, ray (by name).
 """
 
 import logging
@@ -26,7 +26,6 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from pydantic import ConfigDict
 
 from qarm_feast.backfill_parts import (
@@ -62,6 +61,7 @@ from qarm_feast.schema import (
     ITEM_ID,
     code_view_name,
 )
+from qarm_feast.shared_state import LockTakenError, exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -187,14 +187,13 @@ class _Backfill:
             ServiceUnavailableError: If one is at work.
         """
         path = progress_path(self._log.root, self._job.codebook_version).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(path, timeout=0):
+            with exclusive(path, wait_seconds=0):
                 yield
-        except Timeout as error:
+        except LockTakenError as error:
             raise ServiceUnavailableError(
                 f"another process is filling {self._view} of {self._log.root}; let it finish, or "
-                f"look for who holds the lock with `fuser {path}`"
+                f"{error}"
             ) from error
 
     def run(self, engine: Engine) -> BackfillCounts:

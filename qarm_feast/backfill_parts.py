@@ -29,6 +29,7 @@ from qarm_feast.log_parts import (
     read_row_group,
     unpacked_bytes,
 )
+from qarm_feast.object_store import open_input, place
 from qarm_feast.point_in_time import latest_rows, microseconds
 from qarm_feast.schema import (
     CONTENT_LOG,
@@ -160,7 +161,7 @@ class Survey:
         aside = list_quarantined(self._log.root / CONTENT_LOG)
         places = {
             str(path.with_name(path.name.removeprefix(QUARANTINE_PREFIX)))
-            for path in map(Path, aside)
+            for path in map(place, aside)
         }
         return (self.left_out & listed) | (places - listed)
 
@@ -168,7 +169,7 @@ class Survey:
         return path not in self.left_out and self._name(path) not in self._done
 
     def _name(self, path: str) -> str:
-        return str(Path(path).relative_to(self._log.root / CONTENT_LOG))
+        return path.removeprefix(f"{self._log.root / CONTENT_LOG}/")
 
     def _look_at(self, path: str) -> bool:
         """Return whether the part is known; False if it is gone or damaged: list again."""
@@ -185,7 +186,7 @@ class Survey:
         rows = read_parts([path], CONTENT_LOG_ROWS, _SURVEY_COLUMNS)
         groups: tuple[int, ...] = ()
         if not is_stream(path):
-            footer = pq.read_metadata(path)
+            footer = pq.read_metadata(open_input(path))
             groups = tuple(footer.row_group(n).num_rows for n in range(footer.num_row_groups))
         is_own = pc.fill_null(pc.equal(rows["encoder_version"], self._encoder_version), False)
         is_served = pc.or_(is_own, rows["is_deleted"])

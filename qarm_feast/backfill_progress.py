@@ -5,7 +5,6 @@ repeats a piece and never skips one. May import: pydantic.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qarm_feast.artifact import replace_file
 from qarm_feast.backfill_parts import Offsets, Source
 from qarm_feast.errors import DataError
+from qarm_feast.object_store import Place
 
 _FOLDER = ".backfill"
 """Hidden, as no log's name is."""
@@ -41,7 +41,7 @@ class BackfillProgress:
         codebook_version: The version that is filled.
     """
 
-    def __init__(self, root: Path, codebook_version: str) -> None:
+    def __init__(self, root: Place, codebook_version: str) -> None:
         self.path = progress_path(root, codebook_version)
         self._content = self._read(codebook_version)
 
@@ -106,7 +106,7 @@ class BackfillProgress:
         replace_file(self.path, self._content.model_dump_json().encode())
 
 
-def progress_path(root: Path, codebook_version: str) -> Path:
+def progress_path(root: Place, codebook_version: str) -> Place:
     """Return where the progress of a version's backfill lies."""
     return root / _FOLDER / f"{codebook_version}.json"
 

@@ -5,7 +5,8 @@
 
 A part is complete or absent, and never changes; a compaction puts one in the place of many (see
 ``log_parts`` and ``compaction``). So readers need no lock. Duplicates (a replayed batch) are told
-apart by whoever reads; see ``offline_store``. May import: pyarrow.
+apart by whoever reads; see ``offline_store``. ``<root>`` is a folder or ``s3://BUCKET/PREFIX``.
+May import: pyarrow.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from qarm_feast.artifact import replace_file, sync_folder
-from qarm_feast.errors import ConfigError, DataError
+from qarm_feast.errors import DataError
 from qarm_feast.log_parts import (
     DAY_PREFIX,
     DamagedPartError,
@@ -32,6 +33,7 @@ from qarm_feast.log_parts import (
     set_aside_damaged,
     write_part,
 )
+from qarm_feast.object_store import Place, is_remote, names_in, place
 from qarm_feast.schema import CREATED, EVENT_TIMESTAMP
 
 logger = logging.getLogger(__name__)
@@ -46,14 +48,10 @@ _MAX_LISTINGS = 20
 class CodeLog:
     """Named logs under one root folder; any number of processes may append and read at once."""
 
-    def __init__(self, root: str | Path) -> None:
-        if "://" in str(root):
-            raise ConfigError(
-                f"the offline log is kept on a local or mounted folder, found {str(root)!r}; "
-                "set offline_store.uri in feature_store.yaml to a path"
-            )
-        self.root = Path(root)
-        self._durable_days: set[Path] = set()
+    def __init__(self, root: str | Place) -> None:
+        self.root = place(root)
+        self._durable_days: set[Place] = set()
+        self._remote_schemas: dict[str, pa.Schema] = {}
 
     def create(self, name: str, schema: pa.Schema) -> None:
         """Make an empty log, or check that the one that exists has this schema.
@@ -77,7 +75,7 @@ class CodeLog:
                 f"writes {_describe(schema)}; move the folder away or restore the old columns"
             )
 
-    def append(self, name: str, table: pa.Table, written_at: datetime | None = None) -> Path:
+    def append(self, name: str, table: pa.Table, written_at: datetime | None = None) -> Place:
         """Write ``table`` as one new part; when this returns, the rows survive a power cut.
 
         A log that does not exist is created with the table's schema.
@@ -94,13 +92,23 @@ class CodeLog:
             DataError: If columns are missing or unknown, a value does not fit its type, or a
                 time is null or naive.
         """
-        if not self.exists(name):
-            self.create(name, _log_schema(table.schema))
+        schema = self._schema_to_write(name, table.schema)
         day = (written_at or datetime.now(UTC)).astimezone(UTC).date().isoformat()
         folder = self.root / name / f"{DAY_PREFIX}{day}"
-        part = write_part(folder, conform(table, self.schema(name), str(self.root / name)))
+        part = write_part(folder, conform(table, schema, str(self.root / name)))
         self._sync_parents(folder)
         return part
+
+    def _schema_to_write(self, name: str, given: pa.Schema) -> pa.Schema:
+        """Return the log's schema, of an object store's once per writer: each look is a request."""
+        schema = self._remote_schemas.get(name)
+        if schema is None:
+            if not self.exists(name):
+                self.create(name, _log_schema(given))
+            schema = self.schema(name)
+        if is_remote(self.root):
+            self._remote_schemas[name] = schema
+        return schema
 
     def exists(self, name: str) -> bool:
         """Return whether the log was created."""
@@ -108,13 +116,13 @@ class CodeLog:
 
     def names(self) -> list[str]:
         """Return the names of all logs below the root, sorted."""
-        return sorted(seed.parent.parent.name for seed in self.root.glob(f"*/{SEED_PART}"))
+        return sorted(name for name in names_in(self.root) if self.exists(name))
 
     def schema(self, name: str) -> pa.Schema:
         """Return the log's schema; a DataError says that the log was never created."""
         seed = self.root / name / SEED_PART
         try:
-            schema: pa.Schema = pq.read_schema(seed)
+            schema: pa.Schema = pq.read_schema(pa.BufferReader(seed.read_bytes()))
         except FileNotFoundError as error:
             raise DataError(f"no log at {self.root / name}; nothing was written yet") from error
         except (pa.ArrowInvalid, OSError) as error:
@@ -223,7 +231,7 @@ class CodeLog:
             _write_seed(seed, schema)
         return schema
 
-    def _sync_parents(self, folder: Path) -> None:
+    def _sync_parents(self, folder: Place) -> None:
         if folder not in self._durable_days:
             # The day folder may be new, by whichever process: its own entry must last as well.
             sync_folder(folder.parent)
@@ -298,7 +306,7 @@ def _log_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _write_seed(seed: Path, schema: pa.Schema) -> None:
+def _write_seed(seed: Place, schema: pa.Schema) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)
     replace_file(seed, sink.getvalue().to_pybytes())

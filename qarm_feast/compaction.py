@@ -15,7 +15,7 @@ below the root); readers and writers take no part in it. In each day folder of e
 
 A kill anywhere leaves the old parts or the new one, and files that the next sweep removes: see
 ``log_parts.write_merged``. A replaced part is deleted only after its successor was read through
-once more. May import: pyarrow, the log, filelock.
+once more. May import: pyarrow, the log.
 """
 
 import logging
@@ -24,12 +24,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
 from pydantic import Field
 
 from qarm_feast.artifact import replace_file, sync_folder
@@ -49,15 +47,18 @@ from qarm_feast.log_parts import (
     list_day,
     list_days,
     list_quarantined,
+    list_sizes,
     merged_part_of,
     quarantine,
     read_parts,
     read_replaced,
     replaces_path,
     set_aside_damaged,
+    size_in,
     unpacked_bytes,
     write_merged,
 )
+from qarm_feast.object_store import Entry, Place, place, scan
 from qarm_feast.point_in_time import latest_rows, microseconds
 from qarm_feast.schema import (
     CONTENT_LOG,
@@ -70,12 +71,13 @@ from qarm_feast.schema import (
     USER_PROFILE_VIEW,
     code_view_name,
 )
+from qarm_feast.shared_state import LockTakenError, exclusive
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".compaction.lock"
 _SEARCHED_NAME = ".erased_rows_searched"
-"""Its time is when the last whole search for rows of erased users began."""
+"""Holds when the last whole search for rows of erased users began, in seconds since the epoch."""
 _STALE_WRITE_SECONDS = 3600.0
 """No append takes as long; its temporary file is then of a process that was killed."""
 _ROW = "row_number"
@@ -213,8 +215,7 @@ class Compactor:
             is_erasing = abs(started - self._last_search()) >= erasure_interval_seconds
             failed = self._compact_each(is_full, is_erasing, counts)
             if is_erasing and INTERACTION_LOG not in failed and not self._should_stop():
-                replace_file(self._log.root / _SEARCHED_NAME, b"")
-                os.utime(self._log.root / _SEARCHED_NAME, (started, started))
+                replace_file(self._log.root / _SEARCHED_NAME, str(started).encode())
         for error in failed.values():
             raise error
         return counts
@@ -237,22 +238,20 @@ class Compactor:
 
     def _last_search(self) -> float:
         try:
-            return os.stat(self._log.root / _SEARCHED_NAME).st_mtime
+            # Empty where an older release wrote it: then there is another search.
+            return float((self._log.root / _SEARCHED_NAME).read_bytes() or b"0")
         except FileNotFoundError:
             return 0.0
 
     @contextmanager
     def _lock(self, wait_seconds: float) -> Iterator[None]:
-        path = self._log.root / LOCK_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(path, timeout=wait_seconds):
+            with exclusive(self._log.root / LOCK_NAME, wait_seconds):
                 yield
-        except Timeout as error:
+        except LockTakenError as error:
             raise ServiceUnavailableError(
                 f"another process has been compacting {self._log.root} for {wait_seconds:.0f} s; "
-                "let it finish, or look for who holds the lock with `fuser "
-                f"{path}`"
+                f"let it finish, or {error}"
             ) from error
 
 
@@ -285,30 +284,30 @@ class _LogCompaction:
                 self._erase(day, self._marks)
             self._sweep(day)
 
-    def _days(self) -> list[Path]:
-        days = [Path(path) for path in list_days(self._folder)]
+    def _days(self) -> list[Place]:
+        days = [place(path) for path in list_days(self._folder)]
         return [day for day in days if day != self._folder / SEED_PART.parent]
 
-    def _sweep(self, day: Path) -> None:
+    def _sweep(self, day: Place) -> None:
         visible_since: dict[str, float] = {}
-        for entry in os.scandir(day):
+        for entry in scan(day):
             part = merged_part_of(entry.name)
             since = _visible_since(day / part) if part is not None else None
             if part is not None and since is not None:
                 visible_since[part] = since
             elif part is not None or self._is_leftover(entry):
                 # A list without its part: the merge was cut short, or the part is in quarantine.
-                _unlink_if_there(Path(entry.path))
+                _unlink_if_there(place(entry.path))
         replaced = {name for part in visible_since for name in read_replaced(day / part)}
         # Oldest first: a part that was replaced in turn goes after those that it replaced.
         for part in sorted(visible_since, key=lambda name: visible_since[name]):
             if abs(self.clock() - visible_since[part]) >= self.rules.grace_seconds:
                 self._delete_replaced(day / part, is_replaced=part in replaced)
 
-    def _is_leftover(self, entry: "os.DirEntry[str]") -> bool:
+    def _is_leftover(self, entry: Entry) -> bool:
         return is_merged_leftover(entry.name) or self._is_stale_write(entry)
 
-    def _is_stale_write(self, entry: "os.DirEntry[str]") -> bool:
+    def _is_stale_write(self, entry: Entry) -> bool:
         if not is_part_leftover(entry.name):
             return False
         try:
@@ -318,7 +317,7 @@ class _LogCompaction:
             return False
         return age_seconds > _STALE_WRITE_SECONDS
 
-    def _delete_replaced(self, part: Path, is_replaced: bool) -> None:
+    def _delete_replaced(self, part: Place, is_replaced: bool) -> None:
         try:
             reason = find_damage(part)
         except OSError as error:
@@ -333,7 +332,7 @@ class _LogCompaction:
             quarantine(str(part), reason)
         # Otherwise its rows stand in its successor, which takes it and what is below it away.
 
-    def _delete_below(self, part: Path) -> None:
+    def _delete_below(self, part: Place) -> None:
         """Delete what a merged part stands for, and last the list that hides it."""
         for name in read_replaced(part):
             replaced = part.with_name(name)
@@ -342,10 +341,11 @@ class _LogCompaction:
         sync_folder(part.parent)
         _unlink_if_there(replaces_path(part))
 
-    def _merge_some(self, day: Path, is_full: bool) -> bool:
+    def _merge_some(self, day: Place, is_full: bool) -> bool:
         """Merge once; return whether there was something to merge or to set aside."""
-        parts = [path for path in list_day(day) if path not in self._left_out]
-        sizes = {path: size for path in parts if (size := merged_size(path)) is not None}
+        listed = {p: size for p, size in list_sizes(day).items() if p not in self._left_out}
+        merged = {path: merged_size(path, num_bytes) for path, num_bytes in listed.items()}
+        sizes = {path: size for path, size in merged.items() if size is not None}
         growth = 1.0 if is_full else self.rules.min_growth
         paths = choose_parts(sizes, self.rules.target_part_bytes, growth)
         if paths:
@@ -354,7 +354,7 @@ class _LogCompaction:
             pa.default_memory_pool().release_unused()
         return bool(paths)
 
-    def _replace(self, day: Path, paths: Sequence[str]) -> None:
+    def _replace(self, day: Place, paths: Sequence[str]) -> None:
         table = self._read(paths)
         if table is None:
             return
@@ -410,7 +410,7 @@ class _LogCompaction:
         narrow |= {name: microseconds(table[name]) for name in ties}
         return places.take(pa.array(latest_rows(pa.table(narrow), key, ties)))
 
-    def _erase(self, day: Path, marks: Marks) -> None:
+    def _erase(self, day: Place, marks: Marks) -> None:
         for path in list_day(day):
             if self.should_stop():
                 return
@@ -477,13 +477,13 @@ def log_states(log: CodeLog) -> list[LogState]:
 
 def _log_state(log: CodeLog, name: str) -> LogState:
     folder = log.root / name
-    counting = {path: _size(path) or 0 for path in log.row_parts(name)}
     present = {
-        entry.path: _size(entry.path) or 0
+        entry.path: size_in(entry) or 0
         for day in list_days(folder)
-        for entry in os.scandir(day)
+        for entry in scan(place(day))
         if is_part(entry.name)
     }
+    counting = {path: present.get(path, 0) for path in log.row_parts(name)}
     waiting = present.keys() - counting.keys() - {str(folder / SEED_PART)}
     return LogState(
         name=name,
@@ -495,7 +495,7 @@ def _log_state(log: CodeLog, name: str) -> LogState:
     )
 
 
-def _visible_since(part: Path) -> float | None:
+def _visible_since(part: Place) -> float | None:
     """Return when a merged part got its name, its file's last change; None if it is not there."""
     try:
         return part.stat().st_ctime
@@ -503,14 +503,22 @@ def _visible_since(part: Path) -> float | None:
         return None
 
 
-def merged_size(path: str) -> int | None:
-    """Return about how many bytes the rows of a part take in a merged one; None if it is gone.
+def merged_size(path: str, num_bytes: int) -> int | None:
+    """Return about how many bytes the rows of a part take in a merged one.
 
     Rows that shrink more than codes do count for more, so that what a merge holds is bounded.
+
+    Args:
+        path: A part.
+        num_bytes: Its size, as listed.
+
+    Returns:
+        Bytes; None if it is gone.
     """
+    if is_stream(path):
+        return num_bytes // _SHRINKAGE
     try:
-        shrunk = unpacked_bytes(path) // _SHRINKAGE
-        return shrunk if is_stream(path) else max(os.stat(path).st_size, shrunk)
+        return max(num_bytes, unpacked_bytes(path) // _SHRINKAGE)
     except (pa.ArrowInvalid, OSError) as error:
         if is_gone(error):
             return None
@@ -520,14 +528,7 @@ def merged_size(path: str) -> int | None:
         return 0
 
 
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return None
-
-
-def _unlink_if_there(path: Path) -> bool:
+def _unlink_if_there(path: Place) -> bool:
     try:
         path.unlink()
     except FileNotFoundError:

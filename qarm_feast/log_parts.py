@@ -9,26 +9,40 @@
 
 A part is complete or absent, and never changes. A merged part and the parts that it stands for
 change places in one step, the rename that gives it its name: from then on a listing leaves out
-what its ``.replaces`` names. A small parquet file costs a reader 0.4 ms whatever is in it, a
-stream 0.05 ms, hence two containers. Parts without a checksum in their name, as older releases
-wrote, are read as they are. May import: pyarrow.
+what its ``.replaces`` names. In an object store a part is put whole and has no hidden name before:
+the put of a merged part is that one step, and its list is put before it. A small parquet file
+costs a reader 0.4 ms whatever is in it, a stream 0.05 ms, hence two containers. Parts without a
+checksum in their name, as older releases wrote, are read as they are. May import: pyarrow.
 """
 
 import errno
+import io
 import logging
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from qarm_feast.artifact import replace_file, sync_folder
-from qarm_feast.errors import DataError
+from qarm_feast.errors import ConfigError, DataError
+from qarm_feast.object_store import (
+    Entry,
+    Place,
+    StorePath,
+    dataset_files,
+    is_remote,
+    open_input,
+    place,
+    read_many,
+    scan,
+)
 from qarm_feast.observability import OFFLINE_DAMAGED_PARTS
 
 logger = logging.getLogger(__name__)
@@ -56,7 +70,7 @@ class DamagedPartError(Exception):
     """A file that is not what was written; never leaves this package's readers."""
 
 
-def write_part(folder: Path, table: pa.Table) -> Path:
+def write_part(folder: Place, table: pa.Table) -> Place:
     """Write an append; when this returns, its bytes survive a power cut, the folder's may not.
 
     Args:
@@ -70,12 +84,14 @@ def write_part(folder: Path, table: pa.Table) -> Path:
     return _write(folder, PART_PREFIX, table, _PARQUET if is_large else _STREAM, ())
 
 
-def write_merged(folder: Path, table: pa.Table, replaced: Sequence[str]) -> Path:
+def write_merged(folder: Place, table: pa.Table, replaced: Sequence[str]) -> Place:
     """Write a part that takes the place of others; readers see either it or those.
 
     1. The part under a hidden name, fsynced, and read back.
     2. The names of what it replaces beside it, which mean nothing yet.
     3. The rename: from here on it counts, and they do not.
+
+    In an object store the first step happens in memory, and the third is the put.
 
     Args:
         folder: Day folder of all of them.
@@ -92,17 +108,19 @@ def write_merged(folder: Path, table: pa.Table, replaced: Sequence[str]) -> Path
 
 
 def _write(
-    folder: Path, prefix: str, table: pa.Table, suffix: str, replaced: Sequence[str]
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Place, prefix: str, table: pa.Table, suffix: str, replaced: Sequence[str]
+) -> Place:
     stem = f"{prefix}{uuid.uuid4().hex}"
+    if isinstance(folder, StorePath):
+        return _put(folder, stem, table, suffix, replaced)
+    folder.mkdir(parents=True, exist_ok=True)
     # Dataset readers, Feast's own too, skip names that begin with a dot.
     temporary = folder / f".{stem}{TEMPORARY_SUFFIX}"
     try:
         checksum = (_write_stream if suffix == _STREAM else _write_parquet)(temporary, table)
         part = folder / f"{stem}-{checksum:0{_CRC_DIGITS}x}{suffix}"
         if replaced:
-            _read_back(temporary, checksum)
+            _read_back(str(temporary), checksum, str(temporary))
             replace_file(replaces_path(part), _with_checksum(replaced))
         os.replace(temporary, part)
     except BaseException:
@@ -113,10 +131,29 @@ def _write(
     return part
 
 
-def _read_back(path: Path, checksum: int) -> None:
+def _put(
+    folder: StorePath, stem: str, table: pa.Table, suffix: str, replaced: Sequence[str]
+) -> StorePath:
+    if suffix == _STREAM:
+        content = _stream_content(table).to_pybytes()
+        checksum = zlib.crc32(content)
+    else:
+        sink = io.BytesIO()
+        _encode_parquet(table, sink)
+        content = sink.getvalue()
+        checksum = _footer_checksum(sink)
+    part = folder / f"{stem}-{checksum:0{_CRC_DIGITS}x}{suffix}"
+    if replaced:
+        _read_back(io.BytesIO(content), checksum, str(part))
+        replace_file(replaces_path(part), _with_checksum(replaced))
+    part.put(content)
+    return part
+
+
+def _read_back(source: str | IO[bytes], checksum: int, path: str) -> None:
     """Look at a merged part before what it replaces is given up for it."""
     try:
-        _check_parquet(path, checksum)
+        _check_parquet(source, checksum)
     except (DamagedPartError, pa.ArrowInvalid, OSError) as error:
         if not is_damage(error):
             raise
@@ -126,12 +163,16 @@ def _read_back(path: Path, checksum: int) -> None:
         ) from error
 
 
-def _write_stream(path: Path, table: pa.Table) -> int:
+def _stream_content(table: pa.Table) -> pa.Buffer:
     columns = [column.combine_chunks() for column in table.columns]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=table.schema))
-    content = sink.getvalue()
+    return sink.getvalue()
+
+
+def _write_stream(path: Path, table: pa.Table) -> int:
+    content = _stream_content(table)
     with open(path, "wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(content))
         os.fsync(file.fileno())
@@ -146,21 +187,25 @@ def _write_all(descriptor: int, content: memoryview) -> None:
 
 def _write_parquet(path: Path, table: pa.Table) -> int:
     with open(path, "wb") as sink:
-        pq.write_table(
-            table,
-            sink,
-            compression="zstd",
-            # Codes hardly repeat within a part: a dictionary makes it larger and slower.
-            use_dictionary=False,
-            row_group_size=ROWS_PER_GROUP,
-            write_page_checksum=True,
-        )
+        _encode_parquet(table, sink)
         sink.flush()
         os.fsync(sink.fileno())
-    return _footer_checksum(path)
+    return _footer_checksum(str(path))
 
 
-def list_parts(log_dir: Path) -> list[str]:
+def _encode_parquet(table: pa.Table, sink: IO[bytes]) -> None:
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        # Codes hardly repeat within a part: a dictionary makes it larger and slower.
+        use_dictionary=False,
+        row_group_size=ROWS_PER_GROUP,
+        write_page_checksum=True,
+    )
+
+
+def list_parts(log_dir: Place) -> list[str]:
     """Return the paths of the parts that count, oldest day first, the seed among them.
 
     Entries that come or go while a folder is listed may be missing or stand in it, either of
@@ -169,27 +214,46 @@ def list_parts(log_dir: Path) -> list[str]:
     return sorted(path for day in list_days(log_dir) for path in list_day(day))
 
 
-def list_days(log_dir: Path) -> list[str]:
+def list_days(log_dir: Place) -> list[str]:
     """Return the paths of a log's day folders, oldest first; none if there is no log."""
     try:
-        entries = [entry.path for entry in os.scandir(log_dir)]
+        entries = [entry.path for entry in scan(log_dir)]
     except FileNotFoundError:
         return []
     return sorted(path for path in entries if os.path.basename(path).startswith(DAY_PREFIX))
 
 
-def list_day(day: str | Path) -> list[str]:
+def list_day(day: str | Place) -> list[str]:
     """Return the paths of the parts of one day that count, in no order; none if it is gone."""
     try:
-        found = {entry.name for entry in os.scandir(day) if is_part(entry.name)}
+        found = {entry.name for entry in scan(place(day)) if is_part(entry.name)}
     except FileNotFoundError:
         return []
+    return [f"{day}/{name}" for name in found - _replaced_among(place(day), found)]
+
+
+def list_sizes(day: Place) -> dict[str, int]:
+    """Return the size in bytes of each part of one day that counts, by path."""
+    found = {entry.name: entry for entry in scan(day) if is_part(entry.name)}
+    kept = found.keys() - _replaced_among(day, found)
+    return {f"{day}/{name}": size for name in kept if (size := size_in(found[name])) is not None}
+
+
+def size_in(entry: Entry) -> int | None:
+    """Return the size in bytes of what a listing names; None if it is gone by now."""
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _replaced_among(day: Place, names: Iterable[str]) -> set[str]:
     replaced: set[str] = set()
-    for name in found:
+    for name in names:
         if name.startswith(MERGED_PREFIX):
             # Looked for by name: a listing may miss an entry that came while it went on.
-            replaced |= read_replaced(Path(day) / name)
-    return [f"{day}/{name}" for name in found - replaced]
+            replaced |= read_replaced(day / name)
+    return replaced
 
 
 def is_part(name: str) -> bool:
@@ -213,12 +277,12 @@ def is_merged_leftover(name: str) -> bool:
     return (name.startswith(f".{MERGED_PREFIX}") and name.endswith(TEMPORARY_SUFFIX)) or is_list
 
 
-def replaces_path(part: Path) -> Path:
+def replaces_path(part: Place) -> Place:
     """Return where the names stand that a merged part replaces."""
     return part.with_name(f".{part.name}{_REPLACES_SUFFIX}")
 
 
-def read_replaced(part: Path) -> frozenset[str]:
+def read_replaced(part: Place) -> frozenset[str]:
     """Return the names that a merged part stands for; empty if they are all deleted.
 
     If that list is damaged, a warning says so and nothing is replaced: rows may then be read
@@ -297,7 +361,8 @@ def read_row_group(path: str, number: int, columns: Sequence[str]) -> pa.Table:
         pa.ArrowInvalid: If its content makes no sense.
     """
     _check_footer(path)
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+    source = open_input(path)
+    with pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False) as file:
         rows: pa.Table = file.read_row_group(number, columns=list(columns))
     return rows
 
@@ -305,7 +370,8 @@ def read_row_group(path: str, number: int, columns: Sequence[str]) -> pa.Table:
 def _dataset(files: Sequence[str], schema: pa.Schema) -> pads.Dataset:
     options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
     parquet = pads.ParquetFileFormat(default_fragment_scan_options=options)
-    return pads.dataset(files, schema=schema, format=parquet)
+    paths, file_system = dataset_files(files)
+    return pads.dataset(paths, schema=schema, format=parquet, filesystem=file_system)
 
 
 def _read_streams(
@@ -321,7 +387,7 @@ def _read_streams(
     head = schema.serialize().to_pybytes()
 
     def read_block(first: int) -> pa.Table:
-        contents = [_read_verified(path) for path in paths[first : first + _STREAMS_PER_BLOCK]]
+        contents = _read_all_verified(paths[first : first + _STREAMS_PER_BLOCK])
         batches = [batch for content in contents for batch in _decode(content, head, schema)]
         # One chunk: whatever is done with thousands of small ones takes as long as reading them.
         table = pa.Table.from_batches(batches, schema)
@@ -334,7 +400,18 @@ def _read_streams(
         return list(pool.map(read_block, blocks))
 
 
+def _read_all_verified(paths: Sequence[str]) -> list[bytes]:
+    if not is_remote(paths[0]):
+        return [_read_verified(path) for path in paths]
+    contents = read_many(paths)
+    for path, content in zip(paths, contents, strict=True):
+        _expect(zlib.crc32(content), _named_checksum(path), path)
+    return contents
+
+
 def _read_verified(path: str) -> bytes:
+    if is_remote(path):
+        return _read_all_verified([path])[0]
     descriptor = os.open(path, os.O_RDONLY)
     try:
         content = os.read(descriptor, os.fstat(descriptor).st_size)
@@ -353,7 +430,7 @@ def _decode(content: bytes, head: bytes, schema: pa.Schema) -> list[pa.RecordBat
     return list(pa.ipc.open_stream(content))
 
 
-def find_damage(path: str | Path) -> str | None:
+def find_damage(path: str | Place) -> str | None:
     """Return what is wrong with a part, every byte of it looked at; None if nothing is.
 
     Args:
@@ -371,7 +448,7 @@ def find_damage(path: str | Path) -> str | None:
         if is_stream(name):
             pa.ipc.open_stream(_read_verified(name)).read_all().validate(full=True)
         else:
-            _check_parquet(Path(name), _named_checksum(name))
+            _check_parquet(open_input(name), _named_checksum(name))
     except Exception as error:
         if not is_damage(error):
             raise
@@ -408,8 +485,8 @@ def unpacked_bytes(path: str) -> int:
         pa.ArrowInvalid: If its footer makes no sense.
     """
     if is_stream(path):
-        return os.stat(path).st_size
-    footer = pq.read_metadata(path)
+        return place(path).stat().st_size
+    footer = pq.read_metadata(open_input(path))
     return sum(footer.row_group(group).total_byte_size for group in range(footer.num_row_groups))
 
 
@@ -417,13 +494,13 @@ def read_schema(path: str) -> pa.Schema:
     """Return the schema of a sound part."""
     if is_stream(path):
         return pa.ipc.open_stream(_read_verified(path)).schema
-    return pq.read_schema(path).remove_metadata()
+    return pq.read_schema(open_input(path)).remove_metadata()
 
 
-def _check_parquet(path: Path, checksum: int | None) -> None:
+def _check_parquet(source: str | IO[bytes], checksum: int | None) -> None:
     if checksum is not None:
-        _expect(_footer_checksum(path), checksum, str(path))
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _expect(_footer_checksum(source), checksum, str(source))
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
         num_rows = sum(batch.num_rows for batch in file.iter_batches())
         if num_rows != file.metadata.num_rows:
             raise DamagedPartError(f"{num_rows} rows, its footer says {file.metadata.num_rows}")
@@ -432,19 +509,21 @@ def _check_parquet(path: Path, checksum: int | None) -> None:
 def _check_footer(path: str) -> None:
     checksum = _named_checksum(path)
     if checksum is not None:
-        _expect(_footer_checksum(Path(path)), checksum, path)
+        _expect(_footer_checksum(open_input(path)), checksum, path)
 
 
-def _footer_checksum(path: Path) -> int:
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _FOOTER_TAIL))
-        tail = file.read()
-        num_bytes = int.from_bytes(tail[:4], "little") + _FOOTER_TAIL
-        if tail[4:] != _PARQUET_MAGIC or num_bytes > size:
-            raise DamagedPartError(f"its {size} bytes do not end in a parquet footer")
-        file.seek(size - num_bytes)
-        return zlib.crc32(file.read())
+def _footer_checksum(source: str | IO[bytes]) -> int:
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            return _footer_checksum(file)
+    size = source.seek(0, os.SEEK_END)
+    source.seek(max(0, size - _FOOTER_TAIL))
+    tail = source.read()
+    num_bytes = int.from_bytes(tail[:4], "little") + _FOOTER_TAIL
+    if tail[4:] != _PARQUET_MAGIC or num_bytes > size:
+        raise DamagedPartError(f"its {size} bytes do not end in a parquet footer")
+    source.seek(size - num_bytes)
+    return zlib.crc32(source.read())
 
 
 def _named_checksum(path: str) -> int | None:
@@ -474,15 +553,23 @@ def quarantine(path: str, reason: str) -> bool:
     target = f"{os.path.dirname(path)}/{QUARANTINE_PREFIX}{os.path.basename(path)}"
     OFFLINE_DAMAGED_PARTS.inc()
     try:
-        os.rename(path, target)
+        _move(path, target)
     except FileNotFoundError:
         return True
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         logger.warning("offline_part_left_out path=%s reason=%r error=%r", path, reason, str(error))
         return False
     # An error: unless the parts that it was merged of are still there, its rows are lost.
     logger.error("offline_part_quarantined path=%s reason=%r", target, reason)
     return True
+
+
+def _move(path: str, target: str) -> None:
+    source, end = place(path), place(target)
+    if isinstance(source, StorePath) and isinstance(end, StorePath):
+        source.move(end)
+    else:
+        os.rename(path, target)
 
 
 def set_aside_damaged(paths: Sequence[str]) -> set[str]:
@@ -510,11 +597,11 @@ def set_aside_damaged(paths: Sequence[str]) -> set[str]:
     return damaged
 
 
-def list_quarantined(log_dir: Path) -> list[str]:
+def list_quarantined(log_dir: Place) -> list[str]:
     """Return the paths of a log's damaged parts."""
     return [
         entry.path
         for day in list_days(log_dir)
-        for entry in sorted(os.scandir(day), key=lambda entry: entry.name)
+        for entry in sorted(scan(place(day)), key=lambda entry: entry.name)
         if entry.name.startswith(QUARANTINE_PREFIX)
     ]

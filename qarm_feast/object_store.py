@@ -413,22 +413,22 @@ def dataset_files(paths: Sequence[str]) -> tuple[list[str], Any]:
 
 
 @functools.cache
-def check_conditional_put(bucket: StorePath) -> None:
+def check_conditional_put(folder: StorePath) -> None:
     """Refuse a store that overwrites where it was asked to create; looked at once per process.
 
     Args:
-        bucket: Where to put an object, and delete it again.
+        folder: Prefix to put an object at, and delete it again.
 
     Raises:
         ConfigError: If the second put of one key is not refused.
     """
-    probe = bucket / f".qarm-probe-{uuid.uuid4().hex}"
+    probe = folder / f".qarm-probe-{uuid.uuid4().hex}"
     try:
         holds = probe.create(b"first") and not probe.create(b"second")
     finally:
         probe.unlink(missing_ok=True)
     if not holds:
-        raise ConfigError(_no_conditional_put(bucket))
+        raise ConfigError(_no_conditional_put(folder))
 
 
 def _no_conditional_put(path: StorePath) -> str:

@@ -6,6 +6,7 @@ lists, and computes views of kind ``recent_items`` from raw interactions. Ordina
 (a file or a folder) work as well. May import: feast, pyarrow, pandas.
 """
 
+import io
 import os
 import shutil
 import uuid
@@ -38,10 +39,17 @@ from pydantic import StrictStr
 from qarm_feast import view_tags
 from qarm_feast.code_log import CodeLog, conform
 from qarm_feast.errors import ConfigError, DataError
+from qarm_feast.object_store import Place, StorePath, dataset_files, names_in, place
 from qarm_feast.point_in_time import TIME, microseconds
 from qarm_feast.repo_paths import resolve_registry_path_against_repo
 from qarm_feast.schema import CODE_ROWS
-from qarm_feast.source_rows import FeatureRows, RecentItemLists, SourceRows, TimeRange
+from qarm_feast.source_rows import (
+    FeatureRows,
+    RecentItemLists,
+    SourceRows,
+    TimeRange,
+    parquet_dataset,
+)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -58,7 +66,7 @@ class CodeLogOfflineStoreConfig(FeastConfigBaseModel):
 
     type: StrictStr = "qarm_feast.offline_store.CodeLogOfflineStore"
     uri: StrictStr = "data/offline"
-    """Folder of the logs; a relative one starts at the feature repository."""
+    """Folder of the logs, or ``s3://BUCKET/PREFIX``; a relative one starts at the repository."""
 
 
 def open_code_log(config: RepoConfig) -> CodeLog:
@@ -138,7 +146,7 @@ class CodeLogRetrievalJob(RetrievalJob):
             SavedDatasetLocationAlreadyExists: If something lies there and may not be replaced.
         """
         source = storage.to_data_source()
-        target = Path(FileSource.get_uri_for_file_path(self._repo_path, source.path))
+        target = _place(self._repo_path, source)
         if target.exists() and not allow_overwrite:
             raise SavedDatasetLocationAlreadyExists(location=source.path)
         _replace_parquet(target, self.to_arrow())
@@ -289,10 +297,10 @@ class CodeLogOfflineStore(OfflineStore):
             progress: Called with the number of rows written.
         """
         source = _batch_source(feature_view.batch_source)
-        path = Path(FileSource.get_uri_for_file_path(config.repo_path, source.path))
+        path = _place(config.repo_path, source)
         log = CodeLog(path.parent)
         if _holds_plain_files(log, path):
-            _add_to_parquet(path.resolve(), table)
+            _add_to_parquet(path, table)
         else:
             if _kind(source) == view_tags.ITEM_CODES_KIND and not log.exists(path.name):
                 log.create(path.name, CODE_ROWS)
@@ -326,10 +334,12 @@ class CodeLogOfflineStore(OfflineStore):
                 f"the code log writes served features to FileLoggingDestination, found "
                 f"{type(destination).__name__}; change the service's logging_config"
             )
-        folder = Path(FileSource.get_uri_for_file_path(config.repo_path, destination.path))
+        folder = FileSource.get_uri_for_file_path(config.repo_path, destination.path)
+        (path,), file_system = dataset_files([folder])
         pads.write_dataset(
             pq.read_table(data) if isinstance(data, Path) else data,
-            folder,
+            path,
+            filesystem=file_system,
             format="parquet",
             basename_template=f"{uuid.uuid4().hex}-{{i}}.parquet",
             partitioning=destination.partition_by,
@@ -522,7 +532,7 @@ def _open_rows(
     tags = dict(source.tags or {})
     is_lists = _kind(source) == view_tags.RECENT_ITEMS_KIND
     rows_class = RecentItemLists if is_lists else FeatureRows
-    path = Path(FileSource.get_uri_for_file_path(config.repo_path, source.path))
+    path = _place(config.repo_path, source)
     return rows_class(path, time_column, created_column or None, tags)
 
 
@@ -554,7 +564,11 @@ def _keyed(rows: SourceRows, table: pa.Table, join_keys: Sequence[str]) -> pa.Ta
     return table.append_column(DUMMY_ENTITY_ID, values)
 
 
-def _holds_plain_files(log: CodeLog, path: Path) -> bool:
+def _place(repo_path: Path | None, source: DataSource) -> Place:
+    return place(FileSource.get_uri_for_file_path(repo_path, source.path))
+
+
+def _holds_plain_files(log: CodeLog, path: Place) -> bool:
     """Tell whether a source is a file, or a folder with files at any depth but without a log."""
     if path.is_file():
         return True
@@ -565,19 +579,29 @@ def _holds_plain_files(log: CodeLog, path: Path) -> bool:
     return holds_files and not log.exists(path.name)
 
 
-def _add_to_parquet(path: Path, table: pa.Table) -> None:
+def _add_to_parquet(path: Place, table: pa.Table) -> None:
     if path.is_dir():
-        rows = conform(table, pads.dataset(path, format="parquet").schema, str(path))
+        rows = conform(table, parquet_dataset(path).schema, str(path))
         _replace_file(path / f"part-{uuid.uuid4().hex}.parquet", rows)
         return
+    if isinstance(path, StorePath):
+        raise ConfigError(
+            f"{path} is one parquet object, to which two writers could not add rows without losing "
+            f"some; make it a folder of such files, {path.with_suffix('')}/part-0.parquet"
+        )
+    # A link stays one, and its file gets the rows.
+    path = path.resolve()
     with FileLock(path.with_name(f".{path.name}.lock")):
         stored = pq.read_table(path)
         rows = conform(table, stored.schema.remove_metadata(), str(path))
         _replace_file(path, pa.concat_tables([stored.replace_schema_metadata(None), rows]))
 
 
-def _replace_parquet(target: Path, table: pa.Table) -> None:
+def _replace_parquet(target: Place, table: pa.Table) -> None:
     """Write a file, or a folder of one file; what lay there goes only when the new is complete."""
+    if isinstance(target, StorePath):
+        _replace_objects(target, table)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".parquet":
         _replace_file(target, table)
@@ -590,7 +614,22 @@ def _replace_parquet(target: Path, table: pa.Table) -> None:
     os.replace(temporary, target)
 
 
-def _replace_file(target: Path, table: pa.Table) -> None:
+def _replace_objects(target: StorePath, table: pa.Table) -> None:
+    if target.suffix == ".parquet":
+        _replace_file(target, table)
+        return
+    others = [name for name in names_in(target) if name != "part-0.parquet"]
+    _replace_file(target / "part-0.parquet", table)
+    for name in others:
+        (target / name).unlink(missing_ok=True)
+
+
+def _replace_file(target: Place, table: pa.Table) -> None:
+    if isinstance(target, StorePath):
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        target.put(sink.getvalue())
+        return
     temporary = _temporary_name(target)
     pq.write_table(table, temporary)
     os.replace(temporary, target)

@@ -70,11 +70,7 @@ class SharedDocument:
         self.path = path
 
     def read(self) -> Snapshot:
-        """Return what it holds now.
-
-        Raises:
-            ServiceUnavailableError: If the store does not answer.
-        """
+        """Return what it holds now; a ServiceUnavailableError says that the store is away."""
         if isinstance(self.path, StorePath):
             return _newest(self.path)
         try:
@@ -116,7 +112,7 @@ def exclusive(path: Place, wait_seconds: float) -> Iterator[None]:
         ServiceUnavailableError: If the store does not answer.
     """
     if isinstance(path, StorePath):
-        check_conditional_put(path.bucket)
+        check_conditional_put(path.parent)
         with _Lease(path).held(wait_seconds):
             yield
         return

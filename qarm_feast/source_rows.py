@@ -10,7 +10,6 @@ Shape letters in this file: F stored rows, E positive events, N label rows.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from qarm_feast import view_tags
 from qarm_feast.code_log import CodeLog
 from qarm_feast.erasure import outlives_erasure, read_marks
 from qarm_feast.errors import DataError
+from qarm_feast.object_store import Place, dataset_files
 from qarm_feast.point_in_time import TIME, latest_rows, microseconds, rows_as_of
 from qarm_feast.recent_items import HistorySlices, PositiveEvents, histories_as_of, newest_first
 from qarm_feast.schema import ERASURE_MARK, ITEM_ID, TIMESTAMP, USER_ID
@@ -47,7 +47,7 @@ class SourceRows(ABC):
     are those of :mod:`qarm_feast.view_tags`.
     """
 
-    path: Path
+    path: Place
     time_column: str
     created_column: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class SourceRows(ABC):
             return log.schema(self.path.name)
         if not self.path.exists():
             return None
-        dataset = pads.dataset(self.path, format="parquet")
+        dataset = parquet_dataset(self.path)
         return dataset.schema if dataset.files else None
 
     def _read(self, columns: Sequence[str], where: pads.Expression | None) -> pa.Table:
@@ -95,8 +95,7 @@ class SourceRows(ABC):
         log = CodeLog(self.path.parent)
         if log.exists(self.path.name):
             return log.read(self.path.name, columns, where)
-        dataset = pads.dataset(self.path, format="parquet")
-        return dataset.to_table(columns=list(columns), filter=where)
+        return parquet_dataset(self.path).to_table(columns=list(columns), filter=where)
 
     def _within(self, times: TimeRange) -> pads.Expression | None:
         schema = self.schema()
@@ -109,6 +108,12 @@ class SourceRows(ABC):
         if times.end is not None:
             bounds.append(column <= pa.scalar(times.end, bound_type))
         return _all_of(bounds)
+
+
+def parquet_dataset(path: Place) -> pads.Dataset:
+    """Return the rows of a parquet file, or of a folder of such files."""
+    (found,), file_system = dataset_files([str(path)])
+    return pads.dataset(found, format="parquet", filesystem=file_system)
 
 
 class FeatureRows(SourceRows):

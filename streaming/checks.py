@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from qarm_feast.config import load_section
 from qarm_feast.errors import ConfigError, QarmError, ServiceUnavailableError
+from qarm_feast.object_store import Place, StorePath, check_conditional_put
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_tables import FeastOnlineTables
 from qarm_feast.repo_paths import open_feature_store
@@ -175,13 +176,18 @@ def check_stores(config_path: str, config: StreamConfig) -> str:
     code_log = open_code_log(feature_store.config)
     settings = worker_settings(config_path, config, feature_store, code_log)
     online.check_reachable()
-    if not os.access(_existing_folder(code_log.root), os.W_OK):
-        raise ConfigError(f"the offline log {code_log.root} cannot be written by this user")
+    _check_writable(code_log.root)
     return (
         f"offline {code_log.root}, online {feature_store.config.online_store.type}, "
         f"tasks {', '.join(settings.task_names)}, {history_length(feature_store)} recent items"
     )
 
 
-def _existing_folder(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+def _check_writable(root: Place) -> None:
+    if isinstance(root, StorePath):
+        # Puts an object: that tells of credentials, and whether a compaction can have its lock.
+        check_conditional_put(root)
+        return
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"the offline log {root} cannot be written by this user")

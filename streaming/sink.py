@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -47,7 +46,7 @@ _NUM_APPENDS = 4
 class OfflineLog(Protocol):
     """Append-only logs; ``qarm_feast.code_log.CodeLog`` has this form."""
 
-    def append(self, name: str, table: pa.Table) -> Path:
+    def append(self, name: str, table: pa.Table) -> object:
         """Store the rows for good under ``name``; called from one thread per log."""
         ...
 

@@ -212,9 +212,9 @@ def test_the_seed_is_a_plain_parquet_file_that_other_tools_read(tmp_path: Path) 
     assert pq.read_schema(tmp_path / "codes" / SEED_PART) == PLAIN
 
 
-def test_an_object_store_root_is_refused_with_the_key_to_set() -> None:
-    with pytest.raises(ConfigError, match=r"offline_store\.uri"):
-        CodeLog("s3://bucket/offline")
+def test_a_root_of_an_unknown_kind_is_refused_with_what_to_write() -> None:
+    with pytest.raises(ConfigError, match=r"scheme 's4'; write s3://BUCKET/PREFIX, or a path"):
+        CodeLog("s4://bucket/offline")
 
 
 def test_columns_with_a_dictionary_are_read_back(tmp_path: Path) -> None:
