@@ -69,7 +69,7 @@ def cross_features(codes_BL: Ints, history_HL: Ints, history_lengths_B: Ints) ->
     Raises:
         DataError: If the lengths do not add up to H, or the numbers of levels differ.
     """
-    _check_shapes(codes_BL, history_HL, history_lengths_B)
+    places = shared_prefix_places(codes_BL, history_HL, history_lengths_B)
     num_rows, num_prefixes = len(codes_BL), len(PREFIX_NAMES)
     rows_H = np.repeat(np.arange(num_rows), history_lengths_B)
     places_H = np.arange(len(rows_H)) - np.repeat(
@@ -77,18 +77,45 @@ def cross_features(codes_BL: Ints, history_HL: Ints, history_lengths_B: Ints) ->
     )
     counts_BP = np.zeros((num_rows, num_prefixes), dtype=np.int64)
     positions_BP = np.full((num_rows, num_prefixes), NO_POSITION, dtype=np.int64)
-    matches_M = np.arange(len(rows_H))
-    for level in range(min(num_prefixes, codes_BL.shape[1])):
-        # What shares a prefix shares the shorter one: only its matches are looked at again.
-        codes_M = history_HL[matches_M, level]
-        is_equal_M = (codes_M == codes_BL[rows_H[matches_M], level]) & (codes_M != ABSENT_CODE)
-        matches_M = matches_M[is_equal_M]
-        counts_BP[:, level] = np.bincount(rows_H[matches_M], minlength=num_rows)
+    for prefix, matches_M in enumerate(places):
+        counts_BP[:, prefix] = np.bincount(rows_H[matches_M], minlength=num_rows)
         found_rows, firsts = np.unique(rows_H[matches_M], return_index=True)
-        positions_BP[found_rows, level] = places_H[matches_M[firsts]]
+        positions_BP[found_rows, prefix] = places_H[matches_M[firsts]]
     num_present_B = np.bincount(rows_H[_has_codes(history_HL)], minlength=num_rows)
     shares_BP = counts_BP / np.maximum(num_present_B, 1)[:, None]
     return CrossFeatures(counts_BP, positions_BP, shares_BP.astype(np.float32))
+
+
+def shared_prefix_places(
+    codes_BL: Ints, history_HL: Ints, history_lengths_B: Ints
+) -> tuple[Ints, ...]:
+    """Return which history items share each prefix with their row's candidate.
+
+    Args:
+        codes_BL: RQ codes of the candidates, missing ones ``ABSENT_CODE``.
+        history_HL: RQ codes of the history items, row after row.
+        history_lengths_B: Items of each row; their sum is H.
+
+    Returns:
+        For each prefix ascending places in ``history_HL``, int64.
+
+    Raises:
+        DataError: If the lengths do not add up to H, or the numbers of levels differ.
+    """
+    _check_shapes(codes_BL, history_HL, history_lengths_B)
+    rows_H = np.repeat(np.arange(len(codes_BL)), history_lengths_B)
+    places = []
+    matches_M = np.arange(len(rows_H))
+    for level in range(len(PREFIX_NAMES)):
+        if level >= codes_BL.shape[1]:
+            matches_M = matches_M[:0]
+        else:
+            # What shares a prefix shares the shorter one: only its matches are looked at again.
+            codes_M = history_HL[matches_M, level]
+            is_equal_M = (codes_M == codes_BL[rows_H[matches_M], level]) & (codes_M != ABSENT_CODE)
+            matches_M = matches_M[is_equal_M]
+        places.append(matches_M)
+    return tuple(places)
 
 
 def on_demand_features(inputs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

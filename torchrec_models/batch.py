@@ -20,11 +20,21 @@ from torchrec.streamable import Pipelineable
 
 from qarm_feast.cross_features import cross_features
 from qarm_feast.schema import ABSENT_CODE
-from torchrec_models.config import RankerConfig
+from torchrec_models.config import FeatureName, RankerConfig
+from torchrec_models.sequence_inputs import (
+    PickedItems,
+    bag_features,
+    most_similar_places,
+    picked_lengths,
+    sequence_features,
+    shared_history,
+)
 from torchrec_models.side_tables import SideTables
 from torchrec_models.tables import (
     HISTORY_ITEM_FEATURE,
+    HISTORY_SEQUENCE,
     ITEM_ID_FEATURE,
+    SEARCHED_SEQUENCE,
     USER_ID_FEATURE,
     VQ_FEATURE,
     history_rq_feature,
@@ -33,6 +43,15 @@ from torchrec_models.tables import (
     user_column_feature,
 )
 from torchrec_models.vocabulary import DEFAULT_ROW, Vocabularies
+
+_READS_HISTORY_CODES: tuple[FeatureName, ...] = (
+    "history_rq_code",
+    "cross",
+    "attention",
+    "shared_history",
+)
+_SEARCH_ITEMS = 1 << 16
+"""Vectors of history items that a search holds at a time."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -98,6 +117,10 @@ class HistoryCodes:
     rq_HL: Ints
     present_H: npt.NDArray[np.bool_]
 
+    def masked(self) -> Ints:
+        """Return ``rq_HL`` with ``ABSENT_CODE`` where there is none to use."""
+        return np.where(self.present_H[:, None], self.rq_HL, ABSENT_CODE)
+
 
 class CodeLookup(Protocol):
     """Codes of history items: the snapshot in training, the online store in serving."""
@@ -127,6 +150,8 @@ class BatchBuilder:
     side_tables: SideTables | None = None
     label_names: tuple[str, ...] = ()
     """Labels of the tasks, whose counts the group ``popularity`` reads."""
+    level_sizes: tuple[int, ...] = ()
+    """Sizes of the RQ levels; sequences are built with them."""
 
     def build(
         self, rows: RowColumns, dropout_rng: np.random.Generator | None = None
@@ -140,9 +165,13 @@ class BatchBuilder:
         Returns:
             A batch whose sparse features stand in the order of ``feature_names``.
         """
+        searched = self._searched(rows)
         rows = _cut_histories(rows, self.config.history_length)
         history = self._history_codes(rows)
         features = self._sparse_features(rows, dropout_rng) | self._code_features(rows, history)
+        if picked := self._picked(rows, history, searched):
+            features |= sequence_features(picked, rows.rq_BL, self.level_sizes)
+            features |= bag_features(picked, self.vocabularies.item_ids)
         ordered = [features[name] for name in self.feature_names]
         item_rows_B = self.vocabularies.item_ids.rows(rows.item_ids_B)
         return RankingBatch(
@@ -194,7 +223,7 @@ class BatchBuilder:
 
     def _history_codes(self, rows: RowColumns) -> HistoryCodes | None:
         """Look the history's codes up once, whatever reads them; None if nothing does."""
-        if not (self.config.has("history_rq_code") or self.config.has("cross")):
+        if not any(self.config.has(name) for name in _READS_HISTORY_CODES):
             return None
         label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
         return self.code_lookup.history_codes(rows.history_item_ids_H, label_times_H)
@@ -217,14 +246,58 @@ class BatchBuilder:
                 features[history_rq_feature(level)] = (codes_H, lengths_B)
         return features
 
+    def _picked(
+        self, rows: RowColumns, history: HistoryCodes | None, searched: PickedItems | None
+    ) -> dict[str, PickedItems]:
+        """Return the sequences over which the target attends."""
+        picked: dict[str, PickedItems] = {}
+        if self.config.has("attention") or self.config.has("shared_history"):
+            assert history is not None
+            items = PickedItems(rows.history_item_ids_H, history.masked(), rows.history_lengths_B)
+            if self.config.has("attention"):
+                picked[HISTORY_SEQUENCE] = items
+            if self.config.has("shared_history"):
+                picked |= shared_history(rows.rq_BL, items)
+        if searched is not None:
+            picked[SEARCHED_SEQUENCE] = searched
+        return picked
+
+    def _searched(self, rows: RowColumns) -> PickedItems | None:
+        """Return the items of the long history that are most like the target by their vectors."""
+        if not self.config.has("long_history"):
+            return None
+        rows = _cut_histories(rows, self.config.long_history_length)
+        similarities_H = self._similarities(rows)
+        lengths_B = rows.history_lengths_B
+        places_S = most_similar_places(similarities_H, lengths_B, self.config.num_searched)
+        label_times_H = np.repeat(rows.label_times_B, lengths_B)
+        item_ids_S = rows.history_item_ids_H[places_S]
+        codes = self.code_lookup.history_codes(item_ids_S, label_times_H[places_S])
+        return PickedItems(item_ids_S, codes.masked(), picked_lengths(places_S, lengths_B))
+
+    def _similarities(self, rows: RowColumns) -> Floats:
+        """Return each item's inner product with its target, ``-inf`` where a vector is absent."""
+        assert self.vector_lookup is not None
+        targets_BD = self.vector_lookup.vectors(rows.item_ids_B, rows.label_times_B)
+        row_of_H = np.repeat(np.arange(len(rows.item_ids_B)), rows.history_lengths_B)
+        similarities_H = np.full(len(row_of_H), -np.inf, dtype=np.float32)
+        for start in range(0, len(row_of_H), _SEARCH_ITEMS):
+            part = slice(start, start + _SEARCH_ITEMS)
+            item_ids, row_of = rows.history_item_ids_H[part], row_of_H[part]
+            vectors = self.vector_lookup.vectors(item_ids, rows.label_times_B[row_of])
+            targets = targets_BD[torch.from_numpy(row_of)]
+            is_known = vectors.any(dim=1) & targets.any(dim=1)
+            dots = torch.linalg.vecdot(vectors, targets)
+            similarities_H[part] = torch.where(is_known, dots, -torch.inf).numpy()
+        return similarities_H
+
     def _dense_features(self, rows: RowColumns, history: HistoryCodes | None) -> torch.Tensor:
         parts = [torch.zeros(len(rows.user_ids_B), 0)]
         if self.config.has("vector"):
             parts.append(self._vector_inputs(rows))
         if self.config.has("cross"):
             assert history is not None
-            rq_HL = np.where(history.present_H[:, None], history.rq_HL, ABSENT_CODE)
-            found = cross_features(rows.rq_BL, rq_HL, rows.history_lengths_B)
+            found = cross_features(rows.rq_BL, history.masked(), rows.history_lengths_B)
             parts.append(torch.from_numpy(found.dense_inputs()))
         if self.config.has("popularity"):
             assert self.side_tables is not None

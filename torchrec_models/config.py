@@ -24,10 +24,15 @@ FeatureName = Literal[
     "cross",
     "item_columns",
     "popularity",
+    "attention",
+    "shared_history",
+    "long_history",
 ]
 StoppingMetric = Literal["auc", "gauc", "uauc", "ne", "log_loss"]
 DENSE_FEATURES: tuple[FeatureName, ...] = ("vector", "cross", "popularity")
 """Groups without a table."""
+UNPOOLED_FEATURES: tuple[FeatureName, ...] = (*DENSE_FEATURES, "attention")
+"""Groups without a pooled table, of which a ranker needs one."""
 LayerSizes = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
 
 
@@ -104,7 +109,9 @@ class RankerConfig(Section):
         ),
         min_length=1,
         description="Feature groups that are switched on; `cross`: how the history's codes match "
-        "the candidate's.",
+        "the candidate's; `attention`, `shared_history`, `long_history`: target attention over the "
+        "codes of the history, of its items that share c1 and (c1, c2) with the candidate, and of "
+        "those that a search of a longer history finds.",
     )
     vector_source: Literal["aligned", "raw"] = Field(
         default="aligned",
@@ -182,6 +189,15 @@ class RankerConfig(Section):
         default=16, gt=0, description="Other rows of the batch that each row is set against."
     )
     history_length: int = Field(default=50, gt=0, description="Latest history items that are used.")
+    long_history_length: int = Field(
+        default=1000,
+        gt=0,
+        description="Latest history items that `long_history` searches; the rows hold no more "
+        "than data.history_length.",
+    )
+    num_searched: int = Field(
+        default=20, gt=0, description="History items most like the candidate that are kept."
+    )
     id_dropout: float = Field(
         default=0.5,
         ge=0,
@@ -228,8 +244,10 @@ class RankerConfig(Section):
     def _check_shapes(self) -> "RankerConfig":
         if self.over_arch_layer_sizes[-1] != 1:
             raise ValueError("over_arch_layer_sizes must end in 1, the logit of one task")
-        if set(self.features) <= set(DENSE_FEATURES):
-            raise ValueError(f"features need one that has a table, beside {DENSE_FEATURES}")
+        if set(self.features) <= set(UNPOOLED_FEATURES):
+            raise ValueError(
+                f"features need one that has a pooled table, beside {UNPOOLED_FEATURES}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -259,6 +277,11 @@ class RankerConfig(Section):
     def has(self, feature: FeatureName) -> bool:
         """Say whether a feature group is switched on."""
         return feature in self.features
+
+    def read_history_length(self) -> int:
+        """Return the number of latest history items that some feature needs."""
+        searched = self.long_history_length if self.has("long_history") else 0
+        return max(self.history_length, searched)
 
     def service_name(self, codebook_version: str) -> str:
         """Return the feature service that rows, checkpoints and scores of this ranker pin."""

@@ -229,6 +229,7 @@ def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset
             # Its own, as serving reads them: their table rows are numbered by its vocabularies.
             side_tables=checkpoint.side_tables(),
             label_names=tuple(task.label_name for task in manifest.tasks),
+            level_sizes=manifest.sizes.level_sizes,
         ),
         ranks=Ranks(rank=0, world_size=1),
         batch_size=manifest.config.batch_size,

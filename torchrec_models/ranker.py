@@ -18,7 +18,8 @@ from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
 from torchrec_models.heads import Head, build_head
 from torchrec_models.interactions import Interaction, build_interaction
 from torchrec_models.losses import ContentIdLoss, TaskLosses
-from torchrec_models.tables import ITEM_ID_FEATURE, dense_width, ranker_tables
+from torchrec_models.sequences import SequenceArch, build_sequence_arch
+from torchrec_models.tables import ITEM_ID_FEATURE, dense_width, pooled_tables
 from torchrec_models.towers import TaskChain, TaskLabels, TaskTowers
 from torchrec_models.vocabulary import Vocabularies
 
@@ -31,6 +32,7 @@ class MultiTaskRanker(nn.Module):
     def __init__(
         self,
         sparse_arch: SparseArch,
+        sequence_arch: SequenceArch | None,
         dense_arch: DenseArch | None,
         interaction_arch: Interaction,
         head: Head,
@@ -38,6 +40,7 @@ class MultiTaskRanker(nn.Module):
     ) -> None:
         super().__init__()
         self.sparse_arch = sparse_arch
+        self.sequence_arch = sequence_arch
         self.dense_arch = dense_arch
         self.interaction_arch = interaction_arch
         self.head = head
@@ -52,11 +55,14 @@ class MultiTaskRanker(nn.Module):
     def embeddings(
         self, sparse_features: KeyedJaggedTensor, dense_features_BW: torch.Tensor
     ) -> torch.Tensor:
-        """Return the embeddings ``[B, F, E]``: sparse features in table order, then dense ones."""
+        """Return the embeddings ``[B, F, E]``: pooled in table order, dense, sequences."""
         features_BFE: torch.Tensor = self.sparse_arch(sparse_features)
         if self.dense_arch is not None:
             dense_BE = self.dense_arch(dense_features_BW)
             features_BFE = torch.cat([features_BFE, dense_BE.unsqueeze(1)], dim=1)
+        if self.sequence_arch is not None:
+            sequences_BVE = self.sequence_arch(sparse_features)
+            features_BFE = torch.cat([features_BFE, sequences_BVE], dim=1)
         return features_BFE
 
     def logits(self, features_BFE: torch.Tensor) -> torch.Tensor:
@@ -123,7 +129,7 @@ def build_ranker(
         ConfigError: If no feature has a table, as user columns of data without users, or if
             the features or tasks do not fit ``interaction`` or ``task_groups``.
     """
-    tables = ranker_tables(sizes, vocabularies, config)
+    tables = pooled_tables(sizes, vocabularies, config)
     if not tables:
         raise ConfigError(
             f"ranker.features is {list(config.features)}, and none of them has a table on this "
@@ -131,6 +137,9 @@ def build_ranker(
         )
     sparse_arch = SparseArch(EmbeddingBagCollection(tables=tables, device=table_device))
     num_features = sum(len(table.feature_names) for table in tables)
+    sequence_arch = build_sequence_arch(config, sizes, table_device)
+    if sequence_arch is not None:
+        num_features += sequence_arch.attention.num_vectors
     dense_arch = None
     if width := dense_width(sizes, config, len(tasks)):
         dense_arch = DenseArch(width, config.dense_arch_layer_sizes, config.embedding_dim)
@@ -139,7 +148,7 @@ def build_ranker(
     head = build_head(config, interaction_arch.out_features, tasks)
     chain = TaskChain(tasks, config.enable_esmm)
     towers = TaskTowers(head.out_features, config.over_arch_layer_sizes, chain)
-    return MultiTaskRanker(sparse_arch, dense_arch, interaction_arch, head, towers)
+    return MultiTaskRanker(sparse_arch, sequence_arch, dense_arch, interaction_arch, head, towers)
 
 
 def ranker_logits(ranker: nn.Module, batch: RankingBatch) -> torch.Tensor:

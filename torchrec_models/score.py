@@ -32,7 +32,7 @@ from torchrec_models.batch import (
     RowColumns,
 )
 from torchrec_models.checkpoint import Checkpoint, CheckpointManifest
-from torchrec_models.config import RankerConfig
+from torchrec_models.config import FeatureName, RankerConfig
 from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.export import Export
 from torchrec_models.inputs import resolve_codebook_version
@@ -68,6 +68,9 @@ class TrainedRanker(Protocol):
     def load_ranker(self) -> nn.Module:
         """Return the ranker, ready to score."""
         ...
+
+
+_READS_VECTORS: tuple[FeatureName, ...] = ("vector", "long_history")
 
 
 class OnlineReader(Protocol):
@@ -130,12 +133,13 @@ class OnlineScorer:
     def __init__(self, trained: TrainedRanker, reader: OnlineReader) -> None:
         manifest = trained.manifest
         self._config = manifest.config
-        if self._config.has("vector"):
+        if offline := [name for name in _READS_VECTORS if self._config.has(name)]:
             raise ConfigError(
-                f"{trained.folder} was trained with the feature `vector`, which is in no "
-                "online view; train without it to score online"
+                f"{trained.folder} was trained with the features {offline}, whose vectors are in "
+                "no online view; train without them to score online"
             )
         self._reader = reader
+        self._sizes = manifest.sizes
         self._vocabularies = trained.vocabularies()
         self._side_tables = trained.side_tables()
         tables = ranker_tables(manifest.sizes, self._vocabularies, self._config)
@@ -195,7 +199,9 @@ class OnlineScorer:
         )
 
     def _read(self, user_id: int, item_ids_B: Ints) -> ScoringInputs:
-        return self._reader.read_scoring_inputs(user_id, item_ids_B, self._config.history_length)
+        return self._reader.read_scoring_inputs(
+            user_id, item_ids_B, self._config.read_history_length()
+        )
 
     def _build(self, user_id: int, inputs: ScoringInputs, now: datetime) -> RankingBatch:
         builder = BatchBuilder(
@@ -205,6 +211,7 @@ class OnlineScorer:
             code_lookup=ReadHistory(inputs),
             side_tables=self._side_tables,
             label_names=self._label_names,
+            level_sizes=self._sizes.level_sizes,
         )
         return builder.build(self._rows(user_id, inputs, now))
 

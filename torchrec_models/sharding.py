@@ -17,6 +17,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch._C._distributed_c10d import HashStore
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -88,6 +89,14 @@ class RowWiseSharder(EmbeddingBagCollectionSharder):
         return [ShardingType.ROW_WISE.value]
 
 
+class RowWiseSequenceSharder(EmbeddingCollectionSharder):
+    """Splits every table of sequences by rows, as :class:`RowWiseSharder` does the pooled ones."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return the only way to split that this project uses."""
+        return [ShardingType.ROW_WISE.value]
+
+
 @dataclass(frozen=True)
 class ShardedRanker:
     """A sharded training task and the optimizer that steps it (tables step in their backward)."""
@@ -107,14 +116,15 @@ def shard_ranker(task: RankerTrainTask, config: RankerConfig) -> ShardedRanker:
         The sharded model; its dense parameters are equal on all ranks.
     """
     ranks = current_ranks()
-    sharder = RowWiseSharder(
-        fused_params={
-            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            "learning_rate": config.sparse_learning_rate,
-            "eps": 1.0e-8,
-        }
-    )
-    sharders: list[ModuleSharder[torch.nn.Module]] = [sharder]
+    fused_params = {
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "learning_rate": config.sparse_learning_rate,
+        "eps": 1.0e-8,
+    }
+    sharders: list[ModuleSharder[torch.nn.Module]] = [
+        RowWiseSharder(fused_params),
+        RowWiseSequenceSharder(fused_params),
+    ]
     planner = EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(
             TrainerConfig(world_size=ranks.world_size), kernel_config=KernelConfig("cpu")

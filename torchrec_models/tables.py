@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
 
 from qarm_feast.cross_features import NUM_DENSE_INPUTS
 from torchrec_models.config import DENSE_FEATURES, CodeSizes, RankerConfig
@@ -23,6 +28,18 @@ USER_ID_FEATURE = "user_id"
 ITEM_ID_FEATURE = "item_id"
 HISTORY_ITEM_FEATURE = "history_item_id"
 VQ_FEATURE = "vq_code"
+SEQUENCE_TABLE = "sequence_rq"
+TARGET_SEQUENCE = "target_sequence"
+HISTORY_SEQUENCE = "history_sequence"
+SHARED_SEQUENCES = ("shared_c1_sequence", "shared_c1_c2_sequence")
+"""History items that share the prefixes of :data:`~qarm_feast.cross_features.PREFIX_NAMES`."""
+SEARCHED_SEQUENCE = "searched_sequence"
+BAG_OF_SEQUENCE = {
+    "shared_c1_sequence": "shared_c1_item_id",
+    "shared_c1_c2_sequence": "shared_c1_c2_item_id",
+    SEARCHED_SEQUENCE: "searched_item_id",
+}
+"""Sequences that are subsets of the history, and the feature that holds their item ids."""
 
 
 def rq_feature(level: int) -> str:
@@ -69,6 +86,9 @@ def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[Embeddin
     """Return the tables of user ids, item ids (shared with the history), and typed columns."""
     item_features = [ITEM_ID_FEATURE] * config.has("item_id")
     item_features += [HISTORY_ITEM_FEATURE] * config.has("history_item_id")
+    item_features += [
+        BAG_OF_SEQUENCE[name] for name in sequence_names(config) if name in BAG_OF_SEQUENCE
+    ]
     user_features = [USER_ID_FEATURE] * config.has("user_id")
     tables = [
         _table(USER_ID_FEATURE, vocabularies.user_ids.num_embeddings, user_features, config),
@@ -85,14 +105,51 @@ def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[Embeddin
     return [table for table in tables if table.feature_names]
 
 
-def ranker_tables(
+def sequence_names(config: RankerConfig) -> list[str]:
+    """Return the sequences of history items that the target attends over."""
+    names = [HISTORY_SEQUENCE] * config.has("attention")
+    names += [*SHARED_SEQUENCES] * config.has("shared_history")
+    names += [SEARCHED_SEQUENCE] * config.has("long_history")
+    return names
+
+
+def sequence_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingConfig]:
+    """Return the one table of all sequences, if there is any.
+
+    Args:
+        sizes: Level sizes of the codebook.
+        config: The ranker section.
+
+    Returns:
+        Table ``sequence_rq``, the RQ levels one behind the other: one lookup finds an item.
+    """
+    names = sequence_names(config)
+    if not names:
+        return []
+    table = EmbeddingConfig(
+        name=SEQUENCE_TABLE,
+        embedding_dim=config.embedding_dim,
+        num_embeddings=sum(sizes.level_sizes),
+        feature_names=[TARGET_SEQUENCE, *names],
+    )
+    return [table]
+
+
+def pooled_tables(
     sizes: CodeSizes, vocabularies: Vocabularies, config: RankerConfig
 ) -> list[EmbeddingBagConfig]:
-    """Return every table of the ranker; the order fixes the order of the sparse features."""
+    """Return the tables of which each feature gives one vector per row."""
     return [*id_tables(vocabularies, config), *code_tables(sizes, config)]
 
 
-def sparse_feature_names(tables: Sequence[EmbeddingBagConfig]) -> tuple[str, ...]:
+def ranker_tables(
+    sizes: CodeSizes, vocabularies: Vocabularies, config: RankerConfig
+) -> list[BaseEmbeddingConfig]:
+    """Return every table of the ranker; the order fixes the order of the sparse features."""
+    return [*pooled_tables(sizes, vocabularies, config), *sequence_tables(sizes, config)]
+
+
+def sparse_feature_names(tables: Sequence[BaseEmbeddingConfig]) -> tuple[str, ...]:
     """Return the features of all tables in table order: the keys of a batch."""
     return tuple(feature for table in tables for feature in table.feature_names)
 
@@ -144,6 +201,7 @@ def centroid_start(
     first_std = float((centred[0] @ projection_DE).std())
     projection_DE *= config.centroid_scale / max(first_std, float(np.finfo(np.float32).tiny))
     weights = {rq_feature(level): x_KD @ projection_DE for level, x_KD in enumerate(centred)}
+    weights[SEQUENCE_TABLE] = np.concatenate(list(weights.values()))
     weights[VQ_FEATURE] = centred_PD @ projection_DE
     return weights
 

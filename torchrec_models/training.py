@@ -30,6 +30,7 @@ from torchrec_models.tables import (
     centroid_start,
     code_tables,
     ranker_tables,
+    sequence_tables,
     sparse_feature_names,
 )
 
@@ -123,6 +124,7 @@ class _Run:
             vector_lookup=snapshot,
             side_tables=store.side_tables(),
             label_names=tuple(task.label_name for task in tasks),
+            level_sizes=sizes.level_sizes,
         )
         return _Run(
             config=config,
@@ -249,9 +251,9 @@ class _Run:
 
 
 def _start_code_tables(sharded: ShardedRanker, config: RankerConfig, inputs: TrainInputs) -> None:
-    if not config.enable_centroid_start or not code_tables(
-        code_sizes(inputs.store.manifest), config
-    ):
+    sizes = code_sizes(inputs.store.manifest)
+    tables = [*code_tables(sizes, config), *sequence_tables(sizes, config)]
+    if not config.enable_centroid_start or not tables:
         return
     if inputs.codebook is None:
         raise ConfigError(

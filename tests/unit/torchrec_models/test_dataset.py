@@ -35,6 +35,7 @@ def make_dataset(inputs: TrainInputs, split: str, config: RankerConfig, ranks: R
             vector_lookup=snapshot,
             side_tables=store.side_tables(),
             label_names=store.manifest.label_names,
+            level_sizes=store.manifest.level_sizes,
         ),
         ranks=ranks,
         batch_size=config.batch_size,

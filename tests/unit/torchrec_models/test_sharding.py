@@ -11,7 +11,17 @@ from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import Ranks, ShardedRanker, shard_ranker, start_tables
 from torchrec_models.tables import centroid_start
 
-CONFIG = RankerConfig(embedding_dim=8, batch_size=500)
+CONFIG = RankerConfig(
+    embedding_dim=8,
+    batch_size=500,
+    num_searched=2,
+    history_length=6,
+    features=(
+        *RankerConfig().features,
+        "attention",
+        "long_history",
+    ),
+)
 
 
 def _sharded(inputs: TrainInputs) -> ShardedRanker:
@@ -23,7 +33,7 @@ def _sharded(inputs: TrainInputs) -> ShardedRanker:
     return shard_ranker(RankerTrainTask(ranker, [1.0, 1.0]), CONFIG)
 
 
-def _weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
+def whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
     """Copies of all weights by name; a group of one rank holds each table in one shard."""
     state: dict[str, Any] = model.state_dict()
     return {
@@ -39,16 +49,25 @@ def test_code_tables_start_as_the_weights_given(inputs: TrainInputs, ranks: Rank
 
     start_tables(sharded.model, first)
 
-    weights = _weights(sharded.model)
+    weights = whole_weights(sharded.model)
     found = {name: weights[key] for key in weights for name in first if f".{name}." in key}
-    assert found.keys() == first.keys() == {"rq_0", "rq_1", "vq_code"}
+    assert (
+        found.keys()
+        == first.keys()
+        == {
+            "rq_0",
+            "rq_1",
+            "vq_code",
+            "sequence_rq",
+        }
+    )
     for name, table in found.items():
         torch.testing.assert_close(table, torch.from_numpy(first[name]))
 
 
 def test_one_step_moves_every_parameter(inputs: TrainInputs, ranks: Ranks) -> None:
     sharded = _sharded(inputs)
-    before = _weights(sharded.model)
+    before = whole_weights(sharded.model)
     batches = make_dataset(inputs, "train", CONFIG, ranks).train_batches(
         seed=0, epoch=0, window_rows=2000
     )
@@ -58,5 +77,5 @@ def test_one_step_moves_every_parameter(inputs: TrainInputs, ranks: Ranks) -> No
     loss.sum().backward()
     sharded.optimizer.step()
 
-    after = _weights(sharded.model)
+    after = whole_weights(sharded.model)
     assert [name for name in before if torch.equal(before[name], after[name])] == []

@@ -41,6 +41,19 @@ def test_target_and_history_read_the_same_table() -> None:
     assert features["rq_1"] == ["rq_1", "history_rq_1"]
 
 
+def test_sequences_and_their_target_read_one_table_of_all_levels() -> None:
+    config = RankerConfig(features=("item_id", "attention", "shared_history", "long_history"))
+    train = pa.table({"user_id": [1], "item_id": [1]})
+
+    tables = ranker_tables(SIZES, build_vocabularies(train, (), 2), config)
+
+    found = {table.name: (table.num_embeddings, table.feature_names) for table in tables}
+    subsets = ["shared_c1", "shared_c1_c2", "searched"]
+    assert found["item_id"] == (2, ["item_id", *(f"{name}_item_id" for name in subsets)])
+    sequences = [f"{name}_sequence" for name in ("target", "history", *subsets)]
+    assert found["sequence_rq"] == (8 + 4, sequences)
+
+
 def test_a_switched_off_feature_leaves_no_table_behind() -> None:
     train = pa.table({"user_id": [1], "item_id": [1], "age": [3]})
     vocabularies = build_vocabularies(train, ("age",), 2)
@@ -65,6 +78,9 @@ def test_centroid_start_keeps_the_geometry_of_the_centroids() -> None:
     assert first_KE.shape == (8, 8)
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-3)
     np.testing.assert_allclose(weights["vq_code"][:8], first_KE, atol=1e-6)
+    np.testing.assert_array_equal(
+        weights["sequence_rq"], np.concatenate([first_KE, weights["rq_1"]])
+    )
 
 
 def test_centroid_start_projects_onto_the_widest_directions() -> None:
