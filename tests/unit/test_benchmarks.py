@@ -121,6 +121,7 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
         "feature_store.py",
         "offline_store.py",
         "quantize.py",
+        "ranking_quality.py",
         "stream.py",
     ]
 

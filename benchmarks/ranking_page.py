@@ -1,0 +1,181 @@
+"""The page of ``ranking_quality.py``: differences with intervals as a plot, all AUCs as a table.
+
+One file without any outside resource, in the style of the codebook's quality page.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ranking_runs import Run
+from torchrec_models.slices import SLICES
+
+WIDTH, LEFT, RIGHT, TOP, ROW_HEIGHT, BOTTOM = 760, 190, 130, 12, 24, 46
+MAX_TICKS = 8
+PART_PREFIX = "worth_of_"
+_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: a difference and its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    """Return a result and its runs as a whole HTML document.
+
+    Args:
+        result: What the benchmark prints.
+        runs: Every run, for seconds and AUCs on valid rows.
+    """
+    settings, tasks = result["settings"], result["tasks"]
+    body = [
+        f"<h1>Ranking quality: {escape(settings['data'])}</h1>",
+        f"<p>{settings['seeds']} paired seeds per arm; intervals are 95 %, users of the test rows "
+        "drawn with replacement. Arms, tuning and slices: benchmarks/ranking_protocol.md.</p>",
+        _cards(result),
+    ]
+    for task, figures in tasks.items():
+        body += [
+            f"<h2>{escape(task)}: arms against ID + fixed vector</h2>",
+            _plot(_lines(figures, "", "_minus_fixed_auc"), "AUC less that of arm fixed"),
+        ]
+        if parts := _lines(figures, PART_PREFIX, "_auc"):
+            body += [
+                f"<h2>{escape(task)}: what the full model loses without a part</h2>",
+                _plot(parts, "AUC of arm full less that without the part"),
+            ]
+        body += [f"<h2>{escape(task)}: all arms</h2>", _table(task, figures, runs)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Ranking quality: {escape(settings['data'])}</title>{_style()}</head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _style() -> str:
+    template = files("qarm_feast.quality_page").joinpath("template.html").read_text("utf-8")
+    shared = template[template.index("<style>") : template.index("</style>")]
+    own = (
+        ".zero { stroke: var(--soft); stroke-width: 1.5; } .whisker { stroke: var(--c); "
+        "stroke-width: 2; } .dot { fill: var(--c); } .plot { padding: 10px 14px; }"
+    )
+    return f"{shared}{own}</style>"
+
+
+def _cards(result: Mapping[str, Any]) -> str:
+    figures = result["figures"]
+    cards = []
+    for name, target in result["targets"].items():
+        if name not in figures:
+            continue
+        is_met = figures[name] >= target["value"]
+        kind, word = ("kept", "met") if is_met else ("missed", "missed")
+        chip = f'<span class="chip {kind}">{word}: target ≥ {target["value"]:g}</span>'
+        title = escape(name.replace("_", " "))
+        cards.append(
+            f'<div class="card"><span>{title}</span><b>{figures[name]:+.4f}</b>{chip}</div>'
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _lines(figures: Mapping[str, float], prefix: str, suffix: str) -> list[Line]:
+    """Return the differences of just this kind, slices left out, greatest first."""
+    lines = []
+    for key, value in figures.items():
+        name = key.removeprefix(prefix).removesuffix(suffix)
+        if key != f"{prefix}{name}{suffix}" or f"{key}_low" not in figures:
+            continue
+        if any(name.endswith(f"_{part}") for part in SLICES):
+            continue
+        lines.append(Line(name, value, figures[f"{key}_low"], figures[f"{key}_high"]))
+    return sorted(lines, key=lambda line: -line.value)
+
+
+def _plot(lines: Sequence[Line], x_label: str) -> str:
+    low = min([0.0, *(line.low for line in lines)])
+    high = max([0.0, *(line.high for line in lines)])
+    span = max(high - low, 1e-6)
+    height = TOP + ROW_HEIGHT * len(lines) + BOTTOM
+
+    def place(value: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / span, 1)
+
+    parts = [_axis(low, high, height, place), _text(place((low + high) / 2), height - 8, x_label)]
+    for row, line in enumerate(lines):
+        y = TOP + ROW_HEIGHT * (row + 0.5)
+        kind = "s2" if line.low > 0 else "s4" if line.high < 0 else "s0"
+        parts.append(_text(LEFT - 10, y + 4, line.name, "end"))
+        parts.append(
+            f'<g class="{kind}"><line class="whisker" x1="{place(line.low)}" '
+            f'x2="{place(line.high)}" y1="{y}" y2="{y}"/>'
+            f'<circle class="dot" cx="{place(line.value)}" cy="{y}" r="4.5"/></g>'
+        )
+        shown = f"{line.value:+.4f} [{line.low:+.3f}, {line.high:+.3f}]"
+        parts.append(_text(WIDTH - RIGHT + 8, y + 4, shown, "start"))
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH + 30} {height}" role="img" aria-label="{escape(x_label)}">'
+        f"{''.join(parts)}</svg>"
+    )
+    return f'<div class="panel plot">{svg}</div>'
+
+
+def _axis(low: float, high: float, height: int, place: Any) -> str:
+    step = next((step for step in _STEPS if (high - low) / step <= MAX_TICKS), 1.0)
+    bottom = height - BOTTOM + 4
+    parts = []
+    for number in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1):
+        x = place(number * step)
+        kind = "zero" if number == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{TOP - 6}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 14, f"{number * step:+.3g}" if number else "0"))
+    return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _table(task: str, figures: Mapping[str, float], runs: Sequence[Run]) -> str:
+    head = ["arm", "AUC", *SLICES, "less fixed", "95 % interval", "valid AUC", "steps", "seconds"]
+    lines = ["".join(f"<th{_left(name)}>{name}</th>" for name in head)]
+    for arm in sorted({run.arm for run in runs}, key=lambda arm: -figures[f"auc_{arm}"]):
+        own = [run for run in runs if run.arm == arm]
+        valid = [run.valid_metrics.get(_valid_key(task), np.nan) for run in own]
+        cells = [
+            escape(arm),
+            f"{figures[f'auc_{arm}']:.4f}",
+            *(_shown(figures, f"{part}_auc_{arm}", "{:.4f}") for part in SLICES),
+            _shown(figures, f"{arm}_minus_fixed_auc", "{:+.4f}"),
+            _shown(figures, f"{arm}_minus_fixed_auc_low", "{:+.4f}")
+            + " … "
+            + _shown(figures, f"{arm}_minus_fixed_auc_high", "{:+.4f}"),
+            f"{np.mean(valid):.4f}",
+            f"{np.mean([run.num_steps for run in own]):.0f}",
+            f"{np.mean([run.seconds for run in own]):.1f}",
+        ]
+        lines.append("".join(f"<td{_left(head[n])}>{cell}</td>" for n, cell in enumerate(cells)))
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="panel scroll"><table>{rows}</table></div>'
+
+
+def _valid_key(label_name: str) -> str:
+    return f"auc/{label_name.removeprefix('is_')}"
+
+
+def _left(name: str) -> str:
+    return ' class="left"' if name == "arm" else ""
+
+
+def _shown(figures: Mapping[str, float], key: str, form: str) -> str:
+    return form.format(figures[key]) if key in figures else "-"

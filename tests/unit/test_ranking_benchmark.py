@@ -1,0 +1,190 @@
+"""The ranker benchmarks' own parts, and a quick run on tiny data.
+
+Shape letters in this file: N rows, B draws, S seeds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import ranking_quality
+from benchmarks.ranking_arms import COMMON, all_arms, chosen_arms
+from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights, weighted_aucs
+from torchrec_models.metrics import auc
+
+DAY = 86_400_000_000
+TIME = pa.timestamp("us", tz="UTC")
+
+
+def _write_data(folder: Path, *, num_tasks: int, has_users: bool, has_split: bool) -> Path:
+    """Write items of two kinds with ready vectors; a user likes those of one kind."""
+    generator = np.random.default_rng(0)
+    num_items, num_users, rows_per_user = 60, 30, 20
+    kinds = np.arange(num_items) % 2
+    vectors = generator.normal(size=(num_items, 16)) + 2 * kinds[:, None]
+    folder.mkdir()
+    pq.write_table(
+        pa.table(
+            {
+                "item_id": pa.array(np.arange(num_items) + 100),
+                "upload_timestamp": pa.array(np.zeros(num_items, dtype=np.int64), TIME),
+                "genre": pa.array([f"g{kind}" for kind in kinds]),
+                "embedding": pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.astype(np.float32).ravel()), 16
+                ),
+            }
+        ),
+        folder / "items.parquet",
+    )
+    users = np.repeat(np.arange(num_users), rows_per_user)
+    items = generator.integers(0, num_items, len(users))
+    columns = {
+        "user_id": pa.array(users),
+        "item_id": pa.array(items + 100),
+        "event_timestamp": pa.array(
+            DAY + np.tile(np.arange(rows_per_user), num_users) * DAY + users, TIME
+        ),
+        "is_like": pa.array(kinds[items] == users % 2),
+    }
+    if num_tasks == 2:
+        columns["is_love"] = pa.array((kinds[items] == users % 2) & (items % 3 == 0))
+    if has_split:
+        parts = np.array(["train", "valid", "test"])
+        places = np.tile(np.arange(rows_per_user), num_users)
+        columns["split"] = pa.array(parts[(places >= 12).astype(int) + (places >= 16)])
+    pq.write_table(pa.table(columns), folder / "interactions.parquet")
+    if has_users:
+        ids = np.arange(num_users)
+        users_table = pa.table({"user_id": pa.array(ids), "age": pa.array(ids % 5)})
+        pq.write_table(users_table, folder / "users.parquet")
+    return folder
+
+
+def _result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> dict:
+    monkeypatch.setattr(sys, "argv", ["ranking_quality.py", *arguments])
+
+    ranking_quality.main()
+
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_an_auc_of_weighted_rows_is_the_auc_of_rows_repeated_so_often() -> None:
+    generator = np.random.default_rng(0)
+    scores_N = generator.integers(0, 5, 40).astype(np.float32)
+    labels_N = generator.random(40) < 0.4
+    weights_BN = generator.integers(0, 4, (7, 40)).astype(np.float32)
+
+    found_B = weighted_aucs(scores_N, labels_N, weights_BN)
+
+    expected_B = []
+    for weights_N in weights_BN.astype(int):
+        rows = np.repeat(np.arange(40), weights_N)
+        expected_B.append(auc(scores_N[rows].astype(float), labels_N[rows]))
+    np.testing.assert_allclose(found_B, expected_B)
+
+
+def test_an_auc_without_both_classes_is_not_a_number() -> None:
+    weights_BN = np.array([[1, 1], [0, 1]], dtype=np.float32)
+
+    found_B = weighted_aucs(np.array([0.1, 0.2]), np.array([False, True]), weights_BN)
+
+    assert found_B[0] == 1
+    assert np.isnan(found_B[1])
+
+
+def test_a_draw_takes_all_rows_of_a_user_and_as_many_users_as_there_are() -> None:
+    users_N = np.array([7, 9, 7, 3])
+
+    weights_BN = user_weights(users_N, num_draws=50)
+
+    assert (weights_BN[0] == 1).all()
+    assert (weights_BN[:, 0] == weights_BN[:, 2]).all()
+    assert (weights_BN[:, [0, 1, 3]].sum(axis=1) == 3).all()
+
+
+def test_aucs_are_averaged_over_seeds_and_the_interval_leaves_the_first_value_out() -> None:
+    labels_N = np.array([False, True, True])
+    scores_SN = [np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])]
+
+    mean_B = seed_mean_aucs(scores_SN, labels_N, np.ones((1, 3), dtype=np.float32))
+    low, high = interval(np.array([99.0, *np.linspace(0, 1, 41)]))
+
+    assert mean_B.tolist() == [0.5]
+    assert (low, high) == pytest.approx((0.025, 0.975))
+
+
+def test_arms_have_names_of_their_own_and_only_known_ones_can_be_chosen() -> None:
+    arms = all_arms(has_third_party_codes=True)
+
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert [arm.name for arm in chosen_arms(arms, "full,id")] == ["full", "id"]
+    with pytest.raises(SystemExit, match="no such arms: nothing; there are id, fixed"):
+        chosen_arms(arms, "id,nothing")
+
+
+def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = _write_data(tmp_path / "made", num_tasks=2, has_users=True, has_split=True)
+    codes = [[n % 2, n % 5] for n in range(60)]
+    third_party = pa.table({"item_id": np.arange(60) + 100, "rq_code": codes})
+    pq.write_table(third_party, data / "third_party_codes.parquet")
+    monkeypatch.setitem(COMMON, "batch_size", 64)
+    page = tmp_path / "page.html"
+
+    result = _result(
+        monkeypatch,
+        capsys,
+        "--quick",
+        "--processes",
+        "1",
+        "--data",
+        str(data),
+        "--page",
+        str(page),
+        "--arms",
+        "fixed,third_party,full,full_minus_vq",
+    )
+
+    figures = result["figures"]
+    assert set(result["tasks"]) == {"is_like", "is_love"}
+    assert figures["auc_full"] == result["tasks"]["is_like"]["auc_full"]
+    assert figures["full_minus_fixed_auc"] == pytest.approx(
+        figures["auc_full"] - figures["auc_fixed"], abs=2e-5
+    )
+    low, high = (figures[f"full_minus_fixed_auc_{end}"] for end in ("low", "high"))
+    assert low <= figures["full_minus_fixed_auc"] <= high
+    assert {"third_party_minus_fixed_auc_low", "worth_of_vq_auc_high"} <= set(figures)
+    assert "third_party" in page.read_text("utf-8")
+
+
+def test_a_quick_run_takes_data_with_one_task_and_neither_users_nor_split(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = _write_data(tmp_path / "made", num_tasks=1, has_users=False, has_split=False)
+    page = str(tmp_path / "page.html")
+
+    result = _result(
+        monkeypatch,
+        capsys,
+        "--quick",
+        "--processes",
+        "1",
+        "--data",
+        str(data),
+        "--page",
+        page,
+        "--arms",
+        "id",
+    )
+
+    assert set(result["tasks"]) == {"is_like"}
+    assert "auc_id" in result["figures"]
+    assert result["settings"] == {"data": "made", "seeds": 1, "arms": ["id"], "quick": True}
