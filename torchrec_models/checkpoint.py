@@ -6,10 +6,14 @@ A checkpoint folder appears whole or not at all:
     2. the first rank adds ``vocabularies.json``, ``side_tables`` and ``manifest.json`` and flushes
        all to disk;
     3. it renames the folder to ``<dir>/<service>/<name>``, a name that is not taken;
-    4. it replaces ``<dir>/<service>/LATEST``, which names the newest one;
-    5. it removes older checkpoints of the same step.
+    4. it replaces the pointer that names the newest one: ``<dir>/<service>/LATEST`` for a finished
+       run, ``UNFINISHED`` for one that was stopped or goes on;
+    5. it removes what is no longer needed: finished checkpoints beyond the number to keep, and
+       unfinished ones of which there is a newer one or a finished one.
 
-The reader may have any number of ranks, also one process without a process group.
+Beside the weights it holds the optimizer's state, and of an unfinished run what each rank needs to
+go on exactly where it was. The reader of weights may have any number of ranks, also one process
+without a process group; a run goes on with as many ranks as it had.
 May import: torch, torchrec.
 """
 
@@ -23,17 +27,36 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from qarm_feast.errors import CodebookMismatchError, DataError
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
+from torchrec_models.early_stopping import StoppingState
 from torchrec_models.ranker import MultiTaskRanker, RankerTrainTask, build_ranker
 from torchrec_models.row_store import sync_folder, write_atomically
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.vocabulary import Vocabularies
 
-_POINTER = "LATEST"
+_FINISHED_POINTER = "LATEST"
+_UNFINISHED_POINTER = "UNFINISHED"
+
+
+class FitState(BaseModel):
+    """How far a run has come: it has trained ``batch`` batches of pass ``epoch``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    run_name: str = Field(description="Folder of its logs.")
+    stopping: StoppingState = StoppingState()
+    valid_metrics: dict[str, float] = Field(
+        default={}, description="Of the latest evaluation, if there was one."
+    )
 
 
 class CheckpointManifest(BaseModel):
@@ -50,20 +73,24 @@ class CheckpointManifest(BaseModel):
     tasks: tuple[TaskConfig, ...]
     sizes: CodeSizes
     metrics: dict[str, float] = Field(description="Metrics on valid rows when it was saved.")
+    unfinished: FitState | None = Field(
+        default=None, description="How far the run was, unless it had come to its end."
+    )
 
 
 def save_checkpoint(
     directory: str,
-    model: nn.Module,
+    state: dict[str, Any],
     manifest: CheckpointManifest,
     vocabularies: Vocabularies,
     side_tables: SideTables,
 ) -> Path:
-    """Save the model from all ranks and return the checkpoint's folder.
+    """Save a run from all ranks and return the checkpoint's folder.
 
     Args:
         directory: ``ranker.checkpoint_dir``.
-        model: The sharded training task, the same on all ranks.
+        state: Tensors in nested dicts: ``model``, ``optimizer``, and what is of one rank only
+            under a key of its own.
         manifest: What the checkpoint is.
         vocabularies: Stored beside the weights, whose rows they number.
         side_tables: Stored as they are given: the part that serving reads.
@@ -79,19 +106,35 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    save_distributed({"model": model.state_dict()}, checkpoint_id=temporary)
+    save_distributed(state, checkpoint_id=temporary)
     if is_first:
         (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
         side_tables.save(temporary / SIDE_TABLES)
         (temporary / "manifest.json").write_text(manifest.model_dump_json(indent=2), "utf-8")
         sync_folder(temporary)
         os.replace(temporary, folder / name)
-        write_atomically(folder / _POINTER, name)
-        for older in folder.glob(f"{_step_name(manifest.step)}*"):
-            if older.name != name:
-                shutil.rmtree(older)
+        pointer = _UNFINISHED_POINTER if manifest.unfinished else _FINISHED_POINTER
+        write_atomically(folder / pointer, name)
+        _remove_old(folder, name, manifest)
     dist.barrier()
     return folder / name
+
+
+def _remove_old(folder: Path, newest: str, manifest: CheckpointManifest) -> None:
+    if not manifest.unfinished:
+        (folder / _UNFINISHED_POINTER).unlink(missing_ok=True)
+    manifests = {path.parent: _read_manifest(path) for path in folder.glob("step-*/manifest.json")}
+    manifests.pop(folder / newest)
+    finished = [path for path, found in manifests.items() if not found.unfinished]
+    unfinished = [path for path, found in manifests.items() if found.unfinished]
+    finished.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
+    kept = manifest.config.keep_checkpoints - (manifest.unfinished is None)
+    for path in [*finished[kept:], *unfinished]:
+        shutil.rmtree(path)
+
+
+def _read_manifest(path: Path) -> CheckpointManifest:
+    return CheckpointManifest.model_validate_json(path.read_text("utf-8"))
 
 
 def _free_name(folder: Path, step: int) -> str:
@@ -116,7 +159,7 @@ class Checkpoint:
     Args:
         directory: ``ranker.checkpoint_dir``.
         service: Feature service whose features the caller will feed.
-        name: Folder name, for example ``step-00000120``; by default what ``LATEST`` names.
+        name: Folder name, for example ``step-00000120``; by default the newest finished one.
 
     Raises:
         DataError: If there is no such checkpoint.
@@ -125,17 +168,14 @@ class Checkpoint:
 
     def __init__(self, directory: str, service: str, name: str | None = None) -> None:
         folder = Path(directory) / service
-        pointer = folder / _POINTER
-        if name is None:
-            name = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
-        self.folder = folder / name
+        self.folder = folder / (name or _named_by(folder / _FINISHED_POINTER))
         manifest_path = self.folder / "manifest.json"
         if not manifest_path.exists():
             raise DataError(
                 f"no checkpoint at {self.folder}; train one by `torchrun --standalone "
                 "--nproc-per-node 2 -m torchrec_models.train --config feature_repo/qarm.yaml`"
             )
-        self.manifest = CheckpointManifest.model_validate_json(manifest_path.read_text("utf-8"))
+        self.manifest = _read_manifest(manifest_path)
         if self.manifest.service != service:
             raise CodebookMismatchError(
                 expected=service,
@@ -143,6 +183,33 @@ class Checkpoint:
                 where=str(self.folder),
                 command="qarm-rank rows, then train a checkpoint of this service",
             )
+
+    @staticmethod
+    def at(folder: str | Path) -> "Checkpoint":
+        """Return the checkpoint of a folder, of whatever service that was saved into it."""
+        folder = Path(folder).resolve()
+        return Checkpoint(str(folder.parent.parent), folder.parent.name, folder.name)
+
+    @staticmethod
+    def to_resume(directory: str, service: str) -> "Checkpoint":
+        """Return the checkpoint that the newest run of a service left when it was stopped.
+
+        Args:
+            directory: ``ranker.checkpoint_dir``.
+            service: Feature service of the run.
+
+        Returns:
+            A checkpoint that holds a :class:`FitState`.
+
+        Raises:
+            DataError: If no run was stopped since one came to its end.
+        """
+        pointer = Path(directory) / service / _UNFINISHED_POINTER
+        if not pointer.exists():
+            raise DataError(
+                f"{pointer.parent} holds no unfinished run to resume; train without --resume"
+            )
+        return Checkpoint(directory, service, _named_by(pointer))
 
     def vocabularies(self) -> Vocabularies:
         """Return the vocabularies whose rows the tables hold."""
@@ -154,14 +221,28 @@ class Checkpoint:
         """Return item columns and counts as of the rows that it was trained on."""
         return SideTables.load(self.folder / SIDE_TABLES)
 
-    def load_into(self, model: nn.Module) -> None:
-        """Load the weights into a training task, sharded in any way or not at all."""
-        state: dict[str, Any] = {"model": model.state_dict()}
-        is_distributed = dist.is_initialized()
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the whole shape of every tensor by its dotted name, ``model.`` before weights."""
+        found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        return {
+            key: value.size
+            for key, value in found.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+
+    def read(self, state: dict[str, Any]) -> None:
+        """Fill the tensors of nested dicts in place, sharded in any way or not at all."""
         with warnings.catch_warnings():
             # Torch warns that one process loads alone, which is what was asked for.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load_distributed(state, checkpoint_id=self.folder, no_dist=not is_distributed)
+            # TorchRec 1.8 still shards by the class that torch 2.13 wants to be rid of.
+            warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+            load_distributed(state, checkpoint_id=self.folder, no_dist=not dist.is_initialized())
+
+    def load_into(self, model: nn.Module) -> None:
+        """Load the weights into a training task, sharded in any way or not at all."""
+        state: dict[str, Any] = {"model": model.state_dict()}
+        self.read(state)
         model.load_state_dict(state["model"])
 
     def load_ranker(self) -> MultiTaskRanker:
@@ -185,3 +266,7 @@ def build_trained_ranker(
         The ranker.
     """
     return build_ranker(manifest.config, manifest.tasks, vocabularies, manifest.sizes, table_device)
+
+
+def _named_by(pointer: Path) -> str:
+    return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""

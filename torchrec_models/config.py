@@ -217,6 +217,25 @@ class RankerConfig(Section):
     shuffle_window_rows: int = Field(
         default=65536, gt=0, description="Rows that a rank holds and shuffles at a time."
     )
+    num_input_threads: int = Field(
+        default=1,
+        ge=0,
+        description="Threads per rank that build batches ahead of training; 0: none ahead.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where to train; `auto`: a GPU per rank if there is one."
+    )
+    enable_bf16: bool = Field(
+        default=False,
+        description="Train the dense part in bfloat16 by autocast; tables, weights, evaluation "
+        "and serving stay in float32.",
+    )
+    max_gradient_norm: float | None = Field(
+        default=None, gt=0, description="Longer gradients of dense parameters are clipped to it."
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps in which both learning rates grow to their value."
+    )
     learning_rate: float = Field(default=1.0e-3, gt=0, description="Adam, dense parameters.")
     sparse_learning_rate: float = Field(
         default=0.05, gt=0, description="Row-wise Adagrad, embedding tables."
@@ -237,6 +256,14 @@ class RankerConfig(Section):
     )
     early_stopping_metric: StoppingMetric = Field(
         default="auc", description="Metric on valid rows, averaged over the tasks."
+    )
+    checkpoint_every_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between checkpoints to resume from; 0: only a signal makes one.",
+    )
+    keep_checkpoints: int = Field(
+        default=3, gt=0, description="Newest finished checkpoints of a service that are kept."
     )
     seed: int = Field(default=0, ge=0, description="Seed of weights, shuffling and ID dropout.")
 

@@ -1,15 +1,19 @@
 """Training rows from parquet, streamed straight into batches without per-row Python.
 
-Rank ``r`` of ``w`` reads the rows whose number is ``r`` modulo ``w``, holds a window of them,
-shuffles inside the window and cuts it into batches. All ranks make equally many batches of equal
-sizes, because row-wise sharded tables exchange whole batches on every step (gloo refuses unequal
-ones); a rank that is one row short repeats its last row.
+Row groups are dealt to the ranks in turn, so that a rank decodes only what it trains on; of the
+last groups, which do not go round, rank ``r`` of ``w`` takes the rows whose number is ``r`` modulo
+``w``. A rank holds a window of its rows, shuffles inside the window and cuts it into batches, which
+worker threads build ahead of training. Memory holds a window and a few batches, however many rows
+there are. All ranks make equally many batches of equal sizes, because row-wise sharded tables
+exchange whole batches on every step (gloo refuses unequal ones); a rank that is one row short
+repeats its last row.
 Shape letters: B rows, H history items of all rows, L levels, K neighbours, T tasks.
 May import: numpy, pyarrow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ import pyarrow.parquet as pq
 
 from qarm_feast.errors import DataError
 from torchrec_models.batch import BatchBuilder, Ints, RankingBatch, RowColumns
+from torchrec_models.prefetch import prefetched
 from torchrec_models.sharding import Ranks
 
 _SCAN_ROWS = 16384
@@ -34,6 +39,14 @@ _READ_COLUMNS = (
 
 
 @dataclass(frozen=True)
+class _DealtGroups:
+    """The first row groups of a file, which are of equal size and go round all ranks."""
+
+    num_groups: int
+    rows_per_group: int
+
+
+@dataclass(frozen=True)
 class RowDataset:
     """One split's rows as batches of one rank."""
 
@@ -43,6 +56,7 @@ class RowDataset:
     builder: BatchBuilder
     ranks: Ranks
     batch_size: int
+    num_workers: int = 0
 
     def num_rows(self) -> int:
         """Return the number of rows of all ranks together.
@@ -63,27 +77,42 @@ class RowDataset:
 
     def num_own_rows(self) -> int:
         """Return the number of this rank's rows, the repeated one left out."""
-        return -(-(self.num_rows() - self.ranks.rank) // self.ranks.world_size)
+        dealt = self._row_groups_dealt()
+        num_rest = self.num_rows() - dealt.num_groups * dealt.rows_per_group
+        num_own_groups = dealt.num_groups // self.ranks.world_size
+        num_own_rest = -(-(num_rest - self.ranks.rank) // self.ranks.world_size)
+        return num_own_groups * dealt.rows_per_group + num_own_rest
 
     def num_batches(self) -> int:
         """Return the number of batches of every rank in one pass."""
         return len(self._batch_sizes())
 
-    def train_batches(self, *, seed: int, epoch: int, window_rows: int) -> Iterator[RankingBatch]:
+    def train_batches(
+        self, *, seed: int, epoch: int, window_rows: int, first_batch: int = 0
+    ) -> Generator[RankingBatch]:
         """Yield one shuffled pass with ID dropout; the same seed and epoch give the same batches.
 
         Args:
             seed: Run's seed.
             epoch: Number of this pass.
             window_rows: Rows that are held and shuffled at a time.
+            first_batch: Batches at the start that are left out, for a run that goes on.
 
         Yields:
             Batches of nearly equal size.
         """
-        # Two generators: what an arm drops must not change the order in which it sees its rows.
-        order_rng, dropout_rng = np.random.default_rng([seed, epoch, self.ranks.rank]).spawn(2)
-        for table in self._tables(max(window_rows, self.batch_size), order_rng):
-            yield self.builder.build(self._columns(table), dropout_rng=dropout_rng)
+        place = [seed, epoch, self.ranks.rank]
+        tables = self._tables(
+            max(window_rows, self.batch_size), np.random.default_rng([*place, 0, 1])
+        )
+
+        def build(number: int, table: pa.Table) -> RankingBatch:
+            # A generator per batch: what an arm drops must not change the order in which it sees
+            # its rows, and a batch is the same whoever builds it, also in a run that goes on.
+            rng = np.random.default_rng([*place, 1, first_batch + number])
+            return self.builder.build(self._columns(table), dropout_rng=rng)
+
+        yield from prefetched(islice(tables, first_batch, None), build, self.num_workers)
 
     def eval_batches(self) -> Iterator[RankingBatch]:
         """Yield one pass in file order, ids as they are.
@@ -93,8 +122,11 @@ class RowDataset:
         Yields:
             Batches of nearly equal size.
         """
-        for table in self._tables(_SCAN_ROWS, None):
-            yield self.builder.build(self._columns(table))
+
+        def build(_: int, table: pa.Table) -> RankingBatch:
+            return self.builder.build(self._columns(table))
+
+        yield from prefetched(self._tables(_SCAN_ROWS, None), build, self.num_workers)
 
     def _tables(self, window_rows: int, rng: np.random.Generator | None) -> Iterator[pa.Table]:
         sizes = iter(self._batch_sizes())
@@ -127,17 +159,32 @@ class RowDataset:
 
     def _own_rows(self) -> Iterator[pa.RecordBatch]:
         columns = [*_READ_COLUMNS, *self.label_names, *self.user_columns]
-        first_row = 0
+        dealt, world_size = self._row_groups_dealt(), self.ranks.world_size
         with pq.ParquetFile(self.path) as file:
-            for part in file.iter_batches(batch_size=_SCAN_ROWS, columns=columns):
-                offset = (self.ranks.rank - first_row) % self.ranks.world_size
-                own = np.arange(offset, len(part), self.ranks.world_size)
+            own = range(self.ranks.rank, dealt.num_groups, world_size)
+            rest = range(dealt.num_groups, file.num_row_groups)
+            for group in own:
+                yield from file.iter_batches(_SCAN_ROWS, row_groups=[group], columns=columns)
+            first_row = 0
+            for part in file.iter_batches(_SCAN_ROWS, row_groups=list(rest), columns=columns):
+                offset = (self.ranks.rank - first_row) % world_size
+                places = np.arange(offset, len(part), world_size)
                 first_row += len(part)
-                if len(own):
-                    last = part.take(pa.array(own))
+                if len(places):
+                    last = part.take(pa.array(places))
                     yield last
-        if self.num_own_rows() * self.ranks.world_size < self.num_rows():
+        if self.num_own_rows() * world_size < self.num_rows():
             yield last.slice(len(last) - 1)
+
+    def _row_groups_dealt(self) -> "_DealtGroups":
+        metadata = pq.read_metadata(self.path)
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        num_equal = len(list(takewhile(lambda size: size == sizes[0], sizes)))
+        if not num_equal or sizes[0] < self.ranks.world_size:
+            return _DealtGroups(0, 0)
+        # One group less than go round: of the rest, every rank must have a row to repeat.
+        num_dealt = (num_equal - 1) // self.ranks.world_size * self.ranks.world_size
+        return _DealtGroups(num_dealt, sizes[0])
 
     def _columns(self, table: pa.Table) -> RowColumns:
         return row_columns(table, self.label_names, self.user_columns)

@@ -70,14 +70,20 @@ class EarlyStopping:
             return
         self._value(metrics)
         self.state = StoppingState(best_step=step, best_metrics=dict(metrics))
-        self.best_weights = {
-            key: tensor.detach().clone() for key, tensor in local_tensors(self._model).items()
-        }
+        self.best_weights = self._copies()
+
+    def go_on(self, state: StoppingState) -> None:
+        """Take over what another run has seen; its best weights are to be loaded in place."""
+        self.state = state
+        self.best_weights = self._copies() if state.best_metrics else {}
 
     def restore_best(self) -> None:
         """Put the best weights back into the model."""
         for key, tensor in local_tensors(self._model).items():
             tensor.copy_(self.best_weights[key])
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        return {key: value.detach().clone() for key, value in local_tensors(self._model).items()}
 
     def _is_better(self, metrics: Mapping[str, float]) -> bool:
         found, best = self._value(metrics), self._value(self.state.best_metrics)

@@ -58,7 +58,7 @@ class Predictions:
         )
 
     def gathered(self) -> "Predictions":
-        """Return the rows of all ranks, on every rank."""
+        """Return the rows of all ranks, on every rank, in memory of the CPU."""
         return Predictions(
             logits_NT=_all_rows(self.logits_NT),
             labels_NT=_all_rows(self.labels_NT),
@@ -68,6 +68,7 @@ class Predictions:
 
 
 def _all_rows(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.cpu()
     world_size = dist.get_world_size()
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(counts, torch.tensor([len(rows)]))

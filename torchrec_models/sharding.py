@@ -24,7 +24,8 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ModuleSharder, ShardingType
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from qarm_feast.errors import ConfigError
@@ -51,10 +52,12 @@ def process_group() -> Iterator[Ranks]:
     """Join the process group that torchrun describes, or a group of one; leave it at the end."""
     # Every rank would say it.
     silence_tracing_notice()
+    # What is exchanged on CPU (metrics, plans, stop requests) goes by gloo also where NCCL trains.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Ranks of one machine share its cores; torch would give all of them to each.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
@@ -81,6 +84,27 @@ def current_ranks() -> Ranks:
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
+def training_device(config: RankerConfig) -> torch.device:
+    """Return where this rank trains: its GPU of this machine, or the CPU.
+
+    Args:
+        config: The ranker section.
+
+    Returns:
+        A device; a GPU is made the current one.
+
+    Raises:
+        ConfigError: If ``cuda`` is asked for and there is none.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("ranker.device is 'cuda', but torch finds no GPU; set it to auto or cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 class RowWiseSharder(EmbeddingBagCollectionSharder):
     """Splits every table by rows: TorchRec's own sharder does not offer it on CPU."""
 
@@ -103,6 +127,7 @@ class ShardedRanker:
 
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
+    device: torch.device
 
 
 def shard_ranker(task: RankerTrainTask, config: RankerConfig) -> ShardedRanker:
@@ -115,19 +140,12 @@ def shard_ranker(task: RankerTrainTask, config: RankerConfig) -> ShardedRanker:
     Returns:
         The sharded model; its dense parameters are equal on all ranks.
     """
-    ranks = current_ranks()
-    fused_params = {
-        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        "learning_rate": config.sparse_learning_rate,
-        "eps": 1.0e-8,
-    }
-    sharders: list[ModuleSharder[torch.nn.Module]] = [
-        RowWiseSharder(fused_params),
-        RowWiseSequenceSharder(fused_params),
-    ]
+    device = training_device(config)
+    sharders = _sharders(device, config)
     planner = EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(
-            TrainerConfig(world_size=ranks.world_size), kernel_config=KernelConfig("cpu")
+            TrainerConfig(world_size=current_ranks().world_size),
+            kernel_config=KernelConfig(device.type),
         ),
         # The default reservation guesses the memory of dense parts, which are small here.
         storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
@@ -137,17 +155,61 @@ def shard_ranker(task: RankerTrainTask, config: RankerConfig) -> ShardedRanker:
         # TorchRec 1.8 passes torch 2.13 an argument by its old name; a comparison of many runs
         # would print it for each run and rank.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model = DistributedModelParallel(
-            module=task, device=torch.device("cpu"), plan=plan, sharders=sharders
-        )
-    dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-    dense_optimizer = KeyedOptimizerWrapper(
-        dense_parameters,
+        model = DistributedModelParallel(module=task, device=device, plan=plan, sharders=sharders)
+    return ShardedRanker(
+        model=model,
+        optimizer=CombinedOptimizer([model.fused_optimizer, _dense_optimizer(model, config)]),
+        device=device,
+    )
+
+
+def _sharders(device: torch.device, config: RankerConfig) -> list[ModuleSharder[torch.nn.Module]]:
+    fused_params = {
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "learning_rate": config.sparse_learning_rate,
+        "eps": 1.0e-8,
+    }
+    if device.type == "cpu":
+        return [RowWiseSharder(fused_params), RowWiseSequenceSharder(fused_params)]
+    # On a GPU the planner chooses among all ways to split.
+    return [EmbeddingBagCollectionSharder(fused_params), EmbeddingCollectionSharder(fused_params)]
+
+
+def _dense_optimizer(model: DistributedModelParallel, config: RankerConfig) -> KeyedOptimizer:
+    optimizer = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.Adam(parameters, lr=config.learning_rate, fused=True),
     )
-    return ShardedRanker(
-        model=model, optimizer=CombinedOptimizer([model.fused_optimizer, dense_optimizer])
+    # Adam makes its state in the first step; made now, it can be saved and loaded at any time.
+    optimizer.init_state()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    if config.max_gradient_norm is None:
+        return optimizer
+    # Gradients are averaged over the ranks before, so that all clip alike.
+    return GradientClippingOptimizer(
+        optimizer, clipping=GradientClipping.NORM, max_gradient=config.max_gradient_norm
     )
+
+
+class WarmUp:
+    """Lets all learning rates grow in equal steps up to those that the optimizer starts with.
+
+    It keeps no state but the step's number, so a run that goes on needs nothing saved.
+    """
+
+    def __init__(self, optimizer: CombinedOptimizer, num_steps: int) -> None:
+        self._groups = list(optimizer.param_groups)
+        self._rates = [group["lr"] for group in self._groups]
+        self._num_steps = num_steps
+
+    def set_rates(self, step: int) -> None:
+        """Set the rates for a step, the first being 0; to be called before it."""
+        share = min(1.0, (step + 1) / max(self._num_steps, 1))
+        for group, rate in zip(self._groups, self._rates, strict=True):
+            group["lr"] = rate * share
 
 
 def start_tables(
@@ -165,7 +227,10 @@ def start_tables(
         if not isinstance(parameter, ShardedTensor) or table_name not in weights:
             continue
         for shard in parameter.local_shards():
-            first_row, _ = shard.metadata.shard_offsets
-            num_rows, _ = shard.metadata.shard_sizes
-            rows = weights[table_name][first_row : first_row + num_rows]
-            shard.tensor.copy_(torch.from_numpy(rows))
+            part = tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(
+                    shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True
+                )
+            )
+            shard.tensor.copy_(torch.from_numpy(weights[table_name][part]))

@@ -6,6 +6,7 @@ Shape letters: I items, L levels, D vector width, H history items, N looked-up i
 May import: numpy, torch.
 """
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ class ItemSnapshot:
             if vectors_path.exists()
             else None
         )
+        self._counting = threading.Lock()
         self.num_looked_up = 0
         self.num_masked_later = 0
 
@@ -51,8 +53,10 @@ class ItemSnapshot:
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
         """Return the RQ codes of items, absent where unknown or later than the row's time."""
         positions_H, is_known_H, is_in_time_H = self._find(item_ids_H, label_times_H)
-        self.num_looked_up += len(item_ids_H)
-        self.num_masked_later += int((is_known_H & ~is_in_time_H).sum())
+        # Several threads build batches, and `+=` is two steps.
+        with self._counting:
+            self.num_looked_up += len(item_ids_H)
+            self.num_masked_later += int((is_known_H & ~is_in_time_H).sum())
         rq_HL = self._rq_IL[positions_H].astype(np.int64)
         present_H = is_known_H & is_in_time_H & (rq_HL[:, 0] != ABSENT_CODE)
         return HistoryCodes(rq_HL=rq_HL, present_H=present_H)

@@ -10,6 +10,7 @@ The logic lives in :mod:`torchrec_models.training`; nothing imports this module.
 import json
 
 import click
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from qarm_feast.command import config_option, log_level_option, run_command_line, start_logging
 from torchrec_models.dependency import require_torchrec
@@ -23,10 +24,18 @@ from torchrec_models.options import load_ranker_config, set_option
 )
 @config_option
 @set_option
+@click.option("--resume", is_flag=True, help="Go on with the run that was stopped or died.")
 @log_level_option
-def main(config_path: str, assignments: tuple[str, ...], log_level: str | None) -> None:
-    """Train the ranker; the first rank prints its metrics on test rows as one JSON line."""
+def main(
+    config_path: str, assignments: tuple[str, ...], resume: bool, log_level: str | None
+) -> None:
+    """Train the ranker; the first rank prints its metrics on test rows as one JSON line.
+
+    SIGTERM and SIGINT stop it after a checkpoint; it then ends with 143 or 130 (torchrun itself
+    with 1), and --resume goes on.
+    """
     require_torchrec()
+    from torchrec_models.interruption import stop_on_signals
     from torchrec_models.metrics import defined_metrics
     from torchrec_models.sharding import process_group
     from torchrec_models.training import train
@@ -34,8 +43,8 @@ def main(config_path: str, assignments: tuple[str, ...], log_level: str | None) 
     start_logging(config_path, log_level)
     config = load_ranker_config(config_path, assignments)
     inputs = load_train_inputs(config_path, config)
-    with process_group() as ranks:
-        result = train(config, inputs)
+    with stop_on_signals() as stop, process_group() as ranks:
+        result = train(config, inputs, resume=resume, stop=stop)
     if ranks.is_first:
         click.echo(
             json.dumps(
@@ -50,5 +59,11 @@ def main(config_path: str, assignments: tuple[str, ...], log_level: str | None) 
         )
 
 
-if __name__ == "__main__":
+@record
+def _run() -> None:
+    """Run the command; an exception's traceback also goes into torchrun's summary."""
     run_command_line(main)
+
+
+if __name__ == "__main__":
+    _run()

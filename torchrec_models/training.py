@@ -3,25 +3,28 @@
 May import: torch, torchrec.
 """
 
-import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from qarm_feast.errors import ConfigError
+from qarm_feast.errors import ConfigError, DataError
 from torchrec_models.batch import BatchBuilder, RankingBatch
-from torchrec_models.checkpoint import CheckpointManifest, save_checkpoint
+from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, FitState, save_checkpoint
 from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
 from torchrec_models.dataset import RowDataset
 from torchrec_models.early_stopping import EarlyStopping
+from torchrec_models.fitting import FitLoop
 from torchrec_models.inputs import TrainInputs
+from torchrec_models.interruption import StopRequest, TrainingInterruptedError
 from torchrec_models.losses import build_content_id_loss
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
-from torchrec_models.ranker import RankerTrainTask, StepOutput, build_ranker
+from torchrec_models.progress import FileMetricsLog, MetricsLog, NoMetricsLog, Progress
+from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import Ranks, ShardedRanker, current_ranks, shard_ranker, start_tables
 from torchrec_models.slices import item_slices
@@ -34,15 +37,12 @@ from torchrec_models.tables import (
     sparse_feature_names,
 )
 
-logger = logging.getLogger(__name__)
-
-_PROGRESS_SECONDS = 5.0
-
 
 @dataclass(frozen=True)
 class TrainResult:
     """What a run reached; metrics (test rows) have the keys of ``ranking_metrics``.
 
+    ``valid_metrics`` are those that are defined.
     With early stopping, weights and metrics are those of the best evaluation; ``num_steps`` counts
     the steps after it, too. ``test_predictions`` are equal on all ranks, and in the same order for
     every run on the same rows and number of ranks.
@@ -59,30 +59,42 @@ class TrainResult:
 
 
 def train(
-    config: RankerConfig, inputs: TrainInputs, *, enable_checkpoint: bool = True
+    config: RankerConfig,
+    inputs: TrainInputs,
+    *,
+    enable_checkpoint: bool = True,
+    resume: bool = False,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train one ranker on this process group's ranks and evaluate it on the test rows.
 
     Args:
         config: The ranker section.
         inputs: Rows, and the codebook where code tables start from its centroids.
-        enable_checkpoint: Save the trained weights under ``config.checkpoint_dir``.
+        enable_checkpoint: Save the trained weights, and logs, under ``config.checkpoint_dir``.
+        resume: Go on with the run that a signal stopped, or that died after a checkpoint.
+        stop: Asked while training for whether to stop; None: nobody asks.
 
     Returns:
         The result, the same on every rank but for ``masked_history_share`` (own rows only).
+
+    Raises:
+        TrainingInterruptedError: If a rank was asked to stop; the run is saved before, if
+            checkpoints are enabled.
+        DataError: If there is no run to resume, or it was another one.
     """
     started = time.monotonic()
-    run = _Run.create(config, inputs)
-    progress = run.fit()
-    checkpoint = run.save(progress.num_steps) if enable_checkpoint else None
+    run = _Run.create(config, inputs, enable_checkpoint=enable_checkpoint)
+    fitted = run.fit(run.resumed() if resume else run.fresh(), stop or StopRequest())
+    checkpoint = run.save(fitted) if enable_checkpoint else None
     predictions = run.predict("test")
     return TrainResult(
         metrics=ranking_metrics(predictions, run.task_names),
-        valid_metrics=run.valid_metrics,
+        valid_metrics=fitted.valid_metrics,
         test_predictions=predictions,
         checkpoint=checkpoint,
-        num_steps=progress.num_steps,
-        samples_per_second=progress.samples_per_second,
+        num_steps=fitted.step,
+        samples_per_second=run.samples_per_second,
         seconds=time.monotonic() - started,
         masked_history_share=run.snapshot.masked_share,
     )
@@ -99,11 +111,13 @@ class _Run:
     ranks: Ranks
     stopping: EarlyStopping
     slices_V: torch.Tensor
-    valid_metrics: dict[str, float] = field(default_factory=dict)
-    """Of the latest evaluation; after :meth:`fit`, of the weights that it leaves."""
+    enable_checkpoint: bool
+    samples_per_second: float = 0.0
+    resumable: Path | None = None
+    """Newest checkpoint from which this run could go on."""
 
     @staticmethod
-    def create(config: RankerConfig, inputs: TrainInputs) -> "_Run":
+    def create(config: RankerConfig, inputs: TrainInputs, *, enable_checkpoint: bool) -> "_Run":
         ranks = current_ranks()
         # Each rank draws the first weights of its own table rows; dense ones are broadcast.
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
@@ -136,6 +150,7 @@ class _Run:
             ranks=ranks,
             stopping=EarlyStopping(config, sharded.model),
             slices_V=torch.from_numpy(item_slices(store)),
+            enable_checkpoint=enable_checkpoint,
         )
 
     @property
@@ -143,55 +158,59 @@ class _Run:
         """Names of the tasks, in the order of the logits."""
         return [task.name for task in self.tasks]
 
-    def fit(self) -> "_Progress":
-        """Train until the last epoch or until early stopping ends it; leave the best weights."""
-        dataset = self._dataset("train")
-        progress = _Progress(dataset.num_batches() * self.config.num_epochs, self.ranks)
-        self.sharded.model.train()
-        pipeline = self._pipeline()
-        for epoch in range(self.config.num_epochs):
-            batches = dataset.train_batches(
-                seed=self.config.seed, epoch=epoch, window_rows=self.config.shuffle_window_rows
-            )
-            self._fit_epoch(pipeline, batches, progress)
-            if self.stopping.is_exhausted:
-                break
+    def fresh(self) -> FitState:
+        """Return the state of a run that has not begun."""
+        return FitState(run_name=f"run-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
+
+    def resumed(self) -> FitState:
+        """Load what an unfinished run saved and return how far it was."""
+        service = self.inputs.store.manifest.service
+        checkpoint = Checkpoint.to_resume(self.config.checkpoint_dir, service)
+        state = checkpoint.manifest.unfinished
+        assert state is not None, "the pointer names unfinished runs only"
+        _check_same_run(checkpoint, self._manifest(state))
+        self.stopping.go_on(state.stopping)
+        tensors = self._tensors(with_rank_state=True)
+        checkpoint.read(tensors)
+        self.sharded.model.load_state_dict(tensors["model"])
+        torch.set_rng_state(tensors[self._rank_key]["rng"])
+        return state
+
+    def fit(self, state: FitState, stop: StopRequest) -> FitState:
+        """Train on until the run ends; leave the best weights and return their metrics."""
+        progress = Progress(
+            num_planned=self._dataset("train").num_batches() * self.config.num_epochs,
+            world_size=self.ranks.world_size,
+            log=self._metrics_log(state),
+            is_first=self.ranks.is_first,
+        )
+        loop = FitLoop(
+            config=self.config,
+            sharded=self.sharded,
+            stopping=self.stopping,
+            progress=progress,
+            run=self,
+            task_names=self.task_names,
+            stop=stop,
+        )
+        state, signal_number = loop.fit(state)
+        if signal_number:
+            raise TrainingInterruptedError(signal_number, self.resumable, state.step)
+        self.samples_per_second = progress.samples_per_second
         if self.stopping.best_weights:
             self.stopping.restore_best()
-            self.valid_metrics = self.stopping.state.best_metrics
-        if not self.valid_metrics:
-            self.valid_metrics = self.evaluate("valid")
-        return progress
+        metrics = state.stopping.best_metrics or state.valid_metrics
+        metrics = metrics or defined_metrics(self.evaluate("valid"))
+        return state.model_copy(update={"valid_metrics": metrics})
 
-    def _fit_epoch(
-        self,
-        pipeline: TrainPipelineSparseDist[RankingBatch, StepOutput],
-        batches: Iterator[RankingBatch],
-        progress: "_Progress",
-    ) -> None:
-        for logits_BT, labels_BT in _steps(pipeline, batches):
-            progress.add_step(logits_BT, labels_BT)
-            if progress.num_steps % self.config.eval_every_steps == 0:
-                # Evaluation calls the model itself; batches in flight stay in the pipeline.
-                pipeline.detach()
-                self._judge(progress)
-                if self.stopping.is_exhausted:
-                    return
-        pipeline.detach()
-        if progress.num_steps % self.config.eval_every_steps:
-            self._judge(progress)
-
-    def _judge(self, progress: "_Progress") -> None:
-        self.valid_metrics = self.evaluate("valid")
-        self.stopping.judge(self.valid_metrics, progress.num_steps)
-        progress.forget_pause()
-        if self.ranks.is_first:
-            shown = " ".join(
-                f"{key}={self.valid_metrics[key]:.4f}"
-                for name in self.task_names
-                for key in (f"auc/{name}", f"gauc/{name}", f"ne/{name}", f"cold_auc/{name}")
-            )
-            logger.info("evaluated split=valid step=%d %s", progress.num_steps, shown)
+    def train_batches(self, epoch: int, first_batch: int) -> Generator[RankingBatch]:
+        """Yield the batches of a pass, the first ones left out."""
+        return self._dataset("train").train_batches(
+            seed=self.config.seed,
+            epoch=epoch,
+            window_rows=self.config.shuffle_window_rows,
+            first_batch=first_batch,
+        )
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Return the metrics of a split's rows over all ranks."""
@@ -205,38 +224,67 @@ class _Run:
         parts = []
         with torch.no_grad():
             for batch in dataset.eval_batches():
-                _, (logits_BT, labels_BT) = model(batch)
+                _, (logits_BT, labels_BT) = model(batch.to(self.sharded.device))
                 slices_B = self.slices_V[batch.item_rows]
                 parts.append(Predictions(logits_BT, labels_BT, batch.user_ids, slices_B))
         model.train()
         return Predictions.concatenate(parts).first(dataset.num_own_rows()).gathered()
 
-    def save(self, num_steps: int) -> Path:
-        """Save a checkpoint of all ranks."""
-        rows = self.inputs.store.manifest
-        manifest = CheckpointManifest(
-            service=rows.service,
-            codebook_version=rows.codebook_version,
-            rows_build=rows.build,
-            step=num_steps,
-            world_size=self.ranks.world_size,
-            config=self.config,
-            tasks=self.tasks,
-            sizes=code_sizes(rows),
-            metrics=defined_metrics(self.valid_metrics),
-        )
+    def save(self, state: FitState) -> Path:
+        """Save the finished run from all ranks."""
+        manifest = self._manifest(state).model_copy(update={"unfinished": None})
+        return self._save(self._tensors(with_rank_state=False), manifest)
+
+    def save_unfinished(self, state: FitState) -> None:
+        """Save from all ranks what it takes to go on, if checkpoints are enabled."""
+        if self.enable_checkpoint:
+            tensors = self._tensors(with_rank_state=True)
+            self.resumable = self._save(tensors, self._manifest(state))
+
+    def _save(self, tensors: dict[str, Any], manifest: CheckpointManifest) -> Path:
         return save_checkpoint(
             self.config.checkpoint_dir,
-            self.sharded.model,
+            tensors,
             manifest,
             self.builder.vocabularies,
             self.inputs.store.side_tables().for_serving(),
         )
 
-    def _pipeline(self) -> TrainPipelineSparseDist[RankingBatch, StepOutput]:
-        return TrainPipelineSparseDist(
-            self.sharded.model, self.sharded.optimizer, torch.device("cpu")
+    def _tensors(self, *, with_rank_state: bool) -> dict[str, Any]:
+        tensors = {
+            "model": self.sharded.model.state_dict(),
+            "optimizer": self.sharded.optimizer.state_dict()["state"],
+        }
+        if with_rank_state:
+            own = {"rng": torch.get_rng_state(), "best": self.stopping.best_weights}
+            tensors[self._rank_key] = own
+        return tensors
+
+    def _manifest(self, state: FitState) -> CheckpointManifest:
+        rows = self.inputs.store.manifest
+        return CheckpointManifest(
+            service=rows.service,
+            codebook_version=rows.codebook_version,
+            rows_build=rows.build,
+            step=state.step,
+            world_size=self.ranks.world_size,
+            config=self.config,
+            tasks=self.tasks,
+            sizes=code_sizes(rows),
+            metrics=state.valid_metrics,
+            unfinished=state,
         )
+
+    def _metrics_log(self, state: FitState) -> MetricsLog:
+        if not (self.enable_checkpoint and self.ranks.is_first):
+            return NoMetricsLog()
+        service = self.inputs.store.manifest.service
+        return FileMetricsLog(Path(self.config.checkpoint_dir) / service / "logs" / state.run_name)
+
+    @property
+    def _rank_key(self) -> str:
+        """Under which a checkpoint holds what is of this rank only."""
+        return f"rank_{self.ranks.rank}"
 
     def _dataset(self, split: str) -> RowDataset:
         manifest = self.inputs.store.manifest
@@ -247,6 +295,7 @@ class _Run:
             builder=self.builder,
             ranks=self.ranks,
             batch_size=self.config.batch_size,
+            num_workers=self.config.num_input_threads,
         )
 
 
@@ -264,60 +313,21 @@ def _start_code_tables(sharded: ShardedRanker, config: RankerConfig, inputs: Tra
     start_tables(sharded.model, weights)
 
 
-def _steps(
-    pipeline: TrainPipelineSparseDist[RankingBatch, StepOutput], batches: Iterator[RankingBatch]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    pipeline.reset()
-    while True:
-        try:
-            output: tuple[torch.Tensor, torch.Tensor] = pipeline.progress(batches)
-        except StopIteration:
-            return
-        yield output
-
-
-class _Progress:
-    """Counts steps and logs a line every few seconds: samples per second and loss."""
-
-    def __init__(self, num_planned: int, ranks: Ranks) -> None:
-        self.num_steps = 0
-        self.train_seconds = 0.0
-        self._num_planned = num_planned
-        self._ranks = ranks
-        self._marked = self._logged = time.monotonic()
-        self._rows_since_log = self._num_rows = 0
-
-    @property
-    def samples_per_second(self) -> float:
-        """Rows of all ranks per second of training, evaluations left out; 0 before a step."""
-        return self._num_rows / self.train_seconds if self._num_rows else 0.0
-
-    def add_step(self, logits_BT: torch.Tensor, labels_BT: torch.Tensor) -> None:
-        """Count one step; on the first rank, log it when the last line is old enough."""
-        now = time.monotonic()
-        self.num_steps += 1
-        self.train_seconds += now - self._marked
-        self._marked = now
-        num_rows = len(labels_BT) * self._ranks.world_size
-        self._rows_since_log += num_rows
-        self._num_rows += num_rows
-        if not self._ranks.is_first or now - self._logged < _PROGRESS_SECONDS:
-            return
-        is_labelled_BT = ~labels_BT.isnan()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits_BT[is_labelled_BT], labels_BT[is_labelled_BT]
+def _check_same_run(checkpoint: Checkpoint, wanted: CheckpointManifest) -> None:
+    saved = checkpoint.manifest
+    then, now = (_run_facts(manifest) for manifest in (saved, wanted))
+    changed = {key: (then.get(key), now.get(key)) for key in then | now}
+    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    if changed:
+        shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        raise DataError(
+            f"{checkpoint.folder} cannot be resumed: {shown}; set them back, or train without "
+            "--resume"
         )
-        logger.info(
-            "trained step=%d/%d samples_per_second=%.0f loss=%.4f",
-            self.num_steps,
-            self._num_planned,
-            self._rows_since_log / (now - self._logged),
-            loss,
-        )
-        self._logged, self._rows_since_log = now, 0
 
-    def forget_pause(self) -> None:
-        """Leave the time since the last step out of training time and samples per second."""
-        now = time.monotonic()
-        self._logged += now - self._marked
-        self._marked = now
+
+def _run_facts(manifest: CheckpointManifest) -> dict[str, Any]:
+    """Return what must not change in the middle of a run, by name."""
+    facts = {"ranks": manifest.world_size, "rows build": manifest.rows_build}
+    config = manifest.config.model_dump(exclude={"checkpoint_dir", "rows_uri", "keep_checkpoints"})
+    return facts | {f"ranker.{key}": value for key, value in config.items()}
