@@ -57,7 +57,7 @@ def test_a_saved_run_scores_alike_when_loaded_into_an_unsharded_model(
     assert result.checkpoint == checkpoint.folder
     assert manifest.codebook_version == "v1"
     assert manifest.step == result.num_steps == 3 * 8
-    assert metrics == pytest.approx(result.metrics, abs=1e-6, nan_ok=True)
+    assert metrics == pytest.approx(result.metrics, abs=1e-5, nan_ok=True)
     assert metrics["auc/like"] > 0.8
 
 
