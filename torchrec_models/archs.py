@@ -13,14 +13,29 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
 class SparseArch(nn.Module):
-    """Looks up every sparse feature: ``KeyedJaggedTensor`` to ``[B, F, E]``."""
+    """Looks up every sparse feature: ``KeyedJaggedTensor`` to ``[B, F, E]``.
 
-    def __init__(self, embedding_bag_collection: EmbeddingBagCollection) -> None:
+    Args:
+        embedding_bag_collection: The tables.
+        frozen_tables: Tables that get no gradient: whatever steps them, they keep their weights.
+    """
+
+    def __init__(
+        self, embedding_bag_collection: EmbeddingBagCollection, frozen_tables: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.embedding_bag_collection = embedding_bag_collection
         configs = embedding_bag_collection.embedding_bag_configs()
         self.feature_names = [name for config in configs for name in config.feature_names]
         self._embedding_dim = configs[0].embedding_dim
+        is_frozen = [
+            config.name in frozen_tables for config in configs for _ in config.feature_names
+        ]
+        self._has_frozen = any(is_frozen)
+        self._is_frozen_F1: torch.Tensor
+        self.register_buffer(
+            "_is_frozen_F1", torch.tensor(is_frozen).unsqueeze(1), persistent=False
+        )
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Return pooled embeddings in table order, whatever order the sharding plan gave them."""
@@ -29,6 +44,10 @@ class SparseArch(nn.Module):
         embeddings_BFE: torch.Tensor = grouped.view(
             -1, len(self.feature_names), self._embedding_dim
         )
+        if self._has_frozen:
+            embeddings_BFE = torch.where(
+                self._is_frozen_F1, embeddings_BFE.detach(), embeddings_BFE
+            )
         return embeddings_BFE
 
 

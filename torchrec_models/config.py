@@ -210,6 +210,10 @@ class RankerConfig(Section):
     centroid_scale: float = Field(
         default=0.3, gt=0, description="Standard deviation of centroid-started table weights."
     )
+    code_table_training: Literal["trained", "frozen"] = Field(
+        default="trained",
+        description="Whether the code tables leave their first weights: centroids, or random ones.",
+    )
     num_numeric_buckets: int = Field(
         default=10, gt=1, description="Quantile buckets of a numeric user or item column."
     )

@@ -19,7 +19,7 @@ from torchrec_models.heads import Head, build_head
 from torchrec_models.interactions import Interaction, build_interaction
 from torchrec_models.losses import ContentIdLoss, TaskLosses
 from torchrec_models.sequences import SequenceArch, build_sequence_arch
-from torchrec_models.tables import ITEM_ID_FEATURE, dense_width, pooled_tables
+from torchrec_models.tables import ITEM_ID_FEATURE, dense_width, frozen_tables, pooled_tables
 from torchrec_models.towers import TaskChain, TaskLabels, TaskTowers
 from torchrec_models.vocabulary import Vocabularies
 
@@ -136,7 +136,9 @@ def build_ranker(
             f"ranker.features is {list(config.features)}, and none of them has a table on this "
             "data; add one, for example item_id"
         )
-    sparse_arch = SparseArch(EmbeddingBagCollection(tables=tables, device=table_device))
+    sparse_arch = SparseArch(
+        EmbeddingBagCollection(tables=tables, device=table_device), frozen_tables(sizes, config)
+    )
     num_features = sum(len(table.feature_names) for table in tables)
     sequence_arch = build_sequence_arch(config, sizes, table_device)
     if sequence_arch is not None:

@@ -44,23 +44,23 @@ class SequenceAttention(nn.Module):
     """The decoded target, and for each sequence two vectors of :class:`TargetAttention`.
 
     Args:
-        target_name: Feature of the target's codes, L per row or none.
         sequence_names: Features of the sequences' codes, L per item.
         num_levels: L.
         embedding_dim: E.
         max_length: Items of the longest sequence.
+        is_frozen: Whether the table gets no gradient: whatever steps it, it keeps its weights.
     """
 
     def __init__(
         self,
-        target_name: str,
         sequence_names: Sequence[str],
         num_levels: int,
         embedding_dim: int,
         max_length: int,
+        is_frozen: bool,
     ) -> None:
         super().__init__()
-        self.target_name = target_name
+        self.is_frozen = is_frozen
         self.sequence_names = list(sequence_names)
         self.num_levels = num_levels
         self.attentions = nn.ModuleList(
@@ -70,11 +70,11 @@ class SequenceAttention(nn.Module):
 
     def forward(self, embeddings: dict[str, JaggedTensor]) -> torch.Tensor:
         """Return the decoded target, then the vectors of each sequence, ``[B, V, E]``."""
-        target_BLE = self._target(embeddings[self.target_name])
+        target_BLE = self._target(embeddings[TARGET_SEQUENCE])
         vectors = [target_BLE.sum(dim=1, keepdim=True)]
         for name, attention in zip(self.sequence_names, self.attentions, strict=True):
             sequence = embeddings[name]
-            items_HLE = sequence.values().unflatten(0, (-1, self.num_levels))
+            items_HLE = self._items(sequence)
             lengths_B = sequence.lengths().long() // self.num_levels
             vectors.append(attention(target_BLE, items_HLE, lengths_B))
         return torch.cat(vectors, dim=1)
@@ -82,12 +82,16 @@ class SequenceAttention(nn.Module):
     def _target(self, codes: JaggedTensor) -> torch.Tensor:
         """Return the codes' rows of each target, zeros where a target has no codes."""
         has_codes_B = codes.lengths() > 0
-        known_NLE = codes.values().unflatten(0, (-1, self.num_levels))
+        known_NLE = self._items(codes)
         # The row behind the last one is the zeros.
         zeros_1LE = known_NLE.new_zeros(1, self.num_levels, known_NLE.shape[2])
         padded_NLE = torch.cat([known_NLE, zeros_1LE])
         places_B = torch.where(has_codes_B, has_codes_B.cumsum(0) - 1, len(known_NLE))
         return padded_NLE.index_select(0, places_B)
+
+    def _items(self, codes: JaggedTensor) -> torch.Tensor:
+        items_HLE: torch.Tensor = codes.values().unflatten(0, (-1, self.num_levels))
+        return items_HLE.detach() if self.is_frozen else items_HLE
 
 
 class TargetAttention(nn.Module):
@@ -172,10 +176,10 @@ def build_sequence_arch(
     if not tables:
         return None
     attention = SequenceAttention(
-        TARGET_SEQUENCE,
         sequence_names(config),
         len(sizes.level_sizes),
         config.embedding_dim,
         max(config.history_length, config.num_searched),
+        config.code_table_training == "frozen",
     )
     return SequenceArch(EmbeddingCollection(tables=tables, device=table_device), attention)

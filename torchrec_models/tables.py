@@ -105,6 +105,13 @@ def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[Embeddin
     return [table for table in tables if table.feature_names]
 
 
+def frozen_tables(sizes: CodeSizes, config: RankerConfig) -> list[str]:
+    """Return the tables that keep their first weights: those of codes, or none."""
+    if config.code_table_training == "trained":
+        return []
+    return [table.name for table in (*code_tables(sizes, config), *sequence_tables(sizes, config))]
+
+
 def sequence_names(config: RankerConfig) -> list[str]:
     """Return the sequences of history items that the target attends over."""
     names = [HISTORY_SEQUENCE] * config.has("attention")

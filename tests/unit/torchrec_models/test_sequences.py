@@ -76,13 +76,13 @@ def test_a_softmax_of_huge_scores_stays_finite() -> None:
 
 def test_a_target_without_codes_gets_zeros_and_the_others_keep_their_place() -> None:
     torch.manual_seed(0)
-    arch = SequenceAttention("target", ["history"], 2, 1, 5)
+    arch = SequenceAttention(["history"], 2, 1, 5, is_frozen=False)
     targets = JaggedTensor(
         torch.tensor([[1.0], [2.0], [3.0], [4.0]]), lengths=torch.tensor([2, 0, 2])
     )
     items = JaggedTensor(torch.tensor([[5.0], [6.0]]), lengths=torch.tensor([0, 0, 2]))
 
-    vectors_BVE = arch({"target": targets, "history": items})
+    vectors_BVE = arch({"target_sequence": targets, "history": items})
 
     # The target decoded, the attended item (a row's only one is attended wholly), the match.
     assert vectors_BVE[:, 0, 0].tolist() == [3.0, 0.0, 7.0]

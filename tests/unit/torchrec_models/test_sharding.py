@@ -16,21 +16,17 @@ CONFIG = RankerConfig(
     batch_size=500,
     num_searched=2,
     history_length=6,
-    features=(
-        *RankerConfig().features,
-        "attention",
-        "long_history",
-    ),
+    features=(*RankerConfig().features, "attention", "long_history"),
 )
 
 
-def _sharded(inputs: TrainInputs) -> ShardedRanker:
+def _sharded(inputs: TrainInputs, config: RankerConfig = CONFIG) -> ShardedRanker:
     manifest = inputs.store.manifest
-    tasks = resolve_tasks(CONFIG, manifest.label_names)
+    tasks = resolve_tasks(config, manifest.label_names)
     ranker = build_ranker(
-        CONFIG, tasks, inputs.store.vocabularies(), code_sizes(manifest), torch.device("meta")
+        config, tasks, inputs.store.vocabularies(), code_sizes(manifest), torch.device("meta")
     )
-    return shard_ranker(RankerTrainTask(ranker, [1.0, 1.0]), CONFIG)
+    return shard_ranker(RankerTrainTask(ranker, [1.0, 1.0]), config)
 
 
 def whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
