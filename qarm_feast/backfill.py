@@ -48,6 +48,7 @@ from qarm_feast.backfill_writer import (
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import Section, load_section
 from qarm_feast.errors import CodebookError, ConfigError, DataError, ServiceUnavailableError
+from qarm_feast.feature_views import reads_aligned_vectors
 from qarm_feast.input_data import UPLOAD_TIMESTAMP, DataConfig, read_catalogue_times
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_tables import FeastOnlineTables
@@ -59,7 +60,9 @@ from qarm_feast.schema import (
     CONTENT_LOG_ROWS,
     EVENT_TIMESTAMP,
     ITEM_ID,
+    VECTOR_ROWS,
     code_view_name,
+    vector_view_name,
 )
 from qarm_feast.shared_state import LockTakenError, exclusive
 
@@ -170,7 +173,11 @@ class _Backfill:
         feature_store = open_feature_store(Path(job.config_path).parent)
         self._log = open_code_log(feature_store.config)
         self._online = FeastOnlineTables(feature_store)
-        self._online.check_views([self._view])
+        self._views = {self._view: CODE_ROWS}
+        if reads_aligned_vectors(job.config_path):
+            manifest = read_manifest(self._registry.uri, job.codebook_version)
+            self._views[vector_view_name(manifest.encoder_version)] = VECTOR_ROWS
+        self._online.check_views(self._views)
         self._input = load_section(job.config_path, "data", DataConfig)
         self._catalogue = read_catalogue_times(self._input)
         self._check_sources()
@@ -206,10 +213,11 @@ class _Backfill:
             What was done.
         """
         self._progress = BackfillProgress(self._log.root, self._job.codebook_version)
-        if not self._log.exists(self._view):
+        if not all(map(self._log.exists, self._views)):
             # Before there is a log again: killed in between, nothing else tells that it was gone.
             self._progress.forget()
-        self._log.create(self._view, CODE_ROWS)
+        for name, rows in self._views.items():
+            self._log.create(name, rows)
         self._fill_from_log(engine)
         self._fill_from_catalogue(engine)
         self._check_state_again()

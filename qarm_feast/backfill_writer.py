@@ -38,6 +38,7 @@ from qarm_feast.encode import (
     takedown_rows,
 )
 from qarm_feast.errors import DataError
+from qarm_feast.feature_views import reads_aligned_vectors
 from qarm_feast.input_data import (
     CONTENT_COLUMNS,
     EMBEDDING,
@@ -45,7 +46,7 @@ from qarm_feast.input_data import (
     embedding_matrix,
     plain_strings,
 )
-from qarm_feast.item_vectors import EncodedItems, Encoder, RefusedItems, vectors_of
+from qarm_feast.item_vectors import EncodedItems, Encoder, RefusedItems, vector_rows, vectors_of
 from qarm_feast.log_parts import DamagedPartError
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_tables import FeastOnlineTables
@@ -59,6 +60,7 @@ from qarm_feast.schema import (
     ITEM_ID,
     TIMESTAMP,
     code_view_name,
+    vector_view_name,
 )
 
 Piece = LogPiece | CataloguePiece
@@ -172,6 +174,7 @@ class PieceWriter:
         self._codebook = Codebook.load(uri, job.codebook_version, placement)
         self._encoder_uri = load_section(job.config_path, "alignment", AlignmentConfig).encoder_uri
         self._encoder: Encoder | None = None
+        self._enable_vectors = reads_aligned_vectors(job.config_path)
 
     def write(self, piece: Piece) -> PieceResult:
         """Encode one piece and write it offline, then online.
@@ -210,11 +213,14 @@ class PieceWriter:
         counts: BackfillCounts,
     ) -> list[Refusal]:
         tables: list[pa.Table] = []
+        vector_tables: list[pa.Table] = []
         refusals: list[Refusal] = []
         for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
             some = rows.slice(start, _ROWS_AT_ONCE)
             encoded, refused = vectors(some)
             tables += self._code_rows(some, encoded, counts)
+            if self._enable_vectors:
+                vector_tables.append(vector_rows(some, encoded, self._clock()))
             refusals += _refusals(some, refused)
         for refusal in refusals:
             counts.num_refused[refusal.reason] += refusal.count
@@ -224,9 +230,18 @@ class PieceWriter:
             # these rows, and `qarm audit` goes by it.
             codes = _created_at(codes, self._clock())
             self._log.append(self._view, codes)
+            self._write_vectors(vector_tables)
             # Only then: what is online can be materialized again from the log, never back.
             counts.num_online_changes = self._online.write(self._view, newest_per_item(codes))
         return refusals
+
+    def _write_vectors(self, tables: Sequence[pa.Table]) -> None:
+        if not tables:
+            return
+        view = vector_view_name(self._codebook.manifest.encoder_version)
+        rows = _created_at(pa.concat_tables(tables), self._clock())
+        self._log.append(view, rows)
+        self._online.write(view, newest_per_item(rows))
 
     def _code_rows(
         self, rows: pa.Table, encoded: EncodedItems, counts: BackfillCounts

@@ -38,6 +38,7 @@ from feast.data_source import DataSource
 from feast.types import (
     Array,
     Bool,
+    Bytes,
     FeastType,
     Float32,
     Float64,
@@ -66,6 +67,7 @@ from qarm_feast.schema import (
     USER_PROFILE_VIEW,
     code_view_name,
     cross_view_name,
+    vector_view_name,
 )
 
 DEFAULT_OFFLINE_URI = "data/offline"
@@ -99,6 +101,7 @@ class CodebookFacts:
     encoder_version: str = ""
     num_levels: int = 0
     num_neighbors: int = 0
+    embedding_dim: int = 0
 
 
 def item_code_view(
@@ -144,6 +147,47 @@ def item_code_view(
         source=PushSource(name=f"{name}_push", batch_source=log),
         tags=tags,
         description=f"VQ and RQ codes of items, codebook {codebook_version}",
+    )
+
+
+def item_vector_view(
+    encoder_version: str,
+    embedding_dim: int,
+    offline_uri: str = DEFAULT_OFFLINE_URI,
+    entity: Entity | None = None,
+) -> FeatureView:
+    """Return the view ``item_vectors_<encoder_version>``: aligned vectors, for rankers of them.
+
+    Args:
+        encoder_version: Encoder that makes the vectors; codebooks of one encoder share the view.
+        embedding_dim: Numbers in each vector.
+        offline_uri: Folder of the offline log, as in ``feature_store.yaml``.
+        entity: The item entity; None: :func:`item_entity`.
+
+    Returns:
+        The view; its feature ``embedding`` is bytes of little-endian float16, which
+        :meth:`qarm_feast.reader.CodeReader.read_vectors` decodes.
+    """
+    name = vector_view_name(encoder_version)
+    tags = {
+        view_tags.KIND: view_tags.ITEM_VECTORS_KIND,
+        view_tags.DEDUP_KEY: f"{ITEM_ID},{EVENT_TIMESTAMP},content_hash",
+        view_tags.ENCODER_VERSION: encoder_version,
+        view_tags.EMBEDDING_DIM: str(embedding_dim),
+    }
+    return FeatureView(
+        name=name,
+        entities=[entity or item_entity()],
+        ttl=_NO_EXPIRY,
+        schema=[
+            Field(name=ITEM_ID, dtype=Int64),
+            Field(name="embedding", dtype=Bytes),
+            Field(name="content_hash", dtype=String),
+            Field(name="is_deleted", dtype=Bool),
+        ],
+        source=_log_source(name, f"{offline_uri}/{name}", tags, created_column=CREATED),
+        tags=tags,
+        description=f"Aligned vectors of items, encoder {encoder_version}",
     )
 
 
@@ -295,7 +339,8 @@ class RepositoryFacts:
 
     ``user_columns`` is None without ``users.parquet``; ``has_input_data`` tells whether histories
     for training come from data with a split; ``codebooks`` are the versions that have views;
-    ``has_cross_features`` tells whether the ranker reads them, so that each version has their view.
+    ``has_cross_features`` tells whether the ranker reads them, so that each version has their view,
+    and ``has_vectors`` whether it reads aligned vectors, so that each encoder has theirs.
     """
 
     ranker_name: str
@@ -305,6 +350,7 @@ class RepositoryFacts:
     user_columns: pa.Schema | None = None
     codebooks: dict[str, CodebookFacts] = field(default_factory=dict)
     has_cross_features: bool = False
+    has_vectors: bool = False
 
 
 def read_repository_facts(repo_dir: Path) -> RepositoryFacts:
@@ -334,7 +380,20 @@ def read_repository_facts(repo_dir: Path) -> RepositoryFacts:
         user_columns=pq.read_schema(users) if users.is_file() else None,
         codebooks=_codebook_facts(codebook.uri),
         has_cross_features="cross" in ranker.features,
+        has_vectors=ranker.reads_aligned_vectors,
     )
+
+
+def reads_aligned_vectors(config_path: str | Path) -> bool:
+    """Tell whether the ranker of ``qarm.yaml`` reads aligned vectors, so that writers write them.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+
+    Returns:
+        Whether ``item_vectors_<encoder_version>`` is declared.
+    """
+    return load_section(config_path, "ranker", _RankerReads).reads_aligned_vectors
 
 
 def declare_views(
@@ -358,14 +417,20 @@ def declare_views(
         train_items_view(facts.history, split, uri, user),
     ]
     services = []
+    vector_views: dict[str, FeatureView] = {}
     for version, codebook in facts.codebooks.items():
         code_view = item_code_view(version, codebook, uri, item)
         code_views = [code_view]
+        if facts.has_vectors:
+            view = item_vector_view(codebook.encoder_version, codebook.embedding_dim, uri, item)
+            # Codebooks of one encoder share its view.
+            vector_view = vector_views.setdefault(view.name, view)
+            code_views.append(vector_view)
         if facts.has_cross_features:
             code_views.append(cross_feature_view(version, code_view))
-        views += code_views
+        views += [view for view in code_views if view not in vector_views.values()]
         services.append(feature_service(facts.ranker_name, version, [*code_views, *user_views]))
-    declared = [*views, *services]
+    declared = [*views, *vector_views.values(), *services]
     return {"item": item, "user": user} | {
         declaration.name: declaration for declaration in declared
     }
@@ -378,6 +443,13 @@ class _RankerReads(Section):
 
     name: str = "ranker"
     features: tuple[str, ...] = ()
+    vector_source: str = "aligned"
+
+    @property
+    def reads_aligned_vectors(self) -> bool:
+        """Whether `item_vectors_<encoder_version>` is declared and written."""
+        is_read = bool({"vector", "long_history"} & set(self.features))
+        return is_read and self.vector_source == "aligned"
 
 
 def _offline_uri(repo_dir: Path) -> str:
@@ -398,7 +470,10 @@ def _codebook_facts(uri: str) -> dict[str, CodebookFacts]:
     manifests = [read_manifest(uri, version) for version in CodebookRegistry(uri).versions(*states)]
     return {
         manifest.version: CodebookFacts(
-            manifest.encoder_version, manifest.num_levels, manifest.num_neighbors
+            manifest.encoder_version,
+            manifest.num_levels,
+            manifest.num_neighbors,
+            manifest.embedding_dim,
         )
         for manifest in manifests
     }

@@ -1,12 +1,14 @@
 """Aligned vectors of item rows: ready ones as they came, the others from content.
 
 Stream and backfill read items by this one function, so that neither sees another vector than the
-other. Shape letters in this file: N rows, D embedding width.
+other; both write what a ranker of vectors reads online by :func:`vector_rows`.
+Shape letters in this file: N rows, D embedding width.
 May import: numpy, pyarrow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,16 +16,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.errors import DataError
-from qarm_feast.schema import CONTENT_TEXT_COLUMNS
+from qarm_feast.quantizers.base import unit_rows
+from qarm_feast.schema import (
+    CONTENT_TEXT_COLUMNS,
+    CREATED,
+    EVENT_TIMESTAMP,
+    ITEM_ID,
+    TIMESTAMP,
+    VECTOR_ROWS,
+)
 
 EMBEDDING_WIDTH = "embedding_width"
 """Why a row is refused: its ready vector is of the right encoder, but of another width."""
 ENCODER_MISMATCH = "encoder_mismatch"
 """Why a row is refused: neither a vector of the right encoder, nor content that it reads."""
 
-_EMBEDDING = "embedding"
+EMBEDDING = "embedding"
 _ENCODER_VERSION = "encoder_version"
 _IS_DELETED = "is_deleted"
+_STORED = np.dtype("<f2")
+_VECTOR_COLUMNS = (ITEM_ID, "content_hash", _IS_DELETED, EVENT_TIMESTAMP)
 
 
 class Encoder(Protocol):
@@ -86,9 +98,64 @@ def vectors_of(
         # An encoder that takes vectors only cannot read text, whatever the item.
         refused.append(RefusedItems(parts.readable, ENCODER_MISMATCH, str(error)))
         parts, made_ND = parts._replace(readable=parts.readable[:0]), _no_vectors(width)
-    ready_ND = embedding_matrix(rows[_EMBEDDING].take(parts.ready), width)
+    ready_ND = embedding_matrix(rows[EMBEDDING].take(parts.ready), width)
     positions_N = np.concatenate([parts.ready, parts.readable])
     return EncodedItems(encoder_version, positions_N, np.concatenate([ready_ND, made_ND])), refused
+
+
+def vector_rows(rows: pa.Table, encoded: EncodedItems, created: datetime) -> pa.Table:
+    """Return the rows of ``item_vectors_<encoder_version>`` for item rows, takedowns included.
+
+    Args:
+        rows: Columns ``item_id``, ``content_hash``, ``is_deleted``, ``event_timestamp``.
+        encoded: Vectors of some of them.
+        created: When the rows are written, aware UTC.
+
+    Returns:
+        Rows of ``schema.VECTOR_ROWS``: uploads with their vector scaled to length 1, then
+        takedowns with none.
+    """
+    uploads = rows.take(pa.array(encoded.positions_N))
+    takedowns = rows.filter(rows[_IS_DELETED])
+    kept = pa.concat_tables([table.select(_VECTOR_COLUMNS) for table in (uploads, takedowns)])
+    vectors = encode_vectors(unit_rows(encoded.vectors_ND)) + [b""] * takedowns.num_rows
+    columns = {
+        **{name: kept[name] for name in _VECTOR_COLUMNS},
+        EMBEDDING: pa.array(vectors, pa.binary()),
+        CREATED: pa.repeat(pa.scalar(created, TIMESTAMP), kept.num_rows),
+    }
+    return pa.table([columns[name] for name in VECTOR_ROWS.names], schema=VECTOR_ROWS)
+
+
+def encode_vectors(x_ND: np.ndarray) -> list[bytes]:
+    """Return each row as little-endian float16; numbers of a vector of length 1 fit."""
+    stored_ND = x_ND.astype(_STORED)
+    return [row.tobytes() for row in stored_ND]
+
+
+def decode_vectors(stored_N: Sequence[bytes], width: int, place: str) -> np.ndarray:
+    """Return what :func:`encode_vectors` made.
+
+    Args:
+        stored_N: One value per vector.
+        width: Numbers in each.
+        place: Where they were read, for the error.
+
+    Returns:
+        Float32 ``[N, width]``.
+
+    Raises:
+        DataError: If a value has another size.
+    """
+    num_bytes = width * _STORED.itemsize
+    joined = b"".join(stored_N)
+    if len(joined) != num_bytes * len(stored_N) or any(len(one) != num_bytes for one in stored_N):
+        wrong = next(len(one) for one in stored_N if len(one) != num_bytes)
+        raise DataError(
+            f"{place} holds a vector of {wrong} bytes, {width} numbers take {num_bytes}: another "
+            "encoder's rows were written into it; write the encoder's vectors again"
+        )
+    return np.frombuffer(joined, dtype=_STORED).reshape(-1, width).astype(np.float32)
 
 
 def embedding_matrix(embeddings: pa.ChunkedArray, width: int) -> np.ndarray:
@@ -124,7 +191,7 @@ class _Parts(NamedTuple):
 def _split_by_readiness(rows: pa.Table, encoder_version: str, width: int) -> _Parts:
     is_upload_N = ~_mask(rows[_IS_DELETED])
     is_own_N = _mask(pc.equal(rows[_ENCODER_VERSION], encoder_version))
-    is_wide_N = _mask(pc.equal(pc.list_value_length(rows[_EMBEDDING]), width))
+    is_wide_N = _mask(pc.equal(pc.list_value_length(rows[EMBEDDING]), width))
     has_text_N = np.zeros(rows.num_rows, dtype=bool)
     for name in CONTENT_TEXT_COLUMNS:
         has_text_N |= _mask(pc.is_valid(rows[name]))

@@ -42,7 +42,7 @@ from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.object_store import Place, StorePath, dataset_files, names_in, place
 from qarm_feast.point_in_time import TIME, microseconds
 from qarm_feast.repo_paths import resolve_registry_path_against_repo
-from qarm_feast.schema import CODE_ROWS
+from qarm_feast.schema import CODE_ROWS, VECTOR_ROWS
 from qarm_feast.source_rows import (
     FeatureRows,
     RecentItemLists,
@@ -53,6 +53,11 @@ from qarm_feast.source_rows import (
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_KNOWN_ROWS = {
+    view_tags.ITEM_CODES_KIND: CODE_ROWS,
+    view_tags.ITEM_VECTORS_KIND: VECTOR_ROWS,
+}
+"""Columns of views that nothing was written to yet."""
 _FIRST_SHARED_FLOAT = 2**53
 """From here on several integers are one float64."""
 _NUMBER_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
@@ -302,8 +307,8 @@ class CodeLogOfflineStore(OfflineStore):
         if _holds_plain_files(log, path):
             _add_to_parquet(path, table)
         else:
-            if _kind(source) == view_tags.ITEM_CODES_KIND and not log.exists(path.name):
-                log.create(path.name, CODE_ROWS)
+            if _kind(source) in _KNOWN_ROWS and not log.exists(path.name):
+                log.create(path.name, _KNOWN_ROWS[_kind(source)])
             log.append(path.name, table)
         if progress is not None:
             progress(table.num_rows)
@@ -386,8 +391,8 @@ class CodeLogOfflineStore(OfflineStore):
         source = _batch_source(data_source)
         rows = _open_rows(config, source, source.timestamp_field, None)
         schema = rows.schema()
-        if schema is None and _kind(source) == view_tags.ITEM_CODES_KIND:
-            schema = CODE_ROWS
+        if schema is None:
+            schema = _KNOWN_ROWS.get(_kind(source))
         if schema is None:
             raise DataError(f"nothing is stored at {rows.path} yet, so its columns are not known")
         return [(column.name, str(column.type)) for column in schema]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from qarm_feast import schema, view_tags
+from qarm_feast import item_vectors, schema, view_tags
 from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.online_stores import code_online_store
@@ -187,6 +187,31 @@ class CodeReader:
         nobody_N = np.zeros(1, dtype=np.int64)
         self._online_store.read_columns(self._config, view, nobody_N, ["rq_code"])
 
+    def read_vectors(self, item_ids_N: Ints) -> tuple[npt.NDArray[np.float32], Bools]:
+        """Return the aligned vectors of items, of the encoder that this version's codes come from.
+
+        Args:
+            item_ids_N: int64, repeated as one likes.
+
+        Returns:
+            Float32 ``[N, D]``, rounded to float16 when they were written, zero where there is
+            none; and which items have one.
+
+        Raises:
+            ConfigError: If the view was not applied, or the code view does not name its encoder.
+            DataError: If the ids are not int64, or a stored vector has a wrong size.
+            ServiceUnavailableError: If the store does not answer.
+        """
+        view = self._view(schema.vector_view_name(self._encoder_version()))
+        batch, inverse_N = self._read_distinct(view, item_ids_N, [item_vectors.EMBEDDING])
+        width = int(view.tags.get(view_tags.EMBEDDING_DIM, 0))
+        stored = batch.columns[item_vectors.EMBEDDING]
+        distinct_ND = np.zeros((len(batch.present_N), width), dtype=np.float32)
+        distinct_ND[batch.present_N] = item_vectors.decode_vectors(
+            stored.values.tolist(), width, f"view {view.name}"
+        )
+        return distinct_ND[inverse_N], batch.present_N[inverse_N]
+
     async def read_codes_async(self, item_ids_N: Ints) -> tuple[ItemCodes, Bools]:
         """Do what :meth:`read_codes` does off the event loop; calls may run side by side."""
         return await asyncio.to_thread(self.read_codes, item_ids_N)
@@ -208,6 +233,17 @@ class CodeReader:
     async def read_profiles_async(self, user_ids_N: Ints) -> ColumnBatch:
         """Do what :meth:`read_profiles` does off the event loop."""
         return await asyncio.to_thread(self.read_profiles, user_ids_N)
+
+    def _encoder_version(self) -> str:
+        name = schema.code_view_name(self.codebook_version)
+        version: str = self._view(name).tags.get(view_tags.ENCODER_VERSION, "")
+        if not version:
+            raise ConfigError(
+                f"view {name} does not say which encoder its codes come from, so their vectors "
+                "cannot be found; declare it by item_code_view(version, CodebookFacts(...)) and "
+                "run `feast apply`"
+            )
+        return version
 
     def _view(self, name: str) -> "FeatureView":
         if name not in self._views:

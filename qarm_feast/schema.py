@@ -38,6 +38,19 @@ CODE_ROWS = pa.schema(
 )
 """Rows of ``item_codes_<version>``; ``event_timestamp`` is the content event's time."""
 
+VECTOR_ROWS = pa.schema(
+    [
+        (ITEM_ID, pa.int64()),
+        ("embedding", pa.binary()),
+        ("content_hash", pa.string()),
+        ("is_deleted", pa.bool_()),
+        (EVENT_TIMESTAMP, TIMESTAMP),
+        (CREATED, TIMESTAMP),
+    ]
+)
+"""Rows of ``item_vectors_<encoder_version>``: the aligned vector of length 1 as little-endian
+float16, empty for a deleted item; times and hash are those of the item's code rows."""
+
 RECENT_ITEM_ROWS = pa.schema(
     [
         (USER_ID, pa.int64()),
@@ -108,6 +121,11 @@ def interaction_rows(task_names: tuple[str, ...]) -> pa.Schema:
 def code_view_name(codebook_version: str) -> str:
     """Return the Feast view that holds the codes of one codebook version."""
     return f"item_codes_{codebook_version}"
+
+
+def vector_view_name(encoder_version: str) -> str:
+    """Return the Feast view that holds the aligned vectors of one encoder version."""
+    return f"item_vectors_{encoder_version}"
 
 
 def cross_view_name(codebook_version: str) -> str:

@@ -20,6 +20,7 @@ from qarm_feast.codebook import Codebook, QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import CodebookError, ConfigError
+from qarm_feast.feature_views import reads_aligned_vectors
 from qarm_feast.input_data import DataConfig
 from qarm_feast.item_vectors import Encoder
 from qarm_feast.offline_store import open_code_log
@@ -185,6 +186,7 @@ def worker_settings(
         limits=config.limits,
         max_retry_wait_seconds=config.max_retry_wait_seconds,
         drift_window_items=config.drift_window_items,
+        enable_vectors=reads_aligned_vectors(config_path),
     )
 
 

@@ -8,7 +8,7 @@ May import: feast, kafka-python, numpy, pyarrow.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ from qarm_feast.schema import (
     USER_ERASURE_LOG,
     USER_ID,
     code_view_name,
+    vector_view_name,
 )
 from streaming.clients import connect_producer, send_all
 from streaming.columns import DeadLetter
@@ -68,7 +69,8 @@ class BatchRows:
     """Everything that one batch writes: code rows by codebook version, and four logs.
 
     ``interactions`` has the rows of ``schema.interaction_rows``, ``positives`` those of them
-    that enter the users' recent items, ``erasures`` has ``schema.USER_ERASURE_ROWS``.
+    that enter the users' recent items, ``erasures`` has ``schema.USER_ERASURE_ROWS``,
+    and ``vectors``, filled where a ranker reads them, ``schema.VECTOR_ROWS`` by encoder version.
     """
 
     codes: Mapping[str, pa.Table]
@@ -76,6 +78,7 @@ class BatchRows:
     interactions: pa.Table
     positives: pa.Table
     erasures: pa.Table
+    vectors: Mapping[str, pa.Table] = field(default_factory=dict)
 
 
 class FeastSink:
@@ -98,6 +101,7 @@ class FeastSink:
         tables = {
             CONTENT_LOG: rows.content,
             **{code_view_name(version): codes for version, codes in rows.codes.items()},
+            **{vector_view_name(encoder): vectors for encoder, vectors in rows.vectors.items()},
             INTERACTION_LOG: rows.interactions,
             USER_ERASURE_LOG: rows.erasures,
         }
@@ -113,6 +117,8 @@ class FeastSink:
         """Write the newest row per item and the latest positives per user."""
         for version, codes in rows.codes.items():
             self._write(code_view_name(version), newest_per_item(codes))
+        for encoder_version, vectors in rows.vectors.items():
+            self._write(vector_view_name(encoder_version), newest_per_item(vectors))
         recent = recent_item_rows(rows.positives, rows.erasures, self._history_length)
         self._write(RECENT_ITEMS_VIEW, recent)
 

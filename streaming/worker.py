@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.errors import ConfigError, GpuLostError, ServiceUnavailableError
+from qarm_feast.item_vectors import EncodedItems, vector_rows
 from qarm_feast.observability import (
     ITEM_FRESHNESS_SECONDS,
     STREAM_BATCH_ITEMS,
@@ -40,7 +42,7 @@ from streaming.drift import DriftMonitor
 from streaming.event_columns import IS_DELETED
 from streaming.health import WorkerHealth
 from streaming.limits import DEFAULT_LIMITS, EventLimits
-from streaming.messages import Record
+from streaming.messages import ENCODER_VERSION, Record
 from streaming.pieces import pieces
 from streaming.rows import (
     LiveCodebooks,
@@ -174,6 +176,7 @@ class WorkerSettings:
         limits: Bounds that records must keep.
         max_retry_wait_seconds: Longest pause between two tries at a store that is down.
         drift_window_items: Latest uploads that are held against a codebook's training set.
+        enable_vectors: Write ``item_vectors_<encoder_version>``, because the ranker reads it.
     """
 
     item_topic: str
@@ -182,6 +185,7 @@ class WorkerSettings:
     limits: EventLimits = DEFAULT_LIMITS
     max_retry_wait_seconds: float = 5.0
     drift_window_items: int = 10_000
+    enable_vectors: bool = False
 
 
 @dataclass(frozen=True)
@@ -359,8 +363,16 @@ class StreamWorker:
             interactions=log_rows,
             positives=log_rows.filter(log_rows[self._settings.positive_label]),
             erasures=erasure_log_rows(interactions.erasures, created),
+            vectors=self._vectors(item_rows, encoded, created),
         )
         return rows, [*items.dead_letters, *interactions.dead_letters, *refused]
+
+    def _vectors(
+        self, rows: pa.Table, encoded: Sequence[EncodedItems], created: datetime
+    ) -> dict[str, pa.Table]:
+        if not self._settings.enable_vectors:
+            return {}
+        return {group.encoder_version: vector_rows(rows, group, created) for group in encoded}
 
     def _decode(
         self, records: Sequence[Record]
@@ -401,7 +413,12 @@ class StreamWorker:
             return rows
         logger.info("rows_left_out versions=%s because=retired", ",".join(sorted(stopped)))
         kept = {version: codes for version, codes in rows.codes.items() if version not in stopped}
-        return replace(rows, codes=kept)
+        # An encoder's vectors go with the last codebook of it, and so does their view.
+        encoders = {
+            encoder for codes in kept.values() for encoder in codes[ENCODER_VERSION].to_pylist()
+        }
+        vectors = {encoder: rows.vectors[encoder] for encoder in encoders & rows.vectors.keys()}
+        return replace(rows, codes=kept, vectors=vectors)
 
     def _write(self, store: str, batch: Batch, write: Callable[[], None]) -> None:
         """Write, again and again while the store is away, without leaving the group."""

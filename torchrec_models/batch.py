@@ -96,6 +96,8 @@ class RowColumns:
     History items stand newest first, row after row, ``history_lengths_B`` of them per row.
     A missing code is :data:`~qarm_feast.schema.ABSENT_CODE`; times are microseconds, UTC.
     ``is_train_B`` tells the rows that what is counted in train rows must not see themselves.
+    ``has_one_history``: all rows have the same history, as candidates of one request have, so that
+    what follows from it alone is found once.
     """
 
     user_ids_B: Ints
@@ -108,6 +110,18 @@ class RowColumns:
     labels_BT: Floats
     is_train_B: npt.NDArray[np.bool_]
     user_columns: Mapping[str, pa.Array] = field(default_factory=dict)
+    has_one_history: bool = False
+
+    def one_history(self) -> "tuple[Ints, Ints, int]":
+        """Return the items and label times of the first history, and how many rows repeat it.
+
+        Where histories differ, all of them are one, which nothing repeats.
+        """
+        label_times_H = np.repeat(self.label_times_B, self.history_lengths_B)
+        if not self.has_one_history:
+            return self.history_item_ids_H, label_times_H, 1
+        length = int(self.history_lengths_B[0])
+        return self.history_item_ids_H[:length], label_times_H[:length], len(self.item_ids_B)
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,8 @@ class BatchBuilder:
             item_rows_B = vocabularies.item_ids.rows(rows.item_ids_B)
             features[ITEM_ID_FEATURE] = _one_each(self._drop(item_rows_B, dropout_rng))
         if config.has("history_item_id"):
-            history_rows_H = vocabularies.item_ids.rows(rows.history_item_ids_H)
+            item_ids_H, _, num_repeats = rows.one_history()
+            history_rows_H = np.tile(vocabularies.item_ids.rows(item_ids_H), num_repeats)
             features[HISTORY_ITEM_FEATURE] = (history_rows_H, rows.history_lengths_B)
         if config.has("user_columns"):
             for name, vocabulary in vocabularies.user_columns.items():
@@ -225,8 +240,13 @@ class BatchBuilder:
         """Look the history's codes up once, whatever reads them; None if nothing does."""
         if not any(self.config.has(name) for name in _READS_HISTORY_CODES):
             return None
-        label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
-        return self.code_lookup.history_codes(rows.history_item_ids_H, label_times_H)
+        item_ids_H, label_times_H, num_repeats = rows.one_history()
+        found = self.code_lookup.history_codes(item_ids_H, label_times_H)
+        if num_repeats == 1:
+            return found
+        return HistoryCodes(
+            np.tile(found.rq_HL, (num_repeats, 1)), np.tile(found.present_H, num_repeats)
+        )
 
     def _code_features(
         self, rows: RowColumns, history: HistoryCodes | None
@@ -310,9 +330,25 @@ class BatchBuilder:
     def _vector_inputs(self, rows: RowColumns) -> torch.Tensor:
         assert self.vector_lookup is not None
         targets_BD = self.vector_lookup.vectors(rows.item_ids_B, rows.label_times_B)
-        label_times_H = np.repeat(rows.label_times_B, rows.history_lengths_B)
-        history_HD = self.vector_lookup.vectors(rows.history_item_ids_H, label_times_H)
+        item_ids_H, label_times_H, _ = rows.one_history()
+        history_HD = self.vector_lookup.vectors(item_ids_H, label_times_H)
+        if rows.has_one_history:
+            return _vector_features_of_one_history(targets_BD, history_HD)
         return _vector_features(targets_BD, history_HD, torch.from_numpy(rows.history_lengths_B))
+
+
+def _vector_features_of_one_history(
+    targets_BD: torch.Tensor, history_HD: torch.Tensor
+) -> torch.Tensor:
+    """Return what :func:`_vector_features` does where every row has these H history items."""
+    num_rows, num_items = len(targets_BD), len(history_HD)
+    mean_D = history_HD.sum(dim=0) / max(num_items, 1)
+    # Without items the cosine is 0, as there.
+    cosines_BH = targets_BD @ history_HD.T if num_items else torch.zeros(num_rows, 1)
+    largest_B = cosines_BH.amax(dim=1)
+    mean_B = targets_BD @ mean_D
+    means_BD = mean_D.expand(num_rows, -1)
+    return torch.cat([targets_BD, means_BD, mean_B[:, None], largest_B[:, None]], dim=1)
 
 
 def _vector_features(

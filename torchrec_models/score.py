@@ -82,6 +82,10 @@ class OnlineReader(Protocol):
         """Return the codes of candidates, the user's latest items, and those items' codes."""
         ...
 
+    def read_vectors(self, item_ids_N: Ints) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Return the aligned vectors, and which items have one."""
+        ...
+
     def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
         """Return the user columns."""
         ...
@@ -105,6 +109,28 @@ class ReadHistory:
 
 
 @dataclass(frozen=True)
+class ReadVectors:
+    """Aligned vectors of one request's candidates and history, read in one round trip."""
+
+    item_ids_N: Ints
+    """Ascending, each once."""
+    vectors_ND: torch.Tensor
+
+    @staticmethod
+    def of(reader: OnlineReader, inputs: ScoringInputs) -> "ReadVectors":
+        """Read the vectors of all items of a request."""
+        item_ids = [inputs.candidates.item_ids_N, inputs.history.item_ids_N]
+        distinct = np.unique(np.concatenate(item_ids))
+        vectors_ND, _ = reader.read_vectors(distinct)
+        return ReadVectors(distinct, torch.from_numpy(vectors_ND))
+
+    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
+        """Return the vectors of items of the request, zero where the store has none."""
+        places_N = torch.from_numpy(np.searchsorted(self.item_ids_N, item_ids_N))
+        return self.vectors_ND.index_select(0, places_N)
+
+
+@dataclass(frozen=True)
 class Ranking:
     """What one request gave.
 
@@ -124,19 +150,21 @@ class OnlineScorer:
 
     Args:
         trained: Checkpoint or export of the feature service that the reader serves.
-        reader: Codes, recent items and profiles.
+        reader: Codes, recent items, vectors and profiles.
 
     Raises:
-        ConfigError: If the ranker was trained on aligned vectors, which are not served.
+        ConfigError: If the ranker was trained on raw vectors, which are not served.
     """
 
     def __init__(self, trained: TrainedRanker, reader: OnlineReader) -> None:
         manifest = trained.manifest
         self._config = manifest.config
-        if offline := [name for name in _READS_VECTORS if self._config.has(name)]:
+        self._reads_vectors = any(self._config.has(name) for name in _READS_VECTORS)
+        if self._reads_vectors and self._config.vector_source != "aligned":
             raise ConfigError(
-                f"{trained.folder} was trained with the features {offline}, whose vectors are in "
-                "no online view; train without them to score online"
+                f"{trained.folder} was trained with ranker.vector_source "
+                f"{self._config.vector_source!r}, whose vectors are in no online view; train with "
+                "`aligned` to score online"
             )
         self._reader = reader
         self._sizes = manifest.sizes
@@ -212,6 +240,9 @@ class OnlineScorer:
             side_tables=self._side_tables,
             label_names=self._label_names,
             level_sizes=self._sizes.level_sizes,
+            vector_lookup=(
+                ReadVectors.of(self._reader, inputs) if self._reads_vectors else None
+            ),
         )
         return builder.build(self._rows(user_id, inputs, now))
 
@@ -227,6 +258,7 @@ class OnlineScorer:
             vq_BK=inputs.candidates.vq_NV,
             history_item_ids_H=np.tile(history, num_rows),
             history_lengths_B=np.full(num_rows, len(history)),
+            has_one_history=True,
             labels_BT=np.zeros((num_rows, len(self.task_names)), dtype=np.float32),
             is_train_B=np.zeros(num_rows, dtype=np.bool_),
             user_columns=self._user_columns(user, num_rows),

@@ -16,6 +16,7 @@ from qarm_feast.feature_views import (
     declare_views,
     item_code_view,
     read_repository_facts,
+    reads_aligned_vectors,
     recent_items_view,
     train_items_view,
     user_profile_view,
@@ -216,7 +217,7 @@ def test_facts_come_from_the_files_beside_the_definitions(tmp_path: Path) -> Non
     assert found.user_columns is not None
     assert found.user_columns.names == ["user_id", "age", "gender"]
     assert not found.has_input_data
-    assert found.codebooks == {"v1": CodebookFacts("e1", 3, 5), "v2": CodebookFacts("e1", 3, 5)}
+    assert found.codebooks == dict.fromkeys(("v1", "v2"), CodebookFacts("e1", 3, 5, 8))
 
 
 def test_an_offline_store_may_be_named_by_its_type_alone(tmp_path: Path) -> None:
@@ -234,3 +235,30 @@ def test_an_empty_repository_has_facts(tmp_path: Path) -> None:
 
     assert found.user_columns is None
     assert found.codebooks == {}
+
+
+@pytest.mark.parametrize(
+    ("ranker", "is_declared"),
+    [
+        ("{features: [item_id, vector]}", True),
+        ("{features: [item_id, vector], vector_source: raw}", False),
+        ("{features: [item_id]}", False),
+    ],
+)
+def test_each_encoder_whose_vectors_the_ranker_reads_has_one_view(
+    tmp_path: Path, ranker: str, is_declared: bool
+) -> None:
+    (tmp_path / "qarm.yaml").write_text(f"ranker: {ranker}\ncodebook: {{uri: data/codebooks}}\n")
+    for version, state in (("v1", VersionState.DEFAULT), ("v2", VersionState.LIVE)):
+        plant_codebook(tmp_path / "data" / "codebooks", version, state)
+
+    declared = declare_views(read_repository_facts(tmp_path))
+
+    assert reads_aligned_vectors(tmp_path / "qarm.yaml") == is_declared
+    assert ("item_vectors_e1" in declared) == is_declared
+    for version in ("v1", "v2"):
+        views = [view.name for view in declared[f"ranker_{version}"].feature_view_projections]
+        assert ("item_vectors_e1" in views) == is_declared
+    if is_declared:
+        tags = declared["item_vectors_e1"].tags
+        assert (tags["qarm.encoder_version"], tags["qarm.embedding_dim"]) == ("e1", "8")

@@ -15,6 +15,7 @@ from qarm_feast.schema import (
     RECENT_ITEM_ROWS,
     TIMESTAMP,
     USER_ERASURE_ROWS,
+    VECTOR_ROWS,
     interaction_rows,
 )
 from streaming.sink import (
@@ -173,6 +174,33 @@ def test_offline_keeps_every_row_and_online_the_newest() -> None:
         ("online", "item_codes_v1", 1),
         ("online", "item_codes_v2", 1),
         ("online", "user_recent_items", 2),
+    ]
+
+
+def test_vectors_are_written_to_the_view_of_their_encoder_behind_the_codes() -> None:
+    stores = WriteLog()
+    sink = FeastSink(stores, stores, history_length=2)
+    nothing = interaction_rows(("is_like",)).empty_table()
+    columns = {"item_id": [1, 1], "embedding": [b"old", b"new"], "content_hash": ["a", "b"]}
+    times = pa.array([NOW, NOW + 1]).cast(TIMESTAMP)
+    columns |= {"is_deleted": [False, False], "event_timestamp": times, "created": times}
+    rows = BatchRows(
+        {"v1": _codes((1, NOW, "a"))},
+        CONTENT_LOG_ROWS.empty_table(),
+        nothing,
+        nothing,
+        NO_ERASURES,
+        vectors={"e1": pa.table(columns, schema=VECTOR_ROWS)},
+    )
+
+    sink.write_offline(rows)
+    sink.write_online(rows)
+
+    assert stores.calls == [
+        ("offline", "item_codes_v1", 1),
+        ("offline", "item_vectors_e1", 2),
+        ("online", "item_codes_v1", 1),
+        ("online", "item_vectors_e1", 1),
     ]
 
 

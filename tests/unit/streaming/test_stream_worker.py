@@ -17,6 +17,7 @@ from stream_fakes import (
 
 from qarm_feast.codebook import ItemCodes
 from qarm_feast.errors import ConfigError, GpuLostError, ServiceUnavailableError
+from qarm_feast.item_vectors import decode_vectors
 from qarm_feast.observability import STREAM_EVENTS
 from streaming.columns import DeadLetter
 from streaming.health import WorkerHealth
@@ -147,6 +148,46 @@ def test_steps_run_in_the_order_of_the_docstring() -> None:
     assert parts.rows.interactions["item_id"].to_pylist() == [1, 2]
     assert parts.rows.positives["item_id"].to_pylist() == [2]
     assert [letter.reason for letter in parts.letters] == ["undecodable"]
+
+
+def test_vectors_are_written_where_a_ranker_reads_them_once_per_encoder() -> None:
+    parts = FakeParts(_records(), {})
+    worker = StreamWorker(
+        Pipeline(parts, parts, parts, _codebooks("v1", "v2")),
+        replace(SETTINGS, enable_vectors=True),
+        WorkerHealth(),
+        Drain(timeout_seconds=0.0),
+    )
+
+    worker.handle(parts.batch)
+
+    assert parts.rows is not None
+    assert list(parts.rows.vectors) == ["e1"]
+    assert parts.rows.vectors["e1"]["item_id"].to_pylist() == [1]
+    # The vector of "Mug" is (3, -1).
+    (stored,) = parts.rows.vectors["e1"]["embedding"].to_pylist()
+    assert decode_vectors([stored], 2, "x").tolist() == [
+        pytest.approx([3 / 10**0.5, -1 / 10**0.5], abs=2**-11)
+    ]
+
+
+def test_an_encoders_vectors_are_left_out_with_its_last_codebook() -> None:
+    codebooks = _codebooks("v1", "v2")
+    parts = FakeParts(_records(), {})
+    worker = StreamWorker(
+        Pipeline(parts, parts, parts, codebooks),
+        replace(SETTINGS, enable_vectors=True),
+        WorkerHealth(),
+        Drain(timeout_seconds=0.0),
+    )
+    kept = []
+    for stopped in ({"v1"}, {"v1", "v2"}):
+        codebooks.stopped_versions = stopped
+        worker.handle(parts.batch)
+        assert parts.rows is not None
+        kept.append((list(parts.rows.codes), list(parts.rows.vectors)))
+
+    assert kept == [(["v2"], ["e1"]), ([], [])]
 
 
 def test_a_batch_that_unpacks_to_too_much_is_stored_in_pieces_and_committed_once() -> None:

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RowColumns
@@ -24,7 +27,8 @@ class _Lookup:
 
     def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
         known = {10: (1.0, 0.0), 11: (0.0, 1.0)}
-        return torch.tensor([known.get(item, (0.0, 0.0)) for item in item_ids_N.tolist()])
+        found = [known.get(item, (0.0, 0.0)) for item in item_ids_N.tolist()]
+        return torch.tensor(found).reshape(-1, 2)
 
 
 def _rows() -> RowColumns:
@@ -127,3 +131,29 @@ def test_user_columns_go_through_their_vocabulary() -> None:
     rows = RowColumns(**(vars(rows) | {"user_columns": {"gender": pa.array(["F", None])}}))
 
     assert builder.build(rows).sparse_features["user_gender"].values().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("history", [[], [11], [12, 10, 11, 10]])
+def test_one_history_of_all_rows_gives_what_it_gives_row_by_row(history: list[int]) -> None:
+    repeated = RowColumns(
+        user_ids_B=np.array([1, 1, 1]),
+        item_ids_B=np.array([10, 99, 11]),
+        label_times_B=np.array([100, 100, 100]),
+        rq_BL=np.array([[4, 5], [-1, -1], [6, 9]]),
+        vq_BK=np.array([[3, 8, 1], [-1, -1, -1], [2, 2, 2]]),
+        history_item_ids_H=np.array(history * 3, dtype=np.int64),
+        history_lengths_B=np.full(3, len(history)),
+        labels_BT=np.zeros((3, 2), dtype=np.float32),
+    )
+    builder = _builder(
+        ("history_item_id", "history_rq_code", "cross", "vector"),
+        ("history_item_id", "history_rq_0", "history_rq_1"),
+    )
+
+    first = builder.build(repeated)
+    second = builder.build(replace(repeated, has_one_history=True))
+
+    assert second.sparse_features.keys() == first.sparse_features.keys()
+    assert second.sparse_features.values().tolist() == first.sparse_features.values().tolist()
+    assert second.sparse_features.lengths().tolist() == first.sparse_features.lengths().tolist()
+    torch.testing.assert_close(second.dense_features, first.dense_features)

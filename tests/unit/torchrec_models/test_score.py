@@ -1,25 +1,25 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
+from synthetic import VECTOR_DIM
 from test_dataset import make_dataset
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qarm_feast.codebook import ItemCodes
-from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.codec import Column
 from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import ScoringInputs
-from torchrec_models.batch import Ints
+from torchrec_models.batch import Floats, Ints
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import TrainInputs
-from torchrec_models.ranker import RankerTrainTask, build_ranker
+from torchrec_models.ranker import RankerTrainTask, build_ranker, ranker_logits
 from torchrec_models.score import OnlineScorer
 from torchrec_models.sharding import Ranks, process_group
 from torchrec_models.training import train
@@ -33,6 +33,7 @@ class StoredReader:
 
     rows: list[dict[str, object]]
     codes: dict[int, list[int]]
+    vectors: dict[int, np.ndarray] = field(default_factory=dict)
 
     def read_scoring_inputs(
         self, user_id: int, item_ids_B: Ints, history_length: int
@@ -48,6 +49,12 @@ class StoredReader:
         vq_NV = np.array([vq.get(item, [-1] * 4) for item in item_ids_N.tolist()])
         present_N = np.array([item in self.codes for item in item_ids_N.tolist()], dtype=bool)
         return ItemCodes(item_ids_N, vq_NV, rq_NL.reshape(-1, 2)), present_N
+
+    def read_vectors(self, item_ids_N: Ints) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        nothing = np.zeros(VECTOR_DIM, dtype=np.float32)
+        stored = [self.vectors.get(item, nothing) for item in item_ids_N.tolist()]
+        x_ND = np.array(stored, dtype=np.float16).astype(np.float32).reshape(-1, VECTOR_DIM)
+        return x_ND, x_ND.any(axis=1)
 
     def read_profiles(self, user_ids_N: Ints) -> ColumnBatch:
         (row,) = (row for row in self.rows if row["user_id"] == user_ids_N[0])
@@ -85,7 +92,8 @@ def stored_reader(inputs: TrainInputs) -> StoredReader:
     folder = inputs.store.snapshot_folder
     item_ids, rq = np.load(folder / "item_ids.npy"), np.load(folder / "rq.npy")
     codes = dict(zip(item_ids.tolist(), rq.tolist(), strict=True))
-    return StoredReader(_stored_rows(inputs), codes)
+    vectors = dict(zip(item_ids.tolist(), np.load(folder / "vectors.npy"), strict=True))
+    return StoredReader(_stored_rows(inputs), codes, vectors)
 
 
 def test_serving_builds_the_same_features_as_training(
@@ -135,15 +143,53 @@ def test_an_item_without_codes_is_scored_by_what_is_known(
     assert np.isfinite(scores["like"]).all()
 
 
-def test_a_ranker_trained_on_vectors_is_not_served(inputs: TrainInputs, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def vector_checkpoint(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = str(tmp_path_factory.mktemp("vector_checkpoints"))
     config = RankerConfig(
-        checkpoint_dir=str(tmp_path), features=("item_id", "vector"), num_epochs=1
+        checkpoint_dir=folder, num_epochs=1, batch_size=500, features=("item_id", "vector")
     )
     with process_group():
         train(config, inputs)
+    return Checkpoint(folder, "ranker_v1")
 
-    with pytest.raises(ConfigError, match="in no online view"):
-        OnlineScorer(Checkpoint(str(tmp_path), "ranker_v1"), stored_reader(inputs))
+
+def test_vectors_are_served_as_they_were_trained_but_for_their_rounding(
+    inputs: TrainInputs, vector_checkpoint: Checkpoint
+) -> None:
+    reader = stored_reader(inputs)
+    scorer = OnlineScorer(vector_checkpoint, reader)
+    dataset = make_dataset(inputs, "test", vector_checkpoint.manifest.config, Ranks(0, 1))
+    table = pq.read_table(dataset.path)
+    ranker = vector_checkpoint.load_ranker()
+
+    for row in reader.rows[:15]:
+        one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
+        trained = dataset.builder.build(dataset._columns(one))
+        served = scorer.batch(row["user_id"], np.array([row["item_id"]]), NOW)
+        scores = [ranker_logits(ranker, batch).sigmoid() for batch in (trained, served)]
+
+        # float16 keeps 11 bits: 2^-11 of each number of a vector of length 1.
+        torch.testing.assert_close(
+            served.dense_features, trained.dense_features, rtol=0, atol=2**-11
+        )
+        assert not torch.equal(served.dense_features, trained.dense_features)
+        torch.testing.assert_close(*scores, rtol=0, atol=1e-3)
+
+
+def test_an_item_without_a_vector_is_scored_with_zeros(
+    inputs: TrainInputs, vector_checkpoint: Checkpoint
+) -> None:
+    reader = stored_reader(inputs)
+    scorer = OnlineScorer(vector_checkpoint, reader)
+    user = next(row["user_id"] for row in reader.rows if row["history_item_ids"])
+
+    batch = scorer.batch(user, np.array([123456, 5000]), NOW)
+
+    assert not batch.dense_features[0, :VECTOR_DIM].any()
+    assert not batch.dense_features[0, -2:].any()
+    assert batch.dense_features[1, :VECTOR_DIM].any()
+    assert np.isfinite(scorer.score(user, [123456, 5000], NOW)["like"]).all()
 
 
 def test_cross_features_are_served_as_they_were_trained(
