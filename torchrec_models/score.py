@@ -240,9 +240,7 @@ class OnlineScorer:
             side_tables=self._side_tables,
             label_names=self._label_names,
             level_sizes=self._sizes.level_sizes,
-            vector_lookup=(
-                ReadVectors.of(self._reader, inputs) if self._reads_vectors else None
-            ),
+            vector_lookup=(ReadVectors.of(self._reader, inputs) if self._reads_vectors else None),
         )
         return builder.build(self._rows(user_id, inputs, now))
 

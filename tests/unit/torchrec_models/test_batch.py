@@ -144,6 +144,7 @@ def test_one_history_of_all_rows_gives_what_it_gives_row_by_row(history: list[in
         history_item_ids_H=np.array(history * 3, dtype=np.int64),
         history_lengths_B=np.full(3, len(history)),
         labels_BT=np.zeros((3, 2), dtype=np.float32),
+        is_train_B=np.zeros(3, dtype=np.bool_),
     )
     builder = _builder(
         ("history_item_id", "history_rq_code", "cross", "vector"),

@@ -92,7 +92,7 @@ def stored_reader(inputs: TrainInputs) -> StoredReader:
     folder = inputs.store.snapshot_folder
     item_ids, rq = np.load(folder / "item_ids.npy"), np.load(folder / "rq.npy")
     codes = dict(zip(item_ids.tolist(), rq.tolist(), strict=True))
-    vectors = dict(zip(item_ids.tolist(), np.load(folder / "vectors.npy"), strict=True))
+    vectors = dict(zip(item_ids.tolist(), np.load(folder / "vectors_aligned.npy"), strict=True))
     return StoredReader(_stored_rows(inputs), codes, vectors)
 
 
