@@ -53,6 +53,10 @@ YAML = """
 data: {history_length: 8}
 codebook: {uri: data/codebooks}
 ranker:
+  head: home
+  tasks:
+    - {name: like, label_name: is_like}
+    - {name: love, label_name: is_love, after: like}
   embedding_dim: 8
   batch_size: 128
   num_epochs: 5
