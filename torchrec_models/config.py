@@ -160,10 +160,10 @@ class RankerConfig(Section):
         default=None, description="DCN-v2: rank of cross weights; null for full ones."
     )
     fgcnn_num_maps: LayerSizes = Field(
-        default=(6, 8), description="FGCNN: feature maps of each convolution."
+        default=(4, 4), description="FGCNN: feature maps of each convolution."
     )
     fgcnn_num_new_maps: LayerSizes = Field(
-        default=(2, 2), description="FGCNN: maps of new features of each recombination."
+        default=(1, 1), description="FGCNN: maps of new features of each recombination."
     )
     fgcnn_kernel_height: int = Field(
         default=3, gt=0, description="FGCNN: features that a convolution covers, odd."
