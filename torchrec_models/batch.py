@@ -21,6 +21,7 @@ from torchrec.streamable import Pipelineable
 from qarm_feast.cross_features import cross_features
 from qarm_feast.schema import ABSENT_CODE
 from torchrec_models.config import FeatureName, RankerConfig
+from torchrec_models.pair_counts import ITEM_PAIRS, prefix_things
 from torchrec_models.sequence_inputs import (
     PickedItems,
     bag_features,
@@ -49,6 +50,7 @@ _READS_HISTORY_CODES: tuple[FeatureName, ...] = (
     "cross",
     "attention",
     "shared_history",
+    "code_cf",
 )
 _SEARCH_ITEMS = 1 << 16
 """Vectors of history items that a search holds at a time."""
@@ -325,7 +327,32 @@ class BatchBuilder:
                 rows.item_ids_B, rows.label_times_B, rows.is_train_B, self.label_names
             )
             parts.append(torch.from_numpy(counts_BW))
+        if self.config.has("item_cf"):
+            items = {ITEM_PAIRS: rows.item_ids_B}
+            parts += self._pair_inputs(rows, items, {ITEM_PAIRS: rows.history_item_ids_H})
+        if self.config.has("code_cf"):
+            assert history is not None
+            codes, history_codes = prefix_things(rows.rq_BL), prefix_things(history.masked())
+            parts += self._pair_inputs(rows, codes, history_codes)
         return torch.cat(parts, dim=1)
+
+    def _pair_inputs(
+        self, rows: RowColumns, things: Mapping[str, Ints], history_things: Mapping[str, Ints]
+    ) -> list[torch.Tensor]:
+        """Return the log-lifts of the candidates' things with those of the histories."""
+        assert self.side_tables is not None
+        return [
+            torch.from_numpy(
+                self.side_tables.pair_counts(name).features(
+                    rows.user_ids_B,
+                    things_B,
+                    history_things[name],
+                    rows.history_lengths_B,
+                    rows.is_train_B,
+                )
+            )
+            for name, things_B in things.items()
+        ]
 
     def _vector_inputs(self, rows: RowColumns) -> torch.Tensor:
         assert self.vector_lookup is not None

@@ -24,12 +24,20 @@ FeatureName = Literal[
     "cross",
     "item_columns",
     "popularity",
+    "item_cf",
+    "code_cf",
     "attention",
     "shared_history",
     "long_history",
 ]
 StoppingMetric = Literal["auc", "gauc", "uauc", "ne", "log_loss"]
-DENSE_FEATURES: tuple[FeatureName, ...] = ("vector", "cross", "popularity")
+DENSE_FEATURES: tuple[FeatureName, ...] = (
+    "vector",
+    "cross",
+    "popularity",
+    "item_cf",
+    "code_cf",
+)
 """Groups without a table."""
 UNPOOLED_FEATURES: tuple[FeatureName, ...] = (*DENSE_FEATURES, "attention")
 """Groups without a pooled table, of which a ranker needs one."""
@@ -111,7 +119,9 @@ class RankerConfig(Section):
         description="Feature groups that are switched on; `cross`: how the history's codes match "
         "the candidate's; `attention`, `shared_history`, `long_history`: target attention over the "
         "codes of the history, of its items that share c1 and (c1, c2) with the candidate, and of "
-        "those that a search of a longer history finds.",
+        "those that a search of a longer history finds; `item_columns`: typed columns of items; "
+        "`popularity`: counts of train rows; `item_cf`, `code_cf`: how often items, and their "
+        "first codes, are liked together (`qarm-rank rows` counts what is switched on).",
     )
     vector_source: Literal["aligned", "raw"] = Field(
         default="aligned",

@@ -60,6 +60,7 @@ from torchrec_models.leaks import (
     check_learnt_rows,
     check_pool,
 )
+from torchrec_models.pair_counts import count_train_pairs
 from torchrec_models.popularity import count_items
 from torchrec_models.row_store import RowsManifest, SnapshotArrays, publish_rows, row_schema
 from torchrec_models.side_tables import SideTables
@@ -96,7 +97,17 @@ def build_training_rows(
     vocabularies = build_vocabularies(train_rows, sources.user_columns, config.num_numeric_buckets)
     columns, column_vocabularies = sources.item_columns(config, vocabularies.item_ids.ids_V)
     vocabularies = replace(vocabularies, item_columns=column_vocabularies)
-    side_tables = SideTables(columns, count_items(train_rows, sources.labels.task_names))
+    side_tables = SideTables(
+        columns,
+        count_items(train_rows, sources.labels.task_names),
+        count_train_pairs(
+            train_rows,
+            sources.labels.positive_label,
+            config.history_length,
+            items=config.has("item_cf"),
+            codes=config.has("code_cf"),
+        ),
+    )
     vectors = sources.read_vectors(codes.item_ids_I)
     snapshot = SnapshotArrays(codes.item_ids_I, codes.last_times_I, codes.rq_IL, *vectors)
     manifest = sources.manifest(rows, num_history_events, vectors.raw_IE)

@@ -7,7 +7,8 @@ Written with the rows' build; a checkpoint keeps the part that serving reads, so
 means the same as in training. May import: numpy, pydantic.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from qarm_feast.errors import ConfigError
 from torchrec_models.item_columns import ItemColumns
+from torchrec_models.pair_counts import PairCounts
 from torchrec_models.popularity import ItemPopularity
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -32,6 +35,7 @@ class _Names(BaseModel):
 
     item_columns: tuple[str, ...]
     labels: tuple[str, ...]
+    pairs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,45 @@ class SideTables:
 
     item_columns: ItemColumns
     popularity: ItemPopularity
+    pairs: Mapping[str, PairCounts] = field(default_factory=dict)
+    """CF counts by name, of those groups that were switched on when the rows were built."""
+
+    def pair_counts(self, name: str) -> PairCounts:
+        """Return the CF counts of one kind of things.
+
+        Args:
+            name: ``item``, ``c1`` or ``c1_c2``.
+
+        Returns:
+            The counts.
+
+        Raises:
+            ConfigError: If the rows were built without them.
+        """
+        if name not in self.pairs:
+            raise ConfigError(
+                f"the training rows hold the CF counts {sorted(self.pairs)}, but {name!r} is asked "
+                "for; add `item_cf` or `code_cf` to ranker.features and run `qarm-rank rows` again"
+            )
+        return self.pairs[name]
 
     def for_serving(self) -> "SideTables":
         """Return the part that other rows than train rows read."""
-        return SideTables(self.item_columns, self.popularity.totals_only())
+        pairs = {name: counts.for_serving() for name, counts in self.pairs.items()}
+        return SideTables(self.item_columns, self.popularity.totals_only(), pairs)
 
     def save(self, folder: Path) -> None:
         """Write all tables into a folder, which is made."""
         folder.mkdir(parents=True)
-        names = _Names(item_columns=self.item_columns.names, labels=self.popularity.labels)
+        names = _Names(
+            item_columns=self.item_columns.names,
+            labels=self.popularity.labels,
+            pairs=tuple(self.pairs),
+        )
         parts = {
             "item_columns": self.item_columns.arrays(),
             "popularity": self.popularity.arrays(),
-        }
+        } | {_pairs_part(name): counts.arrays() for name, counts in self.pairs.items()}
         for part, arrays in parts.items():
             for name, array in arrays.items():
                 np.save(folder / f"{part}.{name}.npy", array)
@@ -73,7 +103,12 @@ class SideTables:
                 times_E=counts["times"],
                 sums_EC=counts["sums"],
             ),
+            {name: PairCounts(**_mapped(folder, _pairs_part(name))) for name in names.pairs},
         )
+
+
+def _pairs_part(name: str) -> str:
+    return f"pairs_{name}"
 
 
 def _mapped(folder: Path, part: str) -> Arrays:

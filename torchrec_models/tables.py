@@ -17,8 +17,9 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 
-from qarm_feast.cross_features import NUM_DENSE_INPUTS
+from qarm_feast.cross_features import NUM_DENSE_INPUTS, PREFIX_NAMES
 from torchrec_models.config import DENSE_FEATURES, CodeSizes, RankerConfig
+from torchrec_models.pair_counts import FEATURES_PER_THING
 from torchrec_models.popularity import popularity_width
 from torchrec_models.vocabulary import Vocabularies
 
@@ -162,12 +163,14 @@ def sparse_feature_names(tables: Sequence[BaseEmbeddingConfig]) -> tuple[str, ..
 
 
 def dense_width(sizes: CodeSizes, config: RankerConfig, num_tasks: int) -> int:
-    """Return the number of dense inputs: vectors with two cosines, cross features, popularity."""
+    """Return the number of dense inputs: vectors with two cosines, cross features, counts."""
     is_raw = config.vector_source == "raw"
     widths = {
         "vector": 2 * (sizes.raw_vector_dim if is_raw else sizes.vector_dim) + 2,
         "cross": NUM_DENSE_INPUTS,
         "popularity": popularity_width(num_tasks),
+        "item_cf": FEATURES_PER_THING,
+        "code_cf": FEATURES_PER_THING * min(len(PREFIX_NAMES), len(sizes.level_sizes)),
     }
     return sum(widths[name] for name in DENSE_FEATURES if config.has(name))
 

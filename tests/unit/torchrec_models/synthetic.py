@@ -14,6 +14,7 @@ import pyarrow as pa
 from qarm_feast.schema import CODES, TIMESTAMP
 from torchrec_models.inputs import CodebookVectors, TrainInputs
 from torchrec_models.item_columns import build_item_columns
+from torchrec_models.pair_counts import count_train_pairs
 from torchrec_models.popularity import count_items
 from torchrec_models.row_store import RowsManifest, SnapshotArrays, publish_rows, row_schema
 from torchrec_models.side_tables import SideTables
@@ -92,7 +93,11 @@ def write_synthetic_rows(
         rows,
         replace(vocabularies, item_columns=column_vocabularies),
         snapshot,
-        SideTables(columns, count_items(train, LABELS)),
+        SideTables(
+            columns,
+            count_items(train, LABELS),
+            count_train_pairs(train, LABELS[0], history_length, items=True, codes=True),
+        ),
     )
     codebooks = [rng.normal(size=(size, VECTOR_DIM)).astype(np.float32) for size in level_sizes]
     pool_ID = vectors_ID[: shape.num_warm_items].copy()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from test_dataset import make_dataset
 from test_score import NOW, stored_reader
 
+from qarm_feast.errors import ConfigError
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import FeatureName, RankerConfig
 from torchrec_models.inputs import TrainInputs
@@ -15,7 +17,13 @@ from torchrec_models.sharding import Ranks, process_group
 from torchrec_models.side_tables import SideTables
 from torchrec_models.training import train
 
-SIDE_FEATURES: tuple[FeatureName, ...] = ("item_id", "item_columns", "popularity")
+SIDE_FEATURES: tuple[FeatureName, ...] = (
+    "item_id",
+    "item_columns",
+    "popularity",
+    "item_cf",
+    "code_cf",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +43,13 @@ def test_side_tables_come_back_as_they_were_saved(inputs: TrainInputs, tmp_path:
     tables.save(tmp_path / "saved")
     loaded = SideTables.load(tmp_path / "saved")
 
-    for part in ("item_columns", "popularity"):
-        saved, found = getattr(tables, part).arrays(), getattr(loaded, part).arrays()
+    assert list(loaded.pairs) == ["item", "c1", "c1_c2"]
+    for part, again in (
+        (tables.item_columns, loaded.item_columns),
+        (tables.popularity, loaded.popularity),
+        *((tables.pairs[name], loaded.pairs[name]) for name in tables.pairs),
+    ):
+        saved, found = part.arrays(), again.arrays()
         assert saved.keys() == found.keys()
         for name, array in saved.items():
             np.testing.assert_array_equal(array, found[name])
@@ -49,7 +62,7 @@ def test_a_checkpoint_keeps_what_serving_reads(
 ) -> None:
     kept, built = side_checkpoint.side_tables(), inputs.store.side_tables()
 
-    assert len(kept.popularity.times_E) == 0
+    assert len(kept.popularity.times_E) == len(kept.pairs["item"].own_keys_M) == 0
     np.testing.assert_array_equal(kept.popularity.totals_IC, built.popularity.totals_IC)
     np.testing.assert_array_equal(kept.item_columns.rows_IC, built.item_columns.rows_IC)
 
@@ -64,8 +77,19 @@ def test_batches_hold_the_columns_and_counts_of_their_rows(inputs: TrainInputs, 
 
     items_B, times_B = rows["item_id"].to_numpy(), rows["event_timestamp"].cast("int64").to_numpy()
     is_train_B = np.full(len(rows), split == "train")
-    expected = tables.popularity.features(items_B, times_B, is_train_B, ("is_like", "is_love"))
-    np.testing.assert_array_equal(batch.dense_features.numpy(), expected)
+    counts_BW = tables.popularity.features(items_B, times_B, is_train_B, ("is_like", "is_love"))
+    history = rows["history_item_ids"]
+    lifts_B2 = tables.pairs["item"].features(
+        rows["user_id"].to_numpy(),
+        items_B,
+        pc.list_flatten(history).to_numpy(),
+        pc.list_value_length(history).to_numpy(),
+        is_train_B,
+    )
+    assert batch.dense_features.shape == (len(rows), 5 + 2 + 4)
+    np.testing.assert_array_equal(batch.dense_features[:, :5].numpy(), counts_BW)
+    np.testing.assert_array_equal(batch.dense_features[:, 5:7].numpy(), lifts_B2)
+    assert (batch.dense_features[:, 7:].numpy() != 0).any(axis=0).all()
     brands = batch.sparse_features["item_brand"].values().numpy()
     np.testing.assert_array_equal(brands, tables.item_columns.rows("brand", items_B))
 
@@ -89,3 +113,12 @@ def test_side_features_are_served_as_they_were_trained(
 
     scores = scorer.score(reader.rows[0]["user_id"], [5000, 123456], NOW)
     assert np.isfinite(scores["like"]).all()
+
+
+def test_counts_that_the_rows_were_not_built_with_are_asked_for_by_name(
+    inputs: TrainInputs,
+) -> None:
+    tables = replace(inputs.store.side_tables(), pairs={})
+
+    with pytest.raises(ConfigError, match="run `qarm-rank rows` again"):
+        tables.pair_counts("c1")
