@@ -58,13 +58,20 @@ def process_group() -> Iterator[Ranks]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Ranks of one machine share its cores; torch would give all of them to each.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    _share_cores()
     try:
         yield current_ranks()
     finally:
         dist.destroy_process_group()
+
+
+def _share_cores() -> None:
+    """Give each rank of this machine its share of the cores; torch would give all to each."""
+    if "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ:
+        # Of a single process it is the user's word; torchrun sets it to 1 for all workers.
+        return
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
 def current_ranks() -> Ranks:

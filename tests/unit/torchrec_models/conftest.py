@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from synthetic import write_synthetic_rows
 
@@ -19,5 +20,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainInputs:
 def ranks() -> Iterator[Ranks]:
     """A process group of this process alone."""
     with process_group() as own:
+        # Models of a few kilobytes: threads would only wait for each other.
+        torch.set_num_threads(1)
         yield own
     assert not dist.is_initialized()
