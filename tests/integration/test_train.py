@@ -63,7 +63,8 @@ ranker:
   id_dropout: 0.2
   history_length: 8
   features:
-    [user_id, item_id, user_columns, history_item_id, rq_code, vq_code, history_rq_code, cross]
+    [user_id, item_id, user_columns, history_item_id, rq_code, vq_code, history_rq_code, cross,
+     attention, shared_history]
 comparison:
   seeds: [0]
   arms:
