@@ -116,7 +116,9 @@ class CodeLog:
 
     def names(self) -> list[str]:
         """Return the names of all logs below the root, sorted."""
-        return sorted(name for name in names_in(self.root) if self.exists(name))
+        # Hidden names are locks, progress and the like.
+        named = (name for name in names_in(self.root) if name[0] != ".")
+        return sorted(name for name in named if self.exists(name))
 
     def schema(self, name: str) -> pa.Schema:
         """Return the log's schema; a DataError says that the log was never created."""

@@ -15,6 +15,7 @@ import yaml
 
 from examples.quickstart.kafka_admin import create_topics
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
+from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.feature_views import declare_views, read_repository_facts
 from qarm_feast.quantizers import RqConfig, VqConfig
@@ -52,7 +53,7 @@ class StreamRepo:
     @property
     def registry(self) -> CodebookRegistry:
         """Its codebook registry."""
-        return CodebookRegistry(str(self.directory / "data" / "codebooks"))
+        return CodebookRegistry(codebooks_uri(self.directory))
 
     def apply(self) -> None:
         """Do what `feast apply` does; views of retired versions go."""
@@ -147,11 +148,16 @@ def _write_interactions(input_dir: Path) -> None:
     pq.write_table(schema.empty_table(), input_dir / "interactions.parquet")
 
 
+def codebooks_uri(directory: Path) -> str:
+    """Return where a repository's codebooks are."""
+    return load_section(directory / "qarm.yaml", "codebook", CodebookConfig).uri
+
+
 def publish_codebook(
     directory: Path, version: str, seed: int = 0, encoder_version: str = ENCODER_VERSION
 ) -> Codebook:
     """Train and publish a version in a repository's codebook registry."""
-    uri = str(directory / "data" / "codebooks")
+    uri = codebooks_uri(directory)
     vectors_ND = np.random.default_rng(seed).standard_normal((NUM_POOL_ITEMS, EMBEDDING_DIM))
     codebook = Codebook.train(
         version,

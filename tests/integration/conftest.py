@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart.broker import KafkaBroker
+from tests.object_store_cases import client_of, offline_store_at
+from tests.object_store_server import ObjectStoreServer
 from tests.stream_repo import StreamRepo, build_stream_repo
 
 
@@ -21,9 +23,21 @@ def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBrok
 
 
 @pytest.fixture
-def stream_repo(kafka_broker: KafkaBroker, tmp_path: Path) -> StreamRepo:
-    """A fresh repository whose topics exist and are empty."""
-    return build_stream_repo(tmp_path / "feature_repo", kafka_broker.bootstrap_servers)
+def stream_repo(
+    request: pytest.FixtureRequest, kafka_broker: KafkaBroker, tmp_path: Path
+) -> Iterator[StreamRepo]:
+    """A fresh repository whose topics exist and are empty.
+
+    Parametrized with "s3" its codebooks and its offline log lie in a real object store.
+    """
+    directory, servers = tmp_path / "feature_repo", kafka_broker.bootstrap_servers
+    if getattr(request, "param", "disk") == "disk":
+        yield build_stream_repo(directory, servers)
+        return
+    with ObjectStoreServer(tmp_path / "s3") as server, client_of(server, tmp_path / "cache") as env:
+        bucket = server.add_bucket("integration")
+        env.setenv("QARM_CODEBOOK__URI", f"{bucket}/codebooks")
+        yield build_stream_repo(directory, servers, stores=offline_store_at(f"{bucket}/offline"))
 
 
 @pytest.fixture

@@ -120,6 +120,7 @@ def test_a_new_owner_waits_for_an_acknowledged_version_that_it_cannot_load(
     _assert_codes_after(stream_repo, second, flow, acknowledged)
 
 
+@pytest.mark.parametrize("stream_repo", ["disk", "s3"], indirect=True)
 def test_a_rollout_under_a_running_worker_ends_with_every_item_in_the_new_version(
     stream_repo: StreamRepo, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
