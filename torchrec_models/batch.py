@@ -33,8 +33,10 @@ from torchrec_models.sequence_inputs import (
 from torchrec_models.side_tables import SideTables
 from torchrec_models.tables import (
     HISTORY_ITEM_FEATURE,
+    HISTORY_PREFIX_FEATURE,
     HISTORY_SEQUENCE,
     ITEM_ID_FEATURE,
+    PREFIX_FEATURE,
     SEARCHED_SEQUENCE,
     USER_ID_FEATURE,
     VQ_FEATURE,
@@ -51,6 +53,7 @@ _READS_HISTORY_CODES: tuple[FeatureName, ...] = (
     "attention",
     "shared_history",
     "code_cf",
+    "history_prefix",
 )
 _SEARCH_ITEMS = 1 << 16
 """Vectors of history items that a search holds at a time."""
@@ -185,6 +188,7 @@ class BatchBuilder:
         rows = _cut_histories(rows, self.config.history_length)
         history = self._history_codes(rows)
         features = self._sparse_features(rows, dropout_rng) | self._code_features(rows, history)
+        features |= self._prefix_features(rows, history)
         if picked := self._picked(rows, history, searched):
             features |= sequence_features(picked, rows.rq_BL, self.level_sizes)
             features |= bag_features(picked, self.vocabularies.item_ids)
@@ -266,6 +270,22 @@ class BatchBuilder:
             for level in range(rows.rq_BL.shape[1]):
                 codes_H = np.ascontiguousarray(present_HL[:, level])
                 features[history_rq_feature(level)] = (codes_H, lengths_B)
+        return features
+
+    def _prefix_features(
+        self, rows: RowColumns, history: HistoryCodes | None
+    ) -> dict[str, tuple[Ints, Ints]]:
+        features: dict[str, tuple[Ints, Ints]] = {}
+        prefixes = self.vocabularies.prefixes
+        if self.config.has("prefix"):
+            assert prefixes is not None
+            features[PREFIX_FEATURE] = _without_absent(prefixes.rows(rows.rq_BL))
+        if self.config.has("history_prefix"):
+            assert prefixes is not None
+            assert history is not None
+            values, num_prefixes_H = _without_absent(prefixes.rows(history.masked()))
+            lengths_B = _segment_sums(num_prefixes_H, rows.history_lengths_B)
+            features[HISTORY_PREFIX_FEATURE] = (values, lengths_B)
         return features
 
     def _picked(

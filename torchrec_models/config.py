@@ -26,6 +26,8 @@ FeatureName = Literal[
     "popularity",
     "item_cf",
     "code_cf",
+    "prefix",
+    "history_prefix",
     "attention",
     "shared_history",
     "long_history",
@@ -121,7 +123,8 @@ class RankerConfig(Section):
         "codes of the history, of its items that share c1 and (c1, c2) with the candidate, and of "
         "those that a search of a longer history finds; `item_columns`: typed columns of items; "
         "`popularity`: counts of train rows; `item_cf`, `code_cf`: how often items, and their "
-        "first codes, are liked together (`qarm-rank rows` counts what is switched on).",
+        "first codes, are liked together (`qarm-rank rows` counts what is switched on); `prefix`, "
+        "`history_prefix`: the first codes taken together, of the candidate and of the history.",
     )
     vector_source: Literal["aligned", "raw"] = Field(
         default="aligned",
@@ -132,6 +135,14 @@ class RankerConfig(Section):
         default="auto",
         description="Columns of items.parquet in the group `item_columns`, read when rows are "
         "built; auto: brand and every further column of text, numbers or bools.",
+    )
+    max_prefix_length: int = Field(
+        default=3, gt=0, description="Longest prefix of a code that is a token."
+    )
+    prefix_table_rows: int = Field(
+        default=1_000_000,
+        gt=0,
+        description="Most rows of the prefix table; more distinct prefixes than that are hashed.",
     )
     tasks: Literal["auto"] | tuple[TaskConfig, ...] = Field(
         default="auto", description="Tasks; `auto` takes the bool columns in file order."

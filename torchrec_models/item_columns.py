@@ -18,12 +18,11 @@ import pyarrow.compute as pc
 from qarm_feast.errors import ConfigError
 from qarm_feast.input_data import CONTENT_COLUMNS, UPLOAD_TIMESTAMP
 from qarm_feast.schema import ITEM_ID
+from torchrec_models.sorted_ids import Ids, find_ids
 from torchrec_models.vocabulary import (
     DEFAULT_ROW,
     ColumnVocabulary,
-    Ids,
     column_vocabulary,
-    find_ids,
     is_column_type,
 )
 

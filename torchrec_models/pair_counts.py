@@ -29,7 +29,7 @@ import scipy.sparse
 
 from qarm_feast.cross_features import PREFIX_NAMES
 from qarm_feast.schema import ABSENT_CODE
-from torchrec_models.vocabulary import Ids, find_ids
+from torchrec_models.sorted_ids import Ids, find_ids
 
 Floats = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float64]

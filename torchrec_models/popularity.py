@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from torchrec_models.vocabulary import Ids, find_ids
+from torchrec_models.sorted_ids import Ids, find_ids
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -13,7 +13,7 @@ May import: numpy, pydantic, pyarrow; neither feast nor torch.
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qarm_feast.errors import DataError
 from qarm_feast.schema import CODES, SPLITS, TIMESTAMP
-from torchrec_models.config import CodeSizes
+from torchrec_models.config import CodeSizes, RankerConfig
+from torchrec_models.prefixes import build_prefixes
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.vocabulary import Vocabularies
 
@@ -112,6 +113,26 @@ class RowStore:
         return Vocabularies.from_json(
             (self.build_folder / "vocabularies.json").read_text(encoding="utf-8")
         )
+
+    def run_vocabularies(self, config: RankerConfig) -> Vocabularies:
+        """Return the vocabularies of a training run: with prefixes where they are features.
+
+        Args:
+            config: The ranker section; the same rows serve runs with tables of any size.
+
+        Returns:
+            What a checkpoint of the run keeps.
+        """
+        vocabularies = self.vocabularies()
+        if not (config.has("prefix") or config.has("history_prefix")):
+            return vocabularies
+        item_ids_I = np.load(self.snapshot_folder / "item_ids.npy", mmap_mode="r")
+        is_train_I = np.isin(item_ids_I, vocabularies.item_ids.ids_V)
+        rq_NL = np.load(self.snapshot_folder / "rq.npy", mmap_mode="r")[is_train_I]
+        prefixes = build_prefixes(
+            rq_NL.astype(np.int64), config.max_prefix_length, config.prefix_table_rows
+        )
+        return replace(vocabularies, prefixes=prefixes)
 
 
 def publish_rows(

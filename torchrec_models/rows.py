@@ -64,7 +64,8 @@ from torchrec_models.pair_counts import count_train_pairs
 from torchrec_models.popularity import count_items
 from torchrec_models.row_store import RowsManifest, SnapshotArrays, publish_rows, row_schema
 from torchrec_models.side_tables import SideTables
-from torchrec_models.vocabulary import ColumnVocabulary, build_vocabularies, find_ids
+from torchrec_models.sorted_ids import find_ids
+from torchrec_models.vocabulary import ColumnVocabulary, build_vocabularies
 
 logger = logging.getLogger(__name__)
 

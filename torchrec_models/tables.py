@@ -29,6 +29,8 @@ USER_ID_FEATURE = "user_id"
 ITEM_ID_FEATURE = "item_id"
 HISTORY_ITEM_FEATURE = "history_item_id"
 VQ_FEATURE = "vq_code"
+PREFIX_FEATURE = "prefix"
+HISTORY_PREFIX_FEATURE = "history_prefix"
 SEQUENCE_TABLE = "sequence_rq"
 TARGET_SEQUENCE = "target_sequence"
 HISTORY_SEQUENCE = "history_sequence"
@@ -61,6 +63,16 @@ def user_column_feature(name: str) -> str:
 def item_column_feature(name: str) -> str:
     """Return the feature, and the table, of a typed item column."""
     return f"item_{name}" if name != "id" else "item_column_id"
+
+
+def prefix_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[EmbeddingBagConfig]:
+    """Return the one table of prefix tokens, if there is any, read by target and history."""
+    features = [PREFIX_FEATURE] * config.has("prefix")
+    features += [HISTORY_PREFIX_FEATURE] * config.has("history_prefix")
+    if not features:
+        return []
+    assert vocabularies.prefixes is not None, "prefixes are numbered when a run starts"
+    return [_table(PREFIX_FEATURE, vocabularies.prefixes.num_embeddings, features, config)]
 
 
 def code_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingBagConfig]:
@@ -110,7 +122,9 @@ def frozen_tables(sizes: CodeSizes, config: RankerConfig) -> list[str]:
     """Return the tables that keep their first weights: those of codes, or none."""
     if config.code_table_training == "trained":
         return []
-    return [table.name for table in (*code_tables(sizes, config), *sequence_tables(sizes, config))]
+    names = [table.name for table in (*code_tables(sizes, config), *sequence_tables(sizes, config))]
+    has_prefixes = config.has("prefix") or config.has("history_prefix")
+    return names + [PREFIX_FEATURE] * has_prefixes
 
 
 def sequence_names(config: RankerConfig) -> list[str]:
@@ -147,7 +161,8 @@ def pooled_tables(
     sizes: CodeSizes, vocabularies: Vocabularies, config: RankerConfig
 ) -> list[EmbeddingBagConfig]:
     """Return the tables of which each feature gives one vector per row."""
-    return [*id_tables(vocabularies, config), *code_tables(sizes, config)]
+    tables = [*id_tables(vocabularies, config), *code_tables(sizes, config)]
+    return [*tables, *prefix_tables(vocabularies, config)]
 
 
 def ranker_tables(

@@ -23,6 +23,7 @@ from torchrec_models.inputs import TrainInputs
 from torchrec_models.interruption import StopRequest, TrainingInterruptedError
 from torchrec_models.losses import build_content_id_loss
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
+from torchrec_models.prefixes import prefix_start
 from torchrec_models.progress import FileMetricsLog, MetricsLog, NoMetricsLog, Progress
 from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.row_store import code_sizes
@@ -30,12 +31,16 @@ from torchrec_models.sharding import Ranks, ShardedRanker, current_ranks, shard_
 from torchrec_models.slices import item_slices
 from torchrec_models.snapshot import ItemSnapshot
 from torchrec_models.tables import (
+    PREFIX_FEATURE,
     centroid_start,
     code_tables,
+    prefix_tables,
     ranker_tables,
+    rq_feature,
     sequence_tables,
     sparse_feature_names,
 )
+from torchrec_models.vocabulary import Vocabularies
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,12 @@ class _Run:
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
         store = inputs.store
         tasks = resolve_tasks(config, store.manifest.label_names)
-        vocabularies, sizes = store.vocabularies(), code_sizes(store.manifest)
+        vocabularies, sizes = store.run_vocabularies(config), code_sizes(store.manifest)
         ranker = build_ranker(config, tasks, vocabularies, sizes, torch.device("meta"))
         weights = [task.weight for task in tasks]
         task = RankerTrainTask(ranker, weights, build_content_id_loss(config))
         sharded = shard_ranker(task, config)
-        _start_code_tables(sharded, config, inputs)
+        _start_code_tables(sharded, config, inputs, vocabularies)
         snapshot = ItemSnapshot(store.snapshot_folder, config.vector_source)
         builder = BatchBuilder(
             config=config,
@@ -299,9 +304,12 @@ class _Run:
         )
 
 
-def _start_code_tables(sharded: ShardedRanker, config: RankerConfig, inputs: TrainInputs) -> None:
+def _start_code_tables(
+    sharded: ShardedRanker, config: RankerConfig, inputs: TrainInputs, vocabularies: Vocabularies
+) -> None:
     sizes = code_sizes(inputs.store.manifest)
-    tables = [*code_tables(sizes, config), *sequence_tables(sizes, config)]
+    prefixes = prefix_tables(vocabularies, config)
+    tables = [*code_tables(sizes, config), *sequence_tables(sizes, config), *prefixes]
     if not config.enable_centroid_start or not tables:
         return
     if inputs.codebook is None:
@@ -309,7 +317,14 @@ def _start_code_tables(sharded: ShardedRanker, config: RankerConfig, inputs: Tra
             "ranker.enable_centroid_start needs the codebook's centroids, but none were loaded; "
             "set it to false or pass the codebook"
         )
-    weights = centroid_start(inputs.codebook.codebooks, inputs.codebook.pool_vectors_PD, config)
+    weights = dict(
+        centroid_start(inputs.codebook.codebooks, inputs.codebook.pool_vectors_PD, config)
+    )
+    if prefixes and vocabularies.prefixes is not None:
+        levels = [weights[rq_feature(level)] for level in range(len(sizes.level_sizes))]
+        decoded_RE = prefix_start(vocabularies.prefixes, levels)
+        # Hashed prefixes share rows: no vector is theirs alone, so they keep their random start.
+        weights |= {} if decoded_RE is None else {PREFIX_FEATURE: decoded_RE}
     start_tables(sharded.model, weights)
 
 

@@ -17,21 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.errors import DataError
+from torchrec_models.prefixes import PrefixVocabulary
+from torchrec_models.sorted_ids import find_ids
 
 DEFAULT_ROW = 0
 
-Ids = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]
-
-
-def find_ids(sorted_ids_V: Ids, ids_N: Ids) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
-    """Return where ids stand among ascending ones, and which do; place 0 for those that do not."""
-    if not len(sorted_ids_V):
-        return np.zeros(len(ids_N), dtype=np.intp), np.zeros(len(ids_N), dtype=np.bool_)
-    places_N = np.searchsorted(sorted_ids_V, ids_N)
-    places_N[places_N == len(sorted_ids_V)] = 0
-    is_known_N = sorted_ids_V[places_N] == ids_N
-    return np.where(is_known_N, places_N, 0), is_known_N
 
 
 @dataclass(frozen=True)
@@ -98,6 +89,8 @@ class Vocabularies:
     item_ids: IdVocabulary
     user_columns: Mapping[str, ColumnVocabulary] = field(default_factory=dict)
     item_columns: Mapping[str, ColumnVocabulary] = field(default_factory=dict)
+    prefixes: PrefixVocabulary | None = None
+    """Of training runs with prefix tokens."""
 
     def to_json(self) -> str:
         """Return the vocabularies as one JSON text."""
@@ -107,6 +100,7 @@ class Vocabularies:
                 "item_ids": self.item_ids.ids_V.tolist(),
                 "user_columns": _columns_to_json(self.user_columns),
                 "item_columns": _columns_to_json(self.item_columns),
+                "prefixes": None if self.prefixes is None else self.prefixes.to_json(),
             }
         )
 
@@ -114,11 +108,13 @@ class Vocabularies:
     def from_json(text: str) -> "Vocabularies":
         """Return what :meth:`to_json` wrote."""
         content = json.loads(text)
+        prefixes = content["prefixes"]
         return Vocabularies(
             user_ids=IdVocabulary(np.asarray(content["user_ids"], dtype=np.int64)),
             item_ids=IdVocabulary(np.asarray(content["item_ids"], dtype=np.int64)),
             user_columns=_columns_from_json(content["user_columns"]),
             item_columns=_columns_from_json(content["item_columns"]),
+            prefixes=None if prefixes is None else PrefixVocabulary.from_json(prefixes),
         )
 
 

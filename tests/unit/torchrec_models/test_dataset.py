@@ -20,7 +20,7 @@ from torchrec_models.tables import ranker_tables, sparse_feature_names
 
 def make_dataset(inputs: TrainInputs, split: str, config: RankerConfig, ranks: Ranks) -> RowDataset:
     store = inputs.store
-    vocabularies = store.vocabularies()
+    vocabularies = store.run_vocabularies(config)
     snapshot = ItemSnapshot(store.snapshot_folder, config.vector_source)
     tables = ranker_tables(code_sizes(store.manifest), vocabularies, config)
     return RowDataset(

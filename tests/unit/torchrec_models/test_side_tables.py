@@ -23,6 +23,8 @@ SIDE_FEATURES: tuple[FeatureName, ...] = (
     "popularity",
     "item_cf",
     "code_cf",
+    "prefix",
+    "history_prefix",
 )
 
 
