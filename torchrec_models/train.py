@@ -25,9 +25,18 @@ from torchrec_models.options import load_ranker_config, set_option
 @config_option
 @set_option
 @click.option("--resume", is_flag=True, help="Go on with the run that was stopped or died.")
+@click.option(
+    "--init-from",
+    type=click.Path(file_okay=False, exists=True),
+    help="Folder of a checkpoint, of this codebook or an older one, whose weights are taken over.",
+)
 @log_level_option
 def main(
-    config_path: str, assignments: tuple[str, ...], resume: bool, log_level: str | None
+    config_path: str,
+    assignments: tuple[str, ...],
+    resume: bool,
+    init_from: str | None,
+    log_level: str | None,
 ) -> None:
     """Train the ranker; the first rank prints its metrics on test rows as one JSON line.
 
@@ -39,12 +48,17 @@ def main(
     from torchrec_models.metrics import defined_metrics
     from torchrec_models.sharding import process_group
     from torchrec_models.training import train
+    from torchrec_models.warm_start import load_warm_start
 
     start_logging(config_path, log_level)
     config = load_ranker_config(config_path, assignments)
     inputs = load_train_inputs(config_path, config)
+    warm_start = None
+    if init_from is not None:
+        version = inputs.store.manifest.codebook_version
+        warm_start = load_warm_start(config_path, init_from, version)
     with stop_on_signals() as stop, process_group() as ranks:
-        result = train(config, inputs, resume=resume, stop=stop)
+        result = train(config, inputs, resume=resume, warm_start=warm_start, stop=stop)
     if ranks.is_first:
         click.echo(
             json.dumps(

@@ -41,6 +41,7 @@ from torchrec_models.tables import (
     sparse_feature_names,
 )
 from torchrec_models.vocabulary import Vocabularies
+from torchrec_models.warm_start import WarmStart, take_over
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def train(
     *,
     enable_checkpoint: bool = True,
     resume: bool = False,
+    warm_start: WarmStart | None = None,
     stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train one ranker on this process group's ranks and evaluate it on the test rows.
@@ -78,6 +80,9 @@ def train(
         inputs: Rows, and the codebook where code tables start from its centroids.
         enable_checkpoint: Save the trained weights, and logs, under ``config.checkpoint_dir``.
         resume: Go on with the run that a signal stopped, or that died after a checkpoint.
+        warm_start: Older ranker whose weights are taken over first; with ``num_epochs=0`` the
+            ranker is evaluated as it was taken over, not retrained. Ignored by a resumed run,
+            whose weights hold it.
         stop: Asked while training for whether to stop; None: nobody asks.
 
     Returns:
@@ -90,6 +95,8 @@ def train(
     """
     started = time.monotonic()
     run = _Run.create(config, inputs, enable_checkpoint=enable_checkpoint)
+    if warm_start is not None and not resume:
+        take_over(run.sharded, warm_start, run.builder.vocabularies)
     fitted = run.fit(run.resumed() if resume else run.fresh(), stop or StopRequest())
     checkpoint = run.save(fitted) if enable_checkpoint else None
     predictions = run.predict("test")
