@@ -2,7 +2,7 @@
 
     RQ tables       by label; a code that goes on from none keeps its own start (its centroid)
     VQ table        by pool row; a recycled row keeps its own start
-    prefix table    by the prefix whose codes go on; rows shared by hashing only in the same codebook
+    prefix table    by the codes of the prefix; hashed rows go on in the same codebook only
     ID tables       by id through both vocabularies; a new id starts as the default row
     column tables   by value; a bucket by its lower edge; a new value starts as the default row
     dense parts     as they are, where names and shapes agree; else the start is refused
