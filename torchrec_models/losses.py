@@ -76,9 +76,9 @@ class ContentIdLoss(nn.Module):
         # Batches of train rows are shuffled: the next rows are a random draw.
         others_BS = (torch.arange(num_rows, device=steps_S.device)[:, None] + steps_S) % num_rows
         unit_BE = nn.functional.normalize(id_BE, dim=1)
-        cosines_BS = torch.bmm(
-            unit_BE[others_BS], nn.functional.normalize(content_BE, dim=1)[:, :, None]
-        ).squeeze(2)
+        content_B1E = nn.functional.normalize(content_BE, dim=1).unsqueeze(1)
+        # No matrix product: autocast would round cosines to bfloat16.
+        cosines_BS = (unit_BE[others_BS] * content_B1E).sum(dim=2)
         other_rows_BS = item_rows_B[others_BS]
         is_other_BS = (other_rows_BS != item_rows_B[:, None]) & (other_rows_BS != DEFAULT_ROW)
         # The first column is the row's own item.

@@ -93,8 +93,7 @@ class RankerTrainTask(nn.Module):
         A label is NaN where its task has none, see :class:`~torchrec_models.towers.TaskLabels`.
         """
         features_BFE = self.ranker.embeddings(batch.sparse_features, batch.dense_features)
-        # Also under autocast the loss is computed in float32.
-        logits_BT = self.ranker.logits(features_BFE).float()
+        logits_BT = self.ranker.logits(features_BFE)
         labels_BT = self.task_labels(batch.labels)
         loss = self.task_losses(logits_BT, labels_BT)
         if self.content_id_loss is not None:

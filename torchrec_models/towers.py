@@ -108,5 +108,6 @@ class TaskTowers(nn.Module):
     def forward(self, mixtures_BTY: torch.Tensor) -> torch.Tensor:
         """Return the logits of the tasks' probabilities."""
         logits = [tower(mixtures_BTY[:, task]) for task, tower in enumerate(self.towers)]
-        logits_BT: torch.Tensor = self.chain(torch.cat(logits, dim=1))
+        # Also under autocast, chain and loss are computed in float32.
+        logits_BT: torch.Tensor = self.chain(torch.cat(logits, dim=1).float())
         return logits_BT

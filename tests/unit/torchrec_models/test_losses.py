@@ -129,6 +129,21 @@ def test_towers_script_and_export(enable_esmm: bool) -> None:
     torch.testing.assert_close(exported(mixtures_BTY), towers(mixtures_BTY))
 
 
+def test_under_autocast_the_chain_and_the_content_id_term_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    towers = TaskTowers(4, (1,), TaskChain(_tasks(like=None, love="like"), enable_esmm=True))
+    content_BE, id_BE = torch.randn(2, 6, 4).unbind()
+    rows_B = torch.arange(1, 7)
+    expected = ContentIdLoss(1.0, 0.1, 4)(content_BE, id_BE, rows_B)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BT = towers(torch.randn(3, 2, 4))
+        found = ContentIdLoss(1.0, 0.1, 4)(content_BE, id_BE, rows_B)
+
+    assert logits_BT.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 def _content_id_reference(
     content_BE: np.ndarray, id_BE: np.ndarray, rows_B: Sequence[int], num_negatives: int
 ) -> float:
