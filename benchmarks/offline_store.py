@@ -15,12 +15,18 @@ It makes its own rows: 6 RQ and 25 VQ codes, as ``item_codes_<version>`` has the
   is ten. ``day_most_parts`` is the most that a reader met, ``day_most_files`` the most that lay in
   the folder, ``day_write_amplification`` how often a row is written, the append among it, and
   ``day_compaction_vs_append`` the time of the compactions over that of the appends.
+- ``object_store``: the same parts of 100 rows in a folder and in an S3 server on this machine
+  (s3proxy over a folder, fetched by ``make bench``). ``..._s3_vs_disk`` is time over time, of
+  joins medians of turns: appends one after the other (``append``) and four at a time as a worker does (``append4``),
+  the join of section ``parts`` over all parts and after a compaction. ``..._requests`` are those
+  that one such operation sends; ``append_requests`` those of one append.
 
 Times are wall times on the cores that the machine has (``device``), rows come from the page cache.
 Progress goes to stderr, the last line of stdout is one JSON object.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -31,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,8 +49,11 @@ import pyarrow.compute as pc
 from qarm_feast import view_tags
 from qarm_feast.code_log import CodeLog
 from qarm_feast.compaction import CompactionRules, Compactor
+from qarm_feast.object_store import Place
 from qarm_feast.schema import CODE_ROWS, TIMESTAMP, code_view_name
 from qarm_feast.source_rows import FeatureRows, TimeRange
+from tests.object_store_cases import client_of, count_requests
+from tests.object_store_server import ObjectStoreServer
 
 LOG_NAME = code_view_name("v1")
 DEDUP_KEY = "item_id,event_timestamp,content_hash"
@@ -80,6 +90,7 @@ class Scale:
     num_rounds: int = 5
     day_fraction: int = 10
     rows_per_day_part: int = 20
+    num_store_parts: int = 2_000
 
 
 QUICK = Scale(
@@ -88,6 +99,7 @@ QUICK = Scale(
     num_parts=1_000,
     num_rounds=3,
     day_fraction=200,
+    num_store_parts=200,
 )
 
 
@@ -126,7 +138,7 @@ def label_rows(num_labels: int, num_items: int) -> pa.Table:
     )
 
 
-def source(root: Path) -> FeatureRows:
+def source(root: Place) -> FeatureRows:
     """Return the rows of the log as the view's batch source reads them."""
     tags = {view_tags.DEDUP_KEY: DEDUP_KEY}
     return FeatureRows(root / LOG_NAME, "event_timestamp", "created", tags)
@@ -255,6 +267,77 @@ def day_section(scale: Scale, root: Path) -> dict[str, float]:
     }
 
 
+def object_store_section(scale: Scale, root: Path) -> dict[str, float]:
+    """Write and read the same parts in a folder and in an S3 server."""
+    with ObjectStoreServer(root / "s3") as server, client_of(server, root / "cache"):
+        requests = count_requests()
+        uris = {"disk": str(root / "disk"), "s3": server.add_bucket("benchmark")}
+        return _object_store_figures(scale, uris, requests)
+
+
+def _object_store_figures(
+    scale: Scale, uris: dict[str, str], requests: list[str]
+) -> dict[str, float]:
+    num_parts = scale.num_store_parts
+    table = code_rows(num_parts * scale.rows_per_part, 100_000, seed=0)
+    parts = [
+        table.slice(first, scale.rows_per_part)
+        for first in range(0, table.num_rows, scale.rows_per_part)
+    ]
+    logs = {kind: CodeLog(uri) for kind, uri in uris.items()}
+    for log in logs.values():
+        log.append(LOG_NAME, parts[0], written_at=START)
+    figures: dict[str, float] = {}
+    for name, num_threads in (("append", 1), ("append4", 4)):
+        append = functools.partial(_append_all, parts=parts, num_threads=num_threads)
+        seconds, sent = _in_turns(logs, append, requests)
+        figures |= _compared(name, seconds) | {f"{name}_requests": sent / num_parts}
+        figures[f"{name}_parts_per_second_s3"] = num_parts / seconds["s3"]
+        _say(f"  {figures}")
+    labels = label_rows(table.num_rows // 10, 100_000)
+    for name in ("join", "join_compacted"):
+        join = functools.partial(_join_log, labels=labels)
+        seconds, sent = _in_turns(logs, join, requests, scale.num_rounds)
+        figures |= _compared(name, seconds) | {f"{name}_requests": float(sent)}
+        _say(f"  {figures}")
+        if name == "join":
+            seconds, sent = _in_turns(logs, compact, requests)
+            figures |= _compared("compact", seconds) | {"compact_requests": float(sent)}
+    return {f"object_store_{name}": value for name, value in figures.items()}
+
+
+def _in_turns(
+    logs: dict[str, CodeLog],
+    step: Callable[[CodeLog], None],
+    requests: list[str],
+    num_rounds: int = 1,
+) -> tuple[dict[str, float], int]:
+    """Return the median seconds of a step on each log, and the requests that one step sends."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in logs}
+    for _ in range(num_rounds):
+        requests.clear()
+        for kind, log in logs.items():
+            started = time.perf_counter()
+            step(log)
+            seconds[kind].append(time.perf_counter() - started)
+    return {kind: statistics.median(found) for kind, found in seconds.items()}, len(requests)
+
+
+def _compared(name: str, seconds: dict[str, float]) -> dict[str, float]:
+    named = {f"{name}_seconds_{kind}": value for kind, value in seconds.items()}
+    return named | {f"{name}_s3_vs_disk": seconds["s3"] / seconds["disk"]}
+
+
+def _append_all(log: CodeLog, parts: list[pa.Table], num_threads: int) -> None:
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in pool.map(lambda part: log.append(LOG_NAME, part, written_at=START), parts):
+            pass
+
+
+def _join_log(log: CodeLog, labels: pa.Table) -> None:
+    source(log.root).as_of(["item_id"], CODES, labels, 0)
+
+
 def _append_minute(log: CodeLog, rows: pa.Table, rows_per_part: int) -> Path:
     """Append rows by parts and return the day folder."""
     part = log.root
@@ -288,6 +371,7 @@ SECTIONS: dict[str, Callable[[Scale, Path], dict[str, float]]] = {
     "parts": parts_section,
     "day": day_section,
     "join": join_section,
+    "object_store": object_store_section,
 }
 
 

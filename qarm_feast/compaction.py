@@ -36,6 +36,7 @@ from qarm_feast.config import Section
 from qarm_feast.erasure import Marks, read_marks, without_marked
 from qarm_feast.errors import DataError, ServiceUnavailableError
 from qarm_feast.log_parts import (
+    MERGED_PREFIX,
     DamagedPartError,
     find_damage,
     is_damage,
@@ -58,7 +59,7 @@ from qarm_feast.log_parts import (
     unpacked_bytes,
     write_merged,
 )
-from qarm_feast.object_store import Entry, Place, place, scan
+from qarm_feast.object_store import Entry, Place, StorePath, place, remove_many, scan
 from qarm_feast.point_in_time import latest_rows, microseconds
 from qarm_feast.schema import (
     CONTENT_LOG,
@@ -334,10 +335,11 @@ class _LogCompaction:
 
     def _delete_below(self, part: Place) -> None:
         """Delete what a merged part stands for, and last the list that hides it."""
-        for name in read_replaced(part):
-            replaced = part.with_name(name)
-            self._delete_below(replaced)
-            self.counts.num_deleted_parts += _unlink_if_there(replaced)
+        names = sorted(read_replaced(part))
+        for name in names:
+            if name.startswith(MERGED_PREFIX):
+                self._delete_below(part.with_name(name))
+        self.counts.num_deleted_parts += _unlink_all(part.parent, names)
         sync_folder(part.parent)
         _unlink_if_there(replaces_path(part))
 
@@ -526,6 +528,14 @@ def merged_size(path: str, num_bytes: int) -> int | None:
             raise
         # The merge that takes it puts it into quarantine.
         return 0
+
+
+def _unlink_all(folder: Place, names: Sequence[str]) -> int:
+    """Delete files of a folder; return how many there were, of objects how many were named."""
+    if isinstance(folder, StorePath):
+        remove_many([folder / name for name in names])
+        return len(names)
+    return sum(_unlink_if_there(folder / name) for name in names)
 
 
 def _unlink_if_there(path: Place) -> bool:

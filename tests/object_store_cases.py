@@ -50,6 +50,18 @@ def forget_clients() -> None:
     object_store.check_conditional_put.cache_clear()
 
 
+def count_requests() -> list[str]:
+    """Return a list that fills with the name of each request that this process sends."""
+    files = object_store.file_system("s3")
+    files.connect()
+    requests: list[str] = []
+    files.s3.meta.events.register(
+        "before-send.s3.*",
+        lambda event_name, **_: requests.append(event_name.rpartition(".")[2]),
+    )
+    return requests
+
+
 def artifact(version: str, content: bytes = b"arrays") -> tuple[Manifest, dict[str, bytes]]:
     """Return the manifest and the one file of a version."""
     payloads = {f"rq-{sha256(content)[:16]}.safetensors": content}

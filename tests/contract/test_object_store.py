@@ -61,6 +61,7 @@ from tests.object_store_cases import (
     artifact,
     client_of,
     code_rows,
+    count_requests,
     draft,
     forget_clients,
     offline_store_at,
@@ -117,6 +118,7 @@ def _kill_at(number: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     for name in ("put", "create", "unlink", "move"):
         patch.setattr(StorePath, name, dying(getattr(StorePath, name)))
+    patch.setattr(compaction, "remove_many", dying(compaction.remove_many))
     # Locks have tests of their own.
     for module in (registry, compaction):
         patch.setattr(module, "exclusive", lambda *_: nullcontext())
@@ -501,18 +503,6 @@ def test_an_append_is_one_request(bucket: str, monkeypatch: pytest.MonkeyPatch) 
     _append(log, 2, 3)
 
     assert requests == ["PutObject", "PutObject"]
-
-
-def count_requests() -> list[str]:
-    """Return a list that fills with the name of each request that this process sends."""
-    files = object_store.file_system("s3")
-    files.connect()
-    requests: list[str] = []
-    files.s3.meta.events.register(
-        "before-send.s3.*",
-        lambda event_name, **_: requests.append(event_name.rpartition(".")[2]),
-    )
-    return requests
 
 
 # Doors: the command line and Feast
