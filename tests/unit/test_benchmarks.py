@@ -122,6 +122,7 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
         "offline_store.py",
         "quantize.py",
         "ranking_quality.py",
+        "serving.py",
         "stream.py",
     ]
 
