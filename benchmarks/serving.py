@@ -10,6 +10,7 @@ aligned vectors of ``item_vectors_<encoder_version>``).
 
 - ``<store>_<arm>_p50_ms`` and ``_p99_ms``: the int8 export scored in process;
   ``<store>_<arm>_http_p50_ms`` and ``_http_p99_ms``: through ``POST /rank`` of a server process.
+- ``..._cpu_ms``: this process's own time of an in-process request, the mean.
 - ``..._read_ms``, ``..._build_ms``, ``..._forward_ms``: medians of the parts of an in-process
   request; ``..._over_forward`` is the median request by its forward alone, the floor.
 - ``<store>_codes_float32_p50_ms``: the checkpoint's tables in place of the export's.
@@ -237,7 +238,9 @@ def latencies(requests: Requests, ask: Callable[[int, np.ndarray], object]) -> n
 def in_process(scorer: OnlineScorer, requests: Requests, name: str) -> dict[str, float]:
     """Return the figures of one arm in this process, with the medians of its parts."""
     now = datetime.now(UTC)
+    before = time.process_time()
     whole = latencies(requests, lambda user, items: scorer.rank(user, items, now))
+    cpu_ms = 1000 * (time.process_time() - before) / (len(whole) + _WARM_REQUESTS)
     parts: dict[str, list[float]] = {"read": [], "build": [], "forward": []}
 
     def in_parts(user_id: int, candidates: np.ndarray) -> None:
@@ -256,6 +259,7 @@ def in_process(scorer: OnlineScorer, requests: Requests, name: str) -> dict[str,
     medians = {f"{name}_{part}_ms": float(np.median(found)) for part, found in parts.items()}
     return {
         **_percentiles(name, whole),
+        f"{name}_cpu_ms": cpu_ms,
         **medians,
         f"{name}_over_forward": float(np.median(whole)) / medians[f"{name}_forward_ms"],
     }
