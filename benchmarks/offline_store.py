@@ -17,9 +17,9 @@ It makes its own rows: 6 RQ and 25 VQ codes, as ``item_codes_<version>`` has the
   ``day_compaction_vs_append`` the time of the compactions over that of the appends.
 - ``object_store``: the same parts of 100 rows in a folder and in an S3 server on this machine
   (s3proxy over a folder, fetched by ``make bench``). ``..._s3_vs_disk`` is time over time, of
-  joins medians of turns: appends one after the other (``append``) and four at a time as a worker does (``append4``),
-  the join of section ``parts`` over all parts and after a compaction. ``..._requests`` are those
-  that one such operation sends; ``append_requests`` those of one append.
+  joins medians of turns: appends one after the other (``append``) and four at a time as a worker
+  does (``append4``), the join of section ``parts`` over all parts and after a compaction.
+  ``..._requests`` are those that one such operation sends.
 
 Times are wall times on the cores that the machine has (``device``), rows come from the page cache.
 Progress goes to stderr, the last line of stdout is one JSON object.
