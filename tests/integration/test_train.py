@@ -63,7 +63,8 @@ ranker:
   id_dropout: 0.2
   history_length: 8
   features:
-    [user_id, item_id, user_columns, history_item_id, rq_code, vq_code, history_rq_code, cross,
+    [user_id, item_id, user_columns, item_columns, popularity, history_item_id, rq_code, vq_code,
+     history_rq_code, prefix, history_prefix, item_cf, code_cf, cross,
      attention, shared_history]
 comparison:
   seeds: [0]
@@ -105,6 +106,7 @@ def _write_input(folder: Path) -> np.ndarray:
                 "item_id": np.arange(NUM_ITEMS) + 100,
                 "upload_timestamp": pa.array([START] * NUM_ITEMS).cast(TIMESTAMP),
                 "title": [f"item {number}" for number in range(NUM_ITEMS)],
+                "shelf": np.arange(NUM_ITEMS) % 3 == 0,
             }
         ),
         folder / "items.parquet",
@@ -249,6 +251,25 @@ def test_rows_keep_every_label_with_its_codes_and_profile(repository: Repository
     assert set(pc.list_value_length(rows["rq_code"]).to_pylist()) == {2}
     assert store.manifest.counts["rows_without_codes"] == 0
     assert store.manifest.num_rows == {"train": 2401, "valid": 299, "test": 301}
+
+
+def test_side_tables_are_counted_from_the_train_rows(repository: Repository) -> None:
+    labels = pq.read_table(repository.path / "data" / "input" / "interactions.parquet")
+    train = labels.filter(pc.equal(labels["split"], "train"))
+    shown = train.group_by("item_id").aggregate([("item_id", "count"), ("is_like", "sum")])
+    shown = shown.sort_by("item_id")
+
+    tables = _store(repository).side_tables()
+
+    counts = tables.popularity
+    assert counts.labels == ("is_like", "is_love")
+    assert counts.item_ids_I.tolist() == shown["item_id"].to_pylist()
+    assert counts.totals_IC[:, 0].tolist() == shown["item_id_count"].to_pylist()
+    assert counts.totals_IC[:, 1].tolist() == shown["is_like_sum"].to_pylist()
+    assert sorted(tables.pairs) == ["c1", "c1_c2", "item"]
+    # False and true are rows 1 and 2, for items without a train row too.
+    expected = np.where(np.arange(NUM_ITEMS) % 3 == 0, 2, 1)
+    assert tables.item_columns.rows("shelf", np.arange(NUM_ITEMS) + 100).tolist() == list(expected)
 
 
 def test_histories_are_the_users_train_likes_before_the_label(repository: Repository) -> None:
