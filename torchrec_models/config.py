@@ -229,7 +229,7 @@ class RankerConfig(Section):
         default=True, description="Start code tables from the codebook's projected centroids."
     )
     centroid_scale: float = Field(
-        default=0.3, gt=0, description="Standard deviation of centroid-started table weights."
+        default=0.3, gt=0, description="Standard deviation of a code table's first weights."
     )
     code_table_training: Literal["trained", "frozen"] = Field(
         default="trained",

@@ -3,13 +3,15 @@
 A table is shared by every feature that means the same thing: the target's code of a level and
 the codes of the user's history on that level read the same rows.
 Shape letters: K codebook size, P pool size, D aligned embedding width, E table width.
-May import: numpy, torchrec; does no I/O.
+May import: numpy, torch, torchrec; does no I/O.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     EmbeddingBagConfig,
@@ -92,7 +94,14 @@ def code_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingBagConf
         features += [history_rq_feature(level)] * config.has("history_rq_code")
         tables.append(_table(rq_feature(level), codebook_size, features, config))
     tables.append(_table(VQ_FEATURE, sizes.pool_size, [VQ_FEATURE] * config.has("vq_code"), config))
+    for table in tables:
+        table.init_fn = _random_start(config)
     return [table for table in tables if table.feature_names]
+
+
+def _random_start(config: RankerConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    # As wide as a centroid start: a table's own default shrinks with its number of rows.
+    return functools.partial(torch.nn.init.normal_, std=config.centroid_scale)
 
 
 def id_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[EmbeddingBagConfig]:
@@ -153,6 +162,7 @@ def sequence_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingCon
         embedding_dim=config.embedding_dim,
         num_embeddings=sum(sizes.level_sizes),
         feature_names=[TARGET_SEQUENCE, *names],
+        init_fn=_random_start(config),
     )
     return [table]
 

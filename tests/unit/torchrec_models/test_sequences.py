@@ -63,6 +63,14 @@ def test_attention_equals_a_softmax_row_by_row_and_is_zero_without_items() -> No
     assert found_B2E[1].abs().max() == 0
 
 
+def test_attention_over_no_items_at_all_is_zero() -> None:
+    empty_HLE = torch.zeros(0, NUM_LEVELS, WIDTH)
+
+    found_B2E = _attention()(torch.ones(2, NUM_LEVELS, WIDTH), empty_HLE, torch.tensor([0, 0]))
+
+    assert found_B2E.tolist() == torch.zeros(2, 2, WIDTH).tolist()
+
+
 def test_a_softmax_of_huge_scores_stays_finite() -> None:
     scores_H = torch.tensor([1000.0, 1000.0, -1000.0], requires_grad=True)
 

@@ -61,6 +61,21 @@ def test_code_tables_start_as_the_weights_given(inputs: TrainInputs, ranks: Rank
         torch.testing.assert_close(table, torch.from_numpy(first[name]))
 
 
+def test_random_code_tables_start_as_wide_as_centroids_would(
+    inputs: TrainInputs, ranks: Ranks
+) -> None:
+    weights = whole_weights(_sharded(inputs).model)
+
+    scales = {
+        name: weights[key].std().item()
+        for key in weights
+        for name in ("rq_0", "vq_code", "sequence_rq")
+        if f".{name}." in key
+    }
+    assert len(scales) == 3
+    assert all(0.22 < scale < 0.38 for scale in scales.values())
+
+
 def test_one_step_moves_every_parameter(inputs: TrainInputs, ranks: Ranks) -> None:
     sharded = _sharded(inputs)
     before = whole_weights(sharded.model)
