@@ -7,6 +7,7 @@ K neighbours, D aligned embedding width, W dense width, T tasks.
 May import: numpy, pyarrow, torch, torchrec; does no I/O.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -57,6 +58,7 @@ _READS_HISTORY_CODES: tuple[FeatureName, ...] = (
 )
 _SEARCH_ITEMS = 1 << 16
 """Vectors of history items that a search holds at a time."""
+_COSINE_SCALE = 5.0
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -380,8 +382,22 @@ class BatchBuilder:
         item_ids_H, label_times_H, _ = rows.one_history()
         history_HD = self.vector_lookup.vectors(item_ids_H, label_times_H)
         if rows.has_one_history:
-            return _vector_features_of_one_history(targets_BD, history_HD)
-        return _vector_features(targets_BD, history_HD, torch.from_numpy(rows.history_lengths_B))
+            features_BW = _vector_features_of_one_history(targets_BD, history_HD)
+        else:
+            lengths_B = torch.from_numpy(rows.history_lengths_B)
+            features_BW = _vector_features(targets_BD, history_HD, lengths_B)
+        return features_BW * _vector_scales(targets_BD.shape[1])
+
+
+def _vector_scales(vector_dim: int) -> torch.Tensor:
+    """Return the factors ``[2 D + 2]`` that bring vectors and cosines to about unit variance.
+
+    The parts of a unit vector have a variance of 1 / D, and a net that learns at one rate for all
+    inputs would hardly read them.
+    """
+    scales = torch.full((2 * vector_dim + 2,), math.sqrt(vector_dim))
+    scales[-2:] = _COSINE_SCALE
+    return scales
 
 
 def _vector_features_of_one_history(

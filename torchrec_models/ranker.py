@@ -50,7 +50,8 @@ class MultiTaskRanker(nn.Module):
         self, sparse_features: KeyedJaggedTensor, dense_features_BW: torch.Tensor
     ) -> torch.Tensor:
         """Return the logits ``[B, T]`` of the tasks' probabilities."""
-        return self.logits(self.embeddings(sparse_features, dense_features_BW))
+        features_BFE = self.embeddings(sparse_features, dense_features_BW)
+        return self.logits(features_BFE, dense_features_BW)
 
     def embeddings(
         self, sparse_features: KeyedJaggedTensor, dense_features_BW: torch.Tensor
@@ -65,9 +66,13 @@ class MultiTaskRanker(nn.Module):
             features_BFE = torch.cat([features_BFE, sequences_BVE], dim=1)
         return features_BFE
 
-    def logits(self, features_BFE: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[B, T]`` of embeddings."""
-        mixtures_BTY = self.head(self.interaction_arch(features_BFE))
+    def logits(self, features_BFE: torch.Tensor, dense_features_BW: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[B, T]`` of embeddings, and of dense features once more.
+
+        One dense embedding is narrow for vectors and counts together, so the head reads them too.
+        """
+        interactions_BX = self.interaction_arch(features_BFE)
+        mixtures_BTY = self.head(torch.cat([interactions_BX, dense_features_BW], dim=1))
         logits_BT: torch.Tensor = self.task_towers(mixtures_BTY)
         return logits_BT
 
@@ -93,7 +98,7 @@ class RankerTrainTask(nn.Module):
         A label is NaN where its task has none, see :class:`~torchrec_models.towers.TaskLabels`.
         """
         features_BFE = self.ranker.embeddings(batch.sparse_features, batch.dense_features)
-        logits_BT = self.ranker.logits(features_BFE)
+        logits_BT = self.ranker.logits(features_BFE, batch.dense_features)
         labels_BT = self.task_labels(batch.labels)
         loss = self.task_losses(logits_BT, labels_BT)
         if self.content_id_loss is not None:
@@ -143,11 +148,12 @@ def build_ranker(
     if sequence_arch is not None:
         num_features += sequence_arch.attention.num_vectors
     dense_arch = None
-    if width := dense_width(sizes, config, len(tasks)):
+    width = dense_width(sizes, config, len(tasks))
+    if width:
         dense_arch = DenseArch(width, config.dense_arch_layer_sizes, config.embedding_dim)
         num_features += 1
     interaction_arch = build_interaction(config, num_features)
-    head = build_head(config, interaction_arch.out_features, tasks)
+    head = build_head(config, interaction_arch.out_features + width, tasks)
     chain = TaskChain(tasks, config.enable_esmm)
     towers = TaskTowers(head.out_features, config.over_arch_layer_sizes, chain)
     return MultiTaskRanker(sparse_arch, sequence_arch, dense_arch, interaction_arch, head, towers)

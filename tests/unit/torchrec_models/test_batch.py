@@ -84,11 +84,12 @@ def test_a_history_is_cut_to_its_newest_items() -> None:
     assert batch.sparse_features["history_item_id"].values().tolist() == [2, 1]
 
 
-def test_vector_features_are_target_mean_history_and_cosines() -> None:
+def test_vector_features_are_target_mean_history_and_cosines_at_unit_scale() -> None:
     batch = _builder(("item_id", "vector"), ("item_id",)).build(_rows())
 
-    third = 1 / 3
-    expected = torch.tensor([[1, 0, third, third, third, 1], [0, 0, 0, 0, 0, 0]])
+    third, scale = 1 / 3, 2**0.5
+    vectors = [scale, 0, third * scale, third * scale]
+    expected = torch.tensor([[*vectors, third * 5, 5], [0, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(batch.dense_features, expected)
 
 
