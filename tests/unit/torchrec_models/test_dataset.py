@@ -1,5 +1,10 @@
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -89,6 +94,65 @@ def test_an_evaluation_holds_each_row_once_among_the_own_rows(inputs: TrainInput
     assert [own[: len(stored[rank::3])] for rank, own in enumerate(users)] == [
         stored[rank::3] for rank in range(3)
     ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("rows_per_group", [2, 70, 100, 1600])
+def test_row_groups_go_round_the_ranks_and_each_row_is_read_once(
+    inputs: TrainInputs, tmp_path: Path, world_size: int, rows_per_group: int
+) -> None:
+    stored = pq.read_table(inputs.store.split_path("train"))
+    path = tmp_path / "train.parquet"
+    pq.write_table(stored, path, row_group_size=rows_per_group)
+    datasets = [
+        replace(
+            make_dataset(inputs, "train", RankerConfig(batch_size=101), Ranks(rank, world_size)),
+            path=path,
+            num_workers=2,
+        )
+        for rank in range(world_size)
+    ]
+
+    passes = [list(dataset.eval_batches()) for dataset in datasets]
+
+    own = [
+        torch.cat([batch.user_ids for batch in batches])[: dataset.num_own_rows()].tolist()
+        for dataset, batches in zip(datasets, passes, strict=True)
+    ]
+    sizes = [[len(batch.user_ids) for batch in batches] for batches in passes]
+    assert Counter(chain.from_iterable(own)) == Counter(stored["user_id"].to_pylist())
+    assert all(found == sizes[0] for found in sizes)
+    if rows_per_group == 70 and world_size > 1:
+        # The second rank begins with the second group.
+        assert own[1][:70] == stored["user_id"][70:140].to_pylist()
+
+
+def test_a_pass_goes_on_behind_the_batches_that_are_left_out(inputs: TrainInputs) -> None:
+    dataset = make_dataset(inputs, "train", RankerConfig(batch_size=200), Ranks(0, 1))
+
+    def values(first_batch: int, num_workers: int) -> list[list[int]]:
+        batches = replace(dataset, num_workers=num_workers).train_batches(
+            seed=1, epoch=2, window_rows=500, first_batch=first_batch
+        )
+        return [batch.sparse_features.values().tolist() for batch in batches]
+
+    assert values(3, 2) == values(0, 0)[3:]
+
+
+def test_memory_is_flat_however_many_rows_there_are(tmp_path: Path) -> None:
+    """Ten times the rows, in ten times the row groups, are read within the same memory."""
+    script = Path(__file__).parent / "memory_pass.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path), "30000", "300000"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    first_peak, second_peak, bytes_of_rows = (int(line) for line in done.stdout.split())
+    assert second_peak - first_peak < bytes_of_rows / 2
 
 
 def test_the_same_seed_and_epoch_give_the_same_batches(inputs: TrainInputs) -> None:
