@@ -10,7 +10,7 @@ May import: numpy, pyarrow, torch, torchrec; does no I/O.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +159,13 @@ class VectorLookup(Protocol):
         ...
 
 
+class _HiddenIds(NamedTuple):
+    """Rows whose user, and whose item, ID dropout makes read as unseen."""
+
+    users_B: npt.NDArray[np.bool_]
+    items_B: npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class BatchBuilder:
     """Turns :class:`RowColumns` into a :class:`RankingBatch`."""
@@ -189,7 +196,8 @@ class BatchBuilder:
         searched = self._searched(rows)
         rows = _cut_histories(rows, self.config.history_length)
         history = self._history_codes(rows)
-        features = self._sparse_features(rows, dropout_rng) | self._code_features(rows, history)
+        hidden = self._hidden(len(rows.user_ids_B), dropout_rng)
+        features = self._sparse_features(rows, hidden) | self._code_features(rows, history)
         features |= self._prefix_features(rows, history)
         if picked := self._picked(rows, history, searched):
             features |= sequence_features(picked, rows.rq_BL, self.level_sizes)
@@ -206,23 +214,33 @@ class BatchBuilder:
                 # Known here, and costly to find again: the keys' shares of the values.
                 length_per_key=[len(values) for values, _ in ordered],
             ),
-            dense_features=self._dense_features(rows, history),
+            dense_features=self._dense_features(rows, history, hidden),
             labels=torch.from_numpy(rows.labels_BT),
             user_ids=torch.from_numpy(rows.user_ids_B),
             item_rows=torch.from_numpy(item_rows_B),
         )
 
+    def _hidden(self, num_rows: int, rng: np.random.Generator | None) -> _HiddenIds:
+        """Draw the users and the items that read as unseen."""
+        if rng is None:
+            return _HiddenIds(*np.zeros((2, num_rows), dtype=np.bool_))
+        return _HiddenIds(*(rng.random((2, num_rows)) < self.config.id_dropout))
+
     def _sparse_features(
-        self, rows: RowColumns, dropout_rng: np.random.Generator | None
+        self, rows: RowColumns, hidden: _HiddenIds
     ) -> dict[str, tuple[Ints, Ints]]:
         config, vocabularies = self.config, self.vocabularies
         features: dict[str, tuple[Ints, Ints]] = {}
         if config.has("user_id"):
             user_rows_B = vocabularies.user_ids.rows(rows.user_ids_B)
-            features[USER_ID_FEATURE] = _one_each(self._drop(user_rows_B, dropout_rng))
+            features[USER_ID_FEATURE] = _one_each(
+                np.where(hidden.users_B, DEFAULT_ROW, user_rows_B)
+            )
         if config.has("item_id"):
             item_rows_B = vocabularies.item_ids.rows(rows.item_ids_B)
-            features[ITEM_ID_FEATURE] = _one_each(self._drop(item_rows_B, dropout_rng))
+            features[ITEM_ID_FEATURE] = _one_each(
+                np.where(hidden.items_B, DEFAULT_ROW, item_rows_B)
+            )
         if config.has("history_item_id"):
             item_ids_H, _, num_repeats = rows.one_history()
             history_rows_H = np.tile(vocabularies.item_ids.rows(item_ids_H), num_repeats)
@@ -238,11 +256,6 @@ class BatchBuilder:
                 column_rows_B = columns.rows(name, rows.item_ids_B)
                 features[item_column_feature(name)] = _one_each(column_rows_B)
         return features
-
-    def _drop(self, rows_B: Ints, rng: np.random.Generator | None) -> Ints:
-        if rng is None or not self.config.id_dropout:
-            return rows_B
-        return np.where(rng.random(len(rows_B)) < self.config.id_dropout, DEFAULT_ROW, rows_B)
 
     def _history_codes(self, rows: RowColumns) -> HistoryCodes | None:
         """Look the history's codes up once, whatever reads them; None if nothing does."""
@@ -335,7 +348,9 @@ class BatchBuilder:
             similarities_H[part] = torch.where(is_known, dots, -torch.inf).numpy()
         return similarities_H
 
-    def _dense_features(self, rows: RowColumns, history: HistoryCodes | None) -> torch.Tensor:
+    def _dense_features(
+        self, rows: RowColumns, history: HistoryCodes | None, hidden: _HiddenIds
+    ) -> torch.Tensor:
         parts = [torch.zeros(len(rows.user_ids_B), 0)]
         if self.config.has("vector"):
             parts.append(self._vector_inputs(rows))
@@ -346,7 +361,11 @@ class BatchBuilder:
         if self.config.has("popularity"):
             assert self.side_tables is not None
             counts_BW = self.side_tables.popularity.features(
-                rows.item_ids_B, rows.label_times_B, rows.is_train_B, self.label_names
+                rows.item_ids_B,
+                rows.label_times_B,
+                rows.is_train_B,
+                self.label_names,
+                hidden.items_B,
             )
             parts.append(torch.from_numpy(counts_BW))
         if self.config.has("item_cf"):

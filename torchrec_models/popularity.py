@@ -4,6 +4,10 @@ A train row counts what lay strictly before its label, so that neither its own l
 one is in it. (A count that merely leaves the row itself out gives labels away: an item whose only
 positive is this row's has none left.) Other rows and requests count all train rows.
 
+An item without counts is an unseen one, and on logs in which an item's first row is more often true
+than its others (new items are shown to those who look for them) "unseen" alone would tell labels.
+So ID dropout hides the counts with the id: most train rows then have none, and none says nothing.
+
 Features of an item with n rows, of which p_t were true for task t: log(1 + n), then per task
 log(1 + p_t) and (p_t + s b_t) / (n + s), with the train rows' base rate b_t and s pseudo-rows.
 Shape letters: E train rows, I items with a train row, N looked-up rows, T tasks, C = 1 + T counts.
@@ -89,10 +93,23 @@ class ItemPopularity:
         label_times_N: Ids,
         is_train_N: npt.NDArray[np.bool_],
         labels: Sequence[str],
+        is_hidden_N: npt.NDArray[np.bool_],
     ) -> Floats:
-        """Return the dense features of some tasks, see the module, float32 ``[N, 1 + 2 T]``."""
+        """Return the dense features of some tasks, see the module.
+
+        Args:
+            item_ids_N: Items.
+            label_times_N: Label times in microseconds.
+            is_train_N: Rows that count only what lay before them.
+            labels: Labels of the tasks, of those that were counted.
+            is_hidden_N: Rows whose item reads as unseen.
+
+        Returns:
+            Float32 ``[N, 1 + 2 T]``.
+        """
         tasks = [self.labels.index(label) for label in labels]
         counts_NC = self.counts(item_ids_N, label_times_N, is_train_N)
+        counts_NC[is_hidden_N] = 0
         shown_N1, true_NT = counts_NC[:, :1], counts_NC[:, 1:][:, tasks]
         rates_NT = true_NT + NUM_PSEUDO_ROWS * self.base_rates_T[tasks]
         rates_NT = rates_NT / (shown_N1 + NUM_PSEUDO_ROWS)

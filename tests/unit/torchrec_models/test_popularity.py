@@ -60,15 +60,19 @@ def test_other_rows_count_all_train_rows_and_an_unseen_item_has_none(
     assert counts_NC.tolist() == [[4, 2, 1], [1, 1, 0], [0, 0, 0]]
 
 
-def test_features_are_log_counts_and_smoothed_rates_of_the_chosen_tasks(
+def test_features_are_log_counts_and_smoothed_rates_and_those_of_no_item_when_hidden(
     popularity: ItemPopularity,
 ) -> None:
     features = popularity.features(
-        np.array([7, 99]), np.array([0, 0]), np.zeros(2, dtype=bool), ("is_like",)
+        np.array([7, 99, 7]),
+        np.array([0, 0, 0]),
+        np.zeros(3, dtype=bool),
+        ("is_like",),
+        is_hidden_N=np.array([False, False, True]),
     )
 
     # The base rate is 3 of 5.
-    expected = [[math.log(5), math.log(3), (2 + 10 * 0.6) / 14], [0, 0, 0.6]]
+    expected = [[math.log(5), math.log(3), (2 + 10 * 0.6) / 14], [0, 0, 0.6], [0, 0, 0.6]]
     np.testing.assert_allclose(features, expected, rtol=1e-6)
     assert popularity_width(1) == 3
 
@@ -102,7 +106,9 @@ def test_counts_of_rows_with_random_labels_tell_a_train_row_nothing_of_its_own_l
     likes = rng.random(6000) < 0.5
     found = count_items(_table(items.tolist(), times.tolist(), likes.tolist()), ("is_like",))
 
-    features = found.features(items, times, np.ones(6000, dtype=bool), ("is_like",))
+    features = found.features(
+        items, times, np.ones(6000, dtype=bool), ("is_like",), np.zeros(6000, dtype=bool)
+    )
 
     for column in features.T:
         assert abs(np.corrcoef(column, likes)[0, 1]) < 0.04

@@ -79,7 +79,9 @@ def test_batches_hold_the_columns_and_counts_of_their_rows(inputs: TrainInputs, 
 
     items_B, times_B = rows["item_id"].to_numpy(), rows["event_timestamp"].cast("int64").to_numpy()
     is_train_B = np.full(len(rows), split == "train")
-    counts_BW = tables.popularity.features(items_B, times_B, is_train_B, ("is_like", "is_love"))
+    counts_BW = tables.popularity.features(
+        items_B, times_B, is_train_B, ("is_like", "is_love"), np.zeros(len(rows), dtype=np.bool_)
+    )
     history = rows["history_item_ids"]
     lifts_B2 = tables.pairs["item"].features(
         rows["user_id"].to_numpy(),
@@ -124,3 +126,15 @@ def test_counts_that_the_rows_were_not_built_with_are_asked_for_by_name(
 
     with pytest.raises(ConfigError, match="run `qarm-rank rows` again"):
         tables.pair_counts("c1")
+
+
+def test_id_dropout_hides_the_counts_of_the_items_that_it_hides(inputs: TrainInputs) -> None:
+    config = RankerConfig(features=("item_id", "popularity"), id_dropout=0.5, batch_size=4096)
+    dataset = make_dataset(inputs, "train", config, Ranks(0, 1))
+
+    batch = next(dataset.train_batches(seed=0, epoch=0, window_rows=4096))
+
+    is_hidden_B = batch.sparse_features["item_id"].values() == 0
+    assert 0.4 < is_hidden_B.float().mean() < 0.6
+    assert (batch.dense_features[is_hidden_B, :3] == 0).all()
+    assert (batch.dense_features[~is_hidden_B, 0] > 0).float().mean() > 0.9
