@@ -122,14 +122,17 @@ def _reference_search(
     for length in lengths_B.tolist():
         row = similarities_H[start : start + length].tolist()
         best = sorted(range(length), key=lambda place: (-row[place], place))[:num_searched]
-        yield from (start + place for place in sorted(best))
+        yield from (start + place for place in sorted(best) if row[place] > -np.inf)
         start += length
 
 
 def test_the_search_equals_a_sort_of_each_row() -> None:
     rng = np.random.default_rng(0)
     lengths_B = rng.integers(0, 30, 50)
-    similarities_H = rng.integers(-3, 4, lengths_B.sum()).astype(np.float32)
+    lengths_B[-1] = 0
+    # Many are equal, and in some rows fewer than five items can be picked.
+    similarities_H = rng.choice([-np.inf, -np.inf, -np.inf, 0, 1, 2], lengths_B.sum())
+    similarities_H = similarities_H.astype(np.float32)
 
     places_S = most_similar_places(similarities_H, lengths_B, 5)
 
