@@ -108,7 +108,7 @@ class Vocabularies:
     def from_json(text: str) -> "Vocabularies":
         """Return what :meth:`to_json` wrote."""
         content = json.loads(text)
-        prefixes = content["prefixes"]
+        prefixes = content.get("prefixes")
         return Vocabularies(
             user_ids=IdVocabulary(np.asarray(content["user_ids"], dtype=np.int64)),
             item_ids=IdVocabulary(np.asarray(content["item_ids"], dtype=np.int64)),
