@@ -35,8 +35,8 @@ from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.object_store import (
     Entry,
     Place,
+    StoreFile,
     StorePath,
-    dataset_files,
     is_remote,
     open_input,
     place,
@@ -64,6 +64,10 @@ _STREAMS_PER_BLOCK = 128
 _PARQUET_MAGIC = b"PAR1"
 _FOOTER_TAIL = 8
 _CRC_DIGITS = 8
+
+
+Readable = StoreFile | IO[bytes]
+"""An object, or bytes in memory, or a local file, that is open."""
 
 
 class DamagedPartError(Exception):
@@ -150,7 +154,7 @@ def _put(
     return part
 
 
-def _read_back(source: str | IO[bytes], checksum: int, path: str) -> None:
+def _read_back(source: str | Readable, checksum: int, path: str) -> None:
     """Look at a merged part before what it replaces is given up for it."""
     try:
         _check_parquet(source, checksum)
@@ -337,9 +341,10 @@ def read_parts(
     streams = [path for path in paths if is_stream(path)]
     files = [path for path in paths if not is_stream(path)]
     chunks = _read_streams(streams, schema, columns, where)
-    for path in files:
-        _check_footer(path)
-    tables = [*chunks, _dataset(files, schema).to_table(columns=columns, filter=where)]
+    opened = [open_input(path) for path in files]
+    for path, source in zip(files, opened, strict=True):
+        _check_footer(path, source)
+    tables = [*chunks, _dataset(opened, schema).to_table(columns=columns, filter=where)]
     return pa.concat_tables(tables)
 
 
@@ -360,18 +365,20 @@ def read_row_group(path: str, number: int, columns: Sequence[str]) -> pa.Table:
         OSError: If it cannot be read, or its content makes no sense.
         pa.ArrowInvalid: If its content makes no sense.
     """
-    _check_footer(path)
     source = open_input(path)
+    _check_footer(path, source)
     with pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False) as file:
         rows: pa.Table = file.read_row_group(number, columns=list(columns))
     return rows
 
 
-def _dataset(files: Sequence[str], schema: pa.Schema) -> pads.Dataset:
+def _dataset(sources: Sequence[str | StoreFile], schema: pa.Schema) -> pads.Dataset:
     options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
     parquet = pads.ParquetFileFormat(default_fragment_scan_options=options)
-    paths, file_system = dataset_files(files)
-    return pads.dataset(paths, schema=schema, format=parquet, filesystem=file_system)
+    if not sources or isinstance(sources[0], str):
+        return pads.dataset(list(sources), schema=schema, format=parquet)
+    fragments = [parquet.make_fragment(pa.PythonFile(source, mode="r")) for source in sources]
+    return pads.FileSystemDataset(fragments, schema, parquet)
 
 
 def _read_streams(
@@ -497,7 +504,7 @@ def read_schema(path: str) -> pa.Schema:
     return pq.read_schema(open_input(path)).remove_metadata()
 
 
-def _check_parquet(source: str | IO[bytes], checksum: int | None) -> None:
+def _check_parquet(source: str | Readable, checksum: int | None) -> None:
     if checksum is not None:
         _expect(_footer_checksum(source), checksum, str(source))
     with pq.ParquetFile(source, page_checksum_verification=True) as file:
@@ -506,13 +513,13 @@ def _check_parquet(source: str | IO[bytes], checksum: int | None) -> None:
             raise DamagedPartError(f"{num_rows} rows, its footer says {file.metadata.num_rows}")
 
 
-def _check_footer(path: str) -> None:
+def _check_footer(path: str, source: str | StoreFile) -> None:
     checksum = _named_checksum(path)
     if checksum is not None:
-        _expect(_footer_checksum(open_input(path)), checksum, path)
+        _expect(_footer_checksum(source), checksum, path)
 
 
-def _footer_checksum(source: str | IO[bytes]) -> int:
+def _footer_checksum(source: str | Readable) -> int:
     if isinstance(source, str):
         with open(source, "rb") as file:
             return _footer_checksum(file)

@@ -477,6 +477,31 @@ def test_a_damaged_part_is_set_aside_and_the_rest_is_read(uri: str) -> None:
     assert state.num_parts == 1
 
 
+def test_a_store_that_fails_in_the_middle_of_a_part_is_no_damage_of_the_part(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qarm_feast.log_parts.LARGE_TABLE_BYTES", 0)
+    log = CodeLog(bucket)
+    _append(log, 1)
+    client = object_store.file_system("s3")
+    cat_file = client.cat_file
+
+    def fail(path: str, start: int | None = None, **options: object) -> bytes:
+        if start is not None:
+            raise OSError("the connection broke")
+        content: bytes = cat_file(path, **options)
+        return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "cat_file", fail)
+        with pytest.raises(ServiceUnavailableError, match="the connection broke"):
+            log.read(CODES)
+        with pytest.raises(ServiceUnavailableError, match="the connection broke"):
+            _compact(log)
+
+    assert _items(log) == [1]
+
+
 def _replace(path: Place, content: bytes) -> None:
     artifact_module.replace_file(path, content)
 
