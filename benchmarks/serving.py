@@ -12,7 +12,7 @@ aligned vectors of ``item_vectors_<encoder_version>``).
   ``<store>_<arm>_http_p50_ms`` and ``_http_p99_ms``: through ``POST /rank`` of a server process.
 - ``..._cpu_ms``: this process's own time of an in-process request, the mean.
 - ``..._read_ms``, ``..._build_ms``, ``..._forward_ms``: medians of the parts of an in-process
-  request; ``..._over_forward`` is the median request by its forward alone, the floor.
+  request; ``..._over_forward`` is their sum by the forward alone, the floor.
 - ``<store>_codes_float32_p50_ms``: the checkpoint's tables in place of the export's.
 
 Progress goes to stderr, the last line of stdout is one JSON object. There is no target.
@@ -256,12 +256,13 @@ def in_process(scorer: OnlineScorer, requests: Requests, name: str) -> dict[str,
             parts[part].append(1000 * seconds)
 
     latencies(requests, in_parts)
+    sums = np.sum(list(parts.values()), axis=0)
     medians = {f"{name}_{part}_ms": float(np.median(found)) for part, found in parts.items()}
     return {
         **_percentiles(name, whole),
         f"{name}_cpu_ms": cpu_ms,
         **medians,
-        f"{name}_over_forward": float(np.median(whole)) / medians[f"{name}_forward_ms"],
+        f"{name}_over_forward": float(np.median(sums) / np.median(parts["forward"])),
     }
 
 

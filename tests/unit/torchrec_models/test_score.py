@@ -45,8 +45,9 @@ class StoredReader:
 
     def _read_codes(self, item_ids_N: Ints) -> tuple[ItemCodes, npt.NDArray[np.bool_]]:
         vq = {row["item_id"]: row["vq_code"] for row in self.rows}
-        rq_NL = np.array([self.codes.get(item, [-1, -1]) for item in item_ids_N.tolist()])
-        vq_NV = np.array([vq.get(item, [-1] * 4) for item in item_ids_N.tolist()])
+        items = item_ids_N.tolist()
+        rq_NL = np.array([self.codes.get(item, [-1, -1]) for item in items], dtype=np.int64)
+        vq_NV = np.array([vq.get(item, [-1] * 4) for item in items], dtype=np.int64)
         present_N = np.array([item in self.codes for item in item_ids_N.tolist()], dtype=bool)
         return ItemCodes(item_ids_N, vq_NV, rq_NL.reshape(-1, 2)), present_N
 
