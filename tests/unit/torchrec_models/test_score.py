@@ -1,3 +1,4 @@
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -12,6 +13,7 @@ from test_dataset import make_dataset
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qarm_feast.codebook import ItemCodes
+from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.codec import Column
 from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import ScoringInputs
@@ -176,6 +178,17 @@ def test_vectors_are_served_as_they_were_trained_but_for_their_rounding(
         )
         assert not torch.equal(served.dense_features, trained.dense_features)
         torch.testing.assert_close(*scores, rtol=0, atol=1e-3)
+
+
+def test_a_ranker_of_raw_vectors_is_not_served(
+    inputs: TrainInputs, vector_checkpoint: Checkpoint
+) -> None:
+    config = vector_checkpoint.manifest.config.model_copy(update={"vector_source": "raw"})
+    trained = copy(vector_checkpoint)
+    trained.manifest = trained.manifest.model_copy(update={"config": config})
+
+    with pytest.raises(ConfigError, match=r"vector_source 'raw', whose vectors are in no online"):
+        OnlineScorer(trained, stored_reader(inputs))
 
 
 def test_an_item_without_a_vector_is_scored_with_zeros(
