@@ -9,6 +9,7 @@ May import: numpy, pyarrow.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.errors import DataError
+from torchrec_models.id_index import IdIndex
 from torchrec_models.prefixes import PrefixVocabulary
-from torchrec_models.sorted_ids import find_ids
 
 DEFAULT_ROW = 0
 
@@ -38,8 +39,12 @@ class IdVocabulary:
 
     def rows(self, ids_N: npt.NDArray[np.int64]) -> Rows:
         """Return the table row of each id, :data:`DEFAULT_ROW` for an id that train never saw."""
-        places_N, is_known_N = find_ids(self.ids_V, ids_N)
+        places_N, is_known_N = self._index.find(ids_N)
         return np.where(is_known_N, places_N + 1, DEFAULT_ROW)
+
+    @cached_property
+    def _index(self) -> IdIndex:
+        return IdIndex(self.ids_V)
 
 
 @dataclass(frozen=True)
