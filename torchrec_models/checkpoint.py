@@ -17,6 +17,7 @@ without a process group; a run goes on with as many ranks as it had.
 May import: torch, torchrec.
 """
 
+import json
 import os
 import shutil
 import warnings
@@ -123,10 +124,14 @@ def save_checkpoint(
 def _remove_old(folder: Path, newest: str, manifest: CheckpointManifest) -> None:
     if not manifest.unfinished:
         (folder / _UNFINISHED_POINTER).unlink(missing_ok=True)
-    manifests = {path.parent: _read_manifest(path) for path in folder.glob("step-*/manifest.json")}
-    manifests.pop(folder / newest)
-    finished = [path for path, found in manifests.items() if not found.unfinished]
-    unfinished = [path for path, found in manifests.items() if found.unfinished]
+    # One key only: a folder may hold checkpoints of an older form, which need not be understood.
+    is_unfinished = {
+        path.parent: bool(json.loads(path.read_text("utf-8")).get("unfinished"))
+        for path in folder.glob("step-*/manifest.json")
+        if path.parent != folder / newest
+    }
+    finished = [path for path, found in is_unfinished.items() if not found]
+    unfinished = [path for path, found in is_unfinished.items() if found]
     finished.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
     kept = manifest.config.keep_checkpoints - (manifest.unfinished is None)
     for path in [*finished[kept:], *unfinished]:

@@ -154,3 +154,18 @@ def test_a_centroid_start_without_a_codebook_is_refused(
         _config(tmp_path, enable_centroid_start=False, num_epochs=1), bare, enable_checkpoint=False
     )
     assert result.num_steps == 8
+
+
+def test_the_newest_finished_checkpoints_are_kept_whatever_form_they_have(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, num_epochs=0, keep_checkpoints=2)
+    foreign = tmp_path / "ranker_v1" / "step-00000007"
+    foreign.mkdir(parents=True)
+    (foreign / "manifest.json").write_text('{"form": "older"}')
+    os.utime(foreign / "manifest.json", (0, 0))
+
+    saved = [train(config, inputs).checkpoint for _ in range(3)]
+
+    assert sorted((tmp_path / "ranker_v1").glob("step-*")) == sorted(saved[1:])
+    assert Checkpoint(str(tmp_path), "ranker_v1").folder == saved[2]
