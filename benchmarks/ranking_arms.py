@@ -18,8 +18,13 @@ FULL_PARTS: Mapping[str, tuple[str, ...]] = {
     "vq": VQ,
     "vector": ("vector",),
     "cross": ("cross",),
+    "attention": ("attention",),
+    "shared_history": ("shared_history",),
+    "code_cf": ("code_cf",),
 }
 """Parts of the full model; each is left out once."""
+FROZEN: Mapping[str, Any] = {"code_table_training": "frozen"}
+RANDOM: Mapping[str, Any] = {"enable_centroid_start": False}
 FULL = (*ID, *(feature for features in FULL_PARTS.values() for feature in features))
 
 COMMON: Mapping[str, Any] = {
@@ -59,13 +64,17 @@ def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
     arms = [
         Arm("id", ALIGNED, ID),
         Arm("fixed", ALIGNED, (*ID, "vector"), {"vector_source": "raw"}),
+        Arm("fixed_item_cf", ALIGNED, (*ID, "vector", "item_cf"), {"vector_source": "raw"}),
         Arm("fixed_aligned", ALIGNED, (*ID, "vector"), {"vector_source": "aligned"}),
         Arm("rq", ALIGNED, (*ID, *RQ)),
         Arm("vq", ALIGNED, (*ID, *VQ)),
         Arm("rq_vq", ALIGNED, (*ID, *RQ, *VQ)),
         Arm("raw_codes", RAW, (*ID, *RQ, *VQ)),
-        Arm("trained_random", ALIGNED, (*ID, *RQ, *VQ), {"enable_centroid_start": False}),
-        Arm("cross", ALIGNED, (*ID, *RQ, *VQ, "cross")),
+        Arm("frozen_centroid", ALIGNED, (*ID, *RQ, *VQ), FROZEN),
+        Arm("frozen_random", ALIGNED, (*ID, *RQ, *VQ), {**FROZEN, **RANDOM}),
+        Arm("trained_random", ALIGNED, (*ID, *RQ, *VQ), RANDOM),
+        Arm("cross_attention", ALIGNED, (*ID, *RQ, *VQ, "cross", "attention")),
+        Arm("code_cf", ALIGNED, (*ID, *RQ, *VQ, "code_cf")),
         Arm("full", ALIGNED, FULL),
     ]
     if has_third_party_codes:

@@ -10,7 +10,7 @@ aligned ones, L levels, V neighbours, P pool rows, R rows.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from torchrec_models.leaks import (
     check_learnt_rows,
     check_pool,
 )
+from torchrec_models.pair_counts import count_train_pairs
 from torchrec_models.popularity import count_items
 from torchrec_models.row_store import (
     RowsManifest,
@@ -183,7 +184,13 @@ def third_party_items(checked: InputData, x_ND: Embeddings) -> CodedItems | None
 
 
 def publish_coded_rows(
-    checked: InputData, coded: CodedItems, vectors: Vectors, name: str, folder: Path
+    checked: InputData,
+    coded: CodedItems,
+    vectors: Vectors,
+    name: str,
+    folder: Path,
+    *,
+    fit_splits: Sequence[str] | None = None,
 ) -> TrainInputs:
     """Publish the rows of one way of coding the items and return what training takes.
 
@@ -193,6 +200,9 @@ def publish_coded_rows(
         vectors: What the ranker may read beside the codes.
         name: What the codebook version is called here.
         folder: Where rows are kept.
+        fit_splits: Which split the ranker takes each interaction for, ``none`` leaves it out;
+            histories, vocabularies and counts learn from the data's own train rows all the same.
+            By default the data's own.
 
     Raises:
         LeakError: If a row has seen its future.
@@ -208,7 +218,14 @@ def publish_coded_rows(
         checked.train_item_ids(),
         NUM_NUMERIC_BUCKETS,
     )
-    side_tables = SideTables(item_columns, count_items(train, checked.task_names))
+    side_tables = SideTables(
+        item_columns,
+        count_items(train, checked.task_names),
+        count_train_pairs(train, checked.positive_label, HISTORY_LENGTH, items=True, codes=True),
+    )
+    if fit_splits is not None:
+        place = rows.schema.get_field_index("split")
+        rows = rows.set_column(place, "split", pa.array(fit_splits))
     uploads = checked.items[UPLOAD_TIMESTAMP].cast(pa.int64()).to_numpy()
     snapshot = SnapshotArrays(
         item_ids_I=checked.items[ITEM_ID].to_numpy(),

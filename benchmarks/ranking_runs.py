@@ -82,7 +82,7 @@ def train_all(tasks: Sequence[Task], num_processes: int) -> Iterator[tuple[Run, 
     executor = ProcessPoolExecutor(
         num_processes,
         mp_context=get_context("spawn"),
-        initializer=_join_group_of_one,
+        initializer=join_group_of_one,
         initargs=(max(1, (os.cpu_count() or 1) // num_processes),),
     )
     with executor:
@@ -94,7 +94,8 @@ def train_all(tasks: Sequence[Task], num_processes: int) -> Iterator[tuple[Run, 
 _joined = ExitStack()
 
 
-def _join_group_of_one(num_threads: int) -> None:
+def join_group_of_one(num_threads: int) -> None:
+    """Make this process a process group of its own, until it ends."""
     _joined.enter_context(process_group())
     torch.set_num_threads(num_threads)
 
@@ -113,10 +114,11 @@ def _trained(task: Task) -> tuple[Run, Rows]:
         metrics=defined_metrics(result.metrics),
         logits_NT=found.logits_NT.numpy(),
     )
-    return run, _rows(found)
+    return run, test_rows(found)
 
 
-def _rows(found: Predictions) -> Rows:
+def test_rows(found: Predictions) -> Rows:
+    """Return what runs on the same rows share of their predictions."""
     return Rows(
         labels_NT=found.labels_NT.numpy() > 0.5,
         user_ids_N=found.user_ids_N.numpy(),
