@@ -8,8 +8,9 @@ A checkpoint folder appears whole or not at all:
     3. it renames the folder to ``<dir>/<service>/<name>``, a name that is not taken;
     4. it replaces the pointer that names the newest one: ``<dir>/<service>/LATEST`` for a finished
        run, ``UNFINISHED`` for one that was stopped or goes on;
-    5. it removes what is no longer needed: finished checkpoints beyond the number to keep, and
-       unfinished ones of which there is a newer one or a finished one.
+    5. it removes what is no longer needed: finished checkpoints beyond the number to keep (never
+       the one that ``LATEST`` names), unfinished ones of which there is a newer one or a finished
+       one, and the halves that dead runs left.
 
 Beside the weights it holds the optimizer's state, and of an unfinished run what each rank needs to
 go on exactly where it was. The reader of weights may have any number of ranks, also one process
@@ -134,7 +135,10 @@ def _remove_old(folder: Path, newest: str, manifest: CheckpointManifest) -> None
     unfinished = [path for path, found in is_unfinished.items() if found]
     finished.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
     kept = manifest.config.keep_checkpoints - (manifest.unfinished is None)
-    for path in [*finished[kept:], *unfinished]:
+    # A run that died before step 4 left a newer folder than the one that is named.
+    named = folder / _named_by(folder / _FINISHED_POINTER)
+    too_old = [path for path in finished[kept:] if path != named]
+    for path in [*too_old, *unfinished, *folder.glob(".step-*.tmp")]:
         shutil.rmtree(path)
 
 

@@ -30,12 +30,19 @@ class MetricsLog(Protocol):
         """Keep the values of a step."""
         ...
 
+    def close(self) -> None:
+        """Give back what is held open."""
+        ...
+
 
 class NoMetricsLog:
     """Keeps nothing: for ranks beside the first, and for runs without a checkpoint."""
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Forget the values."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
 
 
 class FileMetricsLog:
@@ -56,6 +63,10 @@ class FileMetricsLog:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
+
+    def close(self) -> None:
+        """End TensorBoard's thread and close its file: many runs may follow in one process."""
+        self._writer.close()
 
 
 class Progress:

@@ -5,6 +5,7 @@ May import: torch, torchrec.
 
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from qarm_feast.errors import ConfigError, DataError
+from qarm_feast.schema import SPLITS
 from torchrec_models.batch import BatchBuilder, RankingBatch
 from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, FitState, save_checkpoint
 from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
@@ -95,6 +97,7 @@ def train(
     """
     started = time.monotonic()
     run = _Run.create(config, inputs, enable_checkpoint=enable_checkpoint)
+    run.check_rows()
     if warm_start is not None and not resume:
         take_over(run.sharded, warm_start, run.builder.vocabularies)
     fitted = run.fit(run.resumed() if resume else run.fresh(), stop or StopRequest())
@@ -170,6 +173,11 @@ class _Run:
         """Names of the tasks, in the order of the logits."""
         return [task.name for task in self.tasks]
 
+    def check_rows(self) -> None:
+        """Refuse a split without rows now, not when training has come to evaluate on it."""
+        for split in SPLITS:
+            self._dataset(split).num_rows()
+
     def fresh(self) -> FitState:
         """Return the state of a run that has not begun."""
         return FitState(run_name=f"run-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
@@ -190,22 +198,23 @@ class _Run:
 
     def fit(self, state: FitState, stop: StopRequest) -> FitState:
         """Train on until the run ends; leave the best weights and return their metrics."""
-        progress = Progress(
-            num_planned=self._dataset("train").num_batches() * self.config.num_epochs,
-            world_size=self.ranks.world_size,
-            log=self._metrics_log(state),
-            is_first=self.ranks.is_first,
-        )
-        loop = FitLoop(
-            config=self.config,
-            sharded=self.sharded,
-            stopping=self.stopping,
-            progress=progress,
-            run=self,
-            task_names=self.task_names,
-            stop=stop,
-        )
-        state, signal_number = loop.fit(state)
+        with closing(self._metrics_log(state)) as log:
+            progress = Progress(
+                num_planned=self._dataset("train").num_batches() * self.config.num_epochs,
+                world_size=self.ranks.world_size,
+                log=log,
+                is_first=self.ranks.is_first,
+            )
+            loop = FitLoop(
+                config=self.config,
+                sharded=self.sharded,
+                stopping=self.stopping,
+                progress=progress,
+                run=self,
+                task_names=self.task_names,
+                stop=stop,
+            )
+            state, signal_number = loop.fit(state)
         if signal_number:
             raise TrainingInterruptedError(signal_number, self.resumable, state.step)
         self.samples_per_second = progress.samples_per_second

@@ -1,8 +1,12 @@
 import os
+import signal
+import threading
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from synthetic import write_synthetic_rows
 from test_dataset import make_dataset
 
 from qarm_feast.errors import CodebookMismatchError, ConfigError, DataError
@@ -10,6 +14,7 @@ from torchrec_models import checkpoint as checkpoint_module
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import TrainInputs
+from torchrec_models.interruption import StopRequest, TrainingInterruptedError
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
 from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.sharding import Ranks
@@ -169,3 +174,55 @@ def test_the_newest_finished_checkpoints_are_kept_whatever_form_they_have(
 
     assert sorted((tmp_path / "ranker_v1").glob("step-*")) == sorted(saved[1:])
     assert Checkpoint(str(tmp_path), "ranker_v1").folder == saved[2]
+
+
+def test_the_checkpoint_that_is_named_stays_where_a_dead_run_left_a_newer_one_and_a_half(
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tmp_path, num_epochs=1, keep_checkpoints=1)
+    named = train(config, inputs).checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "write_atomically", _die)
+        with pytest.raises(OSError, match="killed before the pointer"):
+            train(config, inputs)
+    (tmp_path / "ranker_v1" / ".step-00000003.tmp").mkdir()
+
+    # An unfinished checkpoint of a third run, which does not become the named one.
+    with pytest.raises(TrainingInterruptedError):
+        train(config, inputs, stop=_asked())
+
+    assert Checkpoint(str(tmp_path), "ranker_v1").folder == named
+    assert not list((tmp_path / "ranker_v1").glob(".step-*"))
+
+
+def _die(path: Path, text: str) -> None:
+    raise OSError("killed before the pointer")
+
+
+def _asked() -> StopRequest:
+    stop = StopRequest()
+    stop.ask(signal.SIGTERM)
+    return stop
+
+
+def test_a_split_without_rows_is_refused_before_the_first_step(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    inputs = write_synthetic_rows(tmp_path / "rows")
+    path = inputs.store.split_path("test")
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    config = _config(tmp_path / "checkpoints", num_epochs=1)
+
+    with pytest.raises(DataError, match=r"test\.parquet has 0 rows for 1 ranks"):
+        train(config, inputs)
+
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_leaves_no_thread(inputs: TrainInputs, ranks: Ranks, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+
+    train(_config(tmp_path, num_epochs=1), inputs)
+
+    assert list(tmp_path.glob("ranker_v1/logs/*/events.out.tfevents.*"))
+    assert [thread.name for thread in set(threading.enumerate()) - before] == []
