@@ -37,14 +37,15 @@ from torchrec_models.config import RankerConfig
 from torchrec_models.dataset import RowDataset
 from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.inputs import resolve_codebook_version
-from torchrec_models.metrics import auc
+from torchrec_models.metrics import auc, defined_metrics
 from torchrec_models.quantized import allocate_quantized_tables, quantize_tables
-from torchrec_models.ranker import ranker_logits
+from torchrec_models.ranker import MultiTaskRanker, ranker_logits
 from torchrec_models.row_store import RowStore, sync_folder, write_atomically
 from torchrec_models.sharding import Ranks
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.snapshot import ItemSnapshot
 from torchrec_models.tables import ranker_tables, sparse_feature_names
+from torchrec_models.towers import TaskLabels
 from torchrec_models.vocabulary import Vocabularies
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class QuantizationError(BaseModel):
     num_rows: int
     max_score_difference: float = Field(description="Largest difference of any task's score.")
     mean_score_difference: float = Field(description="Mean absolute difference of the scores.")
-    auc_difference: dict[str, float] = Field(description="Export minus checkpoint, by task.")
+    auc_difference: dict[str, float] = Field(
+        description="Export minus checkpoint, by task, over the rows that it is judged by."
+    )
 
 
 class ExportManifest(BaseModel):
@@ -260,7 +263,7 @@ def _free_name(folder: Path, name: str) -> str:
 
 
 def _measure_error(
-    ranker: nn.Module,
+    ranker: MultiTaskRanker,
     quantized: nn.Module,
     manifest: CheckpointManifest,
     rows: RowDataset,
@@ -274,22 +277,28 @@ def _measure_error(
         num_rows=len(differences_BT),
         max_score_difference=float(differences_BT.max()),
         mean_score_difference=float(differences_BT.mean()),
-        auc_difference={
-            task.name: auc(after_B, is_positive_B) - auc(before_B, is_positive_B)
-            for task, after_B, before_B, is_positive_B in zip(
-                manifest.tasks, after_BT.T, before_BT.T, labels_BT.T > 0.5, strict=True
-            )
-            # One class alone has no AUC.
-            if 0 < is_positive_B.sum() < len(is_positive_B)
-        },
+        auc_difference=defined_metrics(
+            {
+                task.name: _auc(after_B, labels_B) - _auc(before_B, labels_B)
+                for task, after_B, before_B, labels_B in zip(
+                    manifest.tasks, after_BT.T, before_BT.T, labels_BT.T, strict=True
+                )
+            }
+        ),
     )
 
 
+def _auc(scores_B: Scores, labels_B: Scores) -> float:
+    is_labelled_B = ~np.isnan(labels_B)
+    return auc(scores_B[is_labelled_B], labels_B[is_labelled_B] > 0.5)
+
+
 def _scores(
-    ranker: nn.Module, quantized: nn.Module, batch: RankingBatch
+    ranker: MultiTaskRanker, quantized: nn.Module, batch: RankingBatch
 ) -> tuple[Scores, Scores, Scores]:
-    """Return both rankers' scores and the labels, ``[B, T]`` each."""
+    """Return both rankers' scores and the tasks' labels, ``[B, T]`` each."""
     with torch.inference_mode():
         before_BT = ranker_logits(ranker, batch).double().sigmoid()
         after_BT = ranker_logits(quantized, batch).double().sigmoid()
-    return before_BT.numpy(), after_BT.numpy(), batch.labels.double().numpy()
+        labels_BT = TaskLabels(ranker.task_towers.chain)(batch.labels).double()
+    return before_BT.numpy(), after_BT.numpy(), labels_BT.numpy()

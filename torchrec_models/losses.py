@@ -2,7 +2,7 @@
 
 Gradients of dense parts and of tables are averaged over the ranks, so that each rank's loss is
 its own sum, times the number of ranks, divided by the rows of all.
-Shape letters: B rows, T tasks, E table width, S sampled negatives.
+Shape letters: B rows, T tasks, E table width, W dense width, S sampled negatives.
 May import: torch.
 """
 
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchrec_models.config import RankerConfig
+from torchrec_models.config import CodeSizes, RankerConfig
+from torchrec_models.tables import vector_width
 from torchrec_models.vocabulary import DEFAULT_ROW
 
 
@@ -47,16 +48,35 @@ class ContentIdLoss(nn.Module):
     """EM3's content-ID contrastive term (arXiv 2404.06078): ties content to the item's ID.
 
     ``-log(exp(cos(c_b, e_b) / tau) / sum_j exp(cos(c_b, e_j) / tau))``, averaged, where c is
-    the row's content embedding, e the item ID's, and j runs over b and the next
+    the embedding of the row's item vector, e the item ID's, and j runs over b and the next
     ``num_negatives`` rows of the batch that show another item. Rows whose ID is unseen or was
-    dropped have no term and are no negatives.
+    dropped, or whose item has no vector, have no term and are no negatives.
+
+    Args:
+        weight: Factor of the term.
+        temperature: Tau.
+        num_negatives: Rows that each row is set against.
+        vector_dim: Width of the item's vector, the first dense features.
     """
 
-    def __init__(self, weight: float, temperature: float, num_negatives: int) -> None:
+    def __init__(
+        self, weight: float, temperature: float, num_negatives: int, vector_dim: int
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.temperature = temperature
         self.num_negatives = num_negatives
+        self.vector_dim = vector_dim
+
+    def vectors_alone(self, dense_features_BW: torch.Tensor) -> torch.Tensor:
+        """Return the dense features with zeros for all but the item's vector.
+
+        What depends on the user or on counts is no content, and zeros are what an item has that
+        nobody has seen yet.
+        """
+        vectors_BD = dense_features_BW[:, : self.vector_dim]
+        num_others = dense_features_BW.shape[1] - self.vector_dim
+        return nn.functional.pad(vectors_BD, (0, num_others))
 
     def forward(
         self, content_BE: torch.Tensor, id_BE: torch.Tensor, item_rows_B: torch.Tensor
@@ -66,7 +86,7 @@ class ContentIdLoss(nn.Module):
         Args:
             content_BE: Content embeddings.
             id_BE: Item ID embeddings.
-            item_rows_B: Rows of the item ID table, :data:`DEFAULT_ROW` for an unseen one.
+            item_rows_B: Rows of the item ID table, :data:`DEFAULT_ROW` for those without a term.
 
         Returns:
             A scalar; 0 where no row has an ID.
@@ -89,12 +109,15 @@ class ContentIdLoss(nn.Module):
         return self.weight * mean_over_ranks((losses_B * has_id_B).sum(), has_id_B.sum())
 
 
-def build_content_id_loss(config: RankerConfig) -> ContentIdLoss | None:
+def build_content_id_loss(config: RankerConfig, sizes: CodeSizes) -> ContentIdLoss | None:
     """Return the content-ID term; none where its weight is 0."""
     if not config.content_id_weight:
         return None
     return ContentIdLoss(
-        config.content_id_weight, config.content_id_temperature, config.content_id_num_negatives
+        config.content_id_weight,
+        config.content_id_temperature,
+        config.content_id_num_negatives,
+        vector_width(sizes, config),
     )
 
 

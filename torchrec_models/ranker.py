@@ -21,7 +21,7 @@ from torchrec_models.losses import ContentIdLoss, TaskLosses
 from torchrec_models.sequences import SequenceArch, build_sequence_arch
 from torchrec_models.tables import ITEM_ID_FEATURE, dense_width, frozen_tables, pooled_tables
 from torchrec_models.towers import TaskChain, TaskLabels, TaskTowers
-from torchrec_models.vocabulary import Vocabularies
+from torchrec_models.vocabulary import DEFAULT_ROW, Vocabularies
 
 StepOutput = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
@@ -102,11 +102,14 @@ class RankerTrainTask(nn.Module):
         labels_BT = self.task_labels(batch.labels)
         loss = self.task_losses(logits_BT, labels_BT)
         if self.content_id_loss is not None:
-            feature_names = self.ranker.sparse_arch.feature_names
+            dense_arch = self.ranker.dense_arch
+            assert dense_arch is not None, "the term needs vectors, which are dense features"
+            vectors_BW = self.content_id_loss.vectors_alone(batch.dense_features)
+            item_rows_B = batch.sparse_features[ITEM_ID_FEATURE].values()
             loss = loss + self.content_id_loss(
-                features_BFE[:, len(feature_names)],
-                features_BFE[:, feature_names.index(ITEM_ID_FEATURE)],
-                batch.sparse_features[ITEM_ID_FEATURE].values(),
+                dense_arch(vectors_BW),
+                features_BFE[:, self.ranker.sparse_arch.feature_names.index(ITEM_ID_FEATURE)],
+                item_rows_B.where(vectors_BW.any(dim=1), DEFAULT_ROW),
             )
         return loss.reshape(1), (logits_BT.detach(), labels_BT)
 

@@ -74,7 +74,9 @@ def prefix_tables(vocabularies: Vocabularies, config: RankerConfig) -> list[Embe
     if not features:
         return []
     assert vocabularies.prefixes is not None, "prefixes are numbered when a run starts"
-    return [_table(PREFIX_FEATURE, vocabularies.prefixes.num_embeddings, features, config)]
+    table = _table(PREFIX_FEATURE, vocabularies.prefixes.num_embeddings, features, config)
+    table.init_fn = _random_start(config)
+    return [table]
 
 
 def code_tables(sizes: CodeSizes, config: RankerConfig) -> list[EmbeddingBagConfig]:
@@ -187,11 +189,15 @@ def sparse_feature_names(tables: Sequence[BaseEmbeddingConfig]) -> tuple[str, ..
     return tuple(feature for table in tables for feature in table.feature_names)
 
 
+def vector_width(sizes: CodeSizes, config: RankerConfig) -> int:
+    """Return the width of an item's vector from ``ranker.vector_source``."""
+    return sizes.raw_vector_dim if config.vector_source == "raw" else sizes.vector_dim
+
+
 def dense_width(sizes: CodeSizes, config: RankerConfig, num_tasks: int) -> int:
     """Return the number of dense inputs: vectors with two cosines, cross features, counts."""
-    is_raw = config.vector_source == "raw"
     widths = {
-        "vector": 2 * (sizes.raw_vector_dim if is_raw else sizes.vector_dim) + 2,
+        "vector": 2 * vector_width(sizes, config) + 2,
         "cross": NUM_DENSE_INPUTS,
         "popularity": popularity_width(num_tasks),
         "item_cf": FEATURES_PER_THING,

@@ -141,7 +141,7 @@ class _Run:
         vocabularies, sizes = store.run_vocabularies(config), code_sizes(store.manifest)
         ranker = build_ranker(config, tasks, vocabularies, sizes, torch.device("meta"))
         weights = [task.weight for task in tasks]
-        task = RankerTrainTask(ranker, weights, build_content_id_loss(config))
+        task = RankerTrainTask(ranker, weights, build_content_id_loss(config, sizes))
         sharded = shard_ranker(task, config)
         _start_code_tables(sharded, config, inputs, vocabularies)
         snapshot = ItemSnapshot(store.snapshot_folder, config.vector_source)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from test_score import stored_reader
 from torch import nn
 from torchrec.modules.embedding_configs import (
@@ -151,6 +152,32 @@ def test_the_error_in_the_manifest_is_that_of_the_loaded_export(
 
     assert float(differences.max()) == pytest.approx(export.facts.error.max_score_difference)
     assert float(differences.mean()) == pytest.approx(export.facts.error.mean_score_difference)
+
+
+def test_a_masked_tasks_auc_is_of_the_rows_where_the_one_before_it_happened(
+    inputs: TrainInputs, tmp_path: Path
+) -> None:
+    like, love = ({"name": name, "label_name": f"is_{name}"} for name in ("like", "love"))
+    config = RankerConfig.model_validate(
+        {"tasks": (like, love | {"after": "like"}), "features": FEATURES, "num_epochs": 1}
+        | {"checkpoint_dir": str(tmp_path), "batch_size": 300}
+    )
+    with process_group():
+        train(config, inputs)
+    checkpoint = Checkpoint(str(tmp_path), "ranker_v1")
+    rows = open_rows(checkpoint, inputs.store, "valid")
+    folder = export_checkpoint(str(tmp_path / "exports"), checkpoint, rows, "valid")
+    made = Export(str(tmp_path / "exports"), "ranker_v1", folder.name)
+
+    aucs = []
+    with torch.inference_mode():
+        for ranker in (made.load_ranker(), checkpoint.load_ranker()):
+            [batch] = rows.eval_batches()
+            scores_B = ranker(batch.sparse_features, batch.dense_features)[:, 1].double().sigmoid()
+            liked_B = batch.labels[:, 0] == 1
+            aucs.append(roc_auc_score(batch.labels[liked_B, 1], scores_B[liked_B]))
+
+    assert made.facts.error.auc_difference["love"] == pytest.approx(aucs[0] - aucs[1], abs=1e-12)
 
 
 def test_an_export_of_another_service_or_none_is_refused(export: Export, tmp_path: Path) -> None:

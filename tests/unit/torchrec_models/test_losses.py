@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
-from torchrec_models.config import RankerConfig, TaskConfig, parents_first
+from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig, parents_first
 from torchrec_models.experts import ExpertNorm
 from torchrec_models.losses import ContentIdLoss, TaskLosses, build_content_id_loss
 from torchrec_models.towers import TaskChain, TaskLabels, TaskTowers
@@ -134,11 +134,11 @@ def test_under_autocast_the_chain_and_the_content_id_term_stay_in_float32() -> N
     towers = TaskTowers(4, (1,), TaskChain(_tasks(like=None, love="like"), enable_esmm=True))
     content_BE, id_BE = torch.randn(2, 6, 4).unbind()
     rows_B = torch.arange(1, 7)
-    expected = ContentIdLoss(1.0, 0.1, 4)(content_BE, id_BE, rows_B)
+    expected = ContentIdLoss(1.0, 0.1, 4, 4)(content_BE, id_BE, rows_B)
 
     with torch.autocast("cpu", torch.bfloat16):
         logits_BT = towers(torch.randn(3, 2, 4))
-        found = ContentIdLoss(1.0, 0.1, 4)(content_BE, id_BE, rows_B)
+        found = ContentIdLoss(1.0, 0.1, 4, 4)(content_BE, id_BE, rows_B)
 
     assert logits_BT.dtype == torch.float32
     torch.testing.assert_close(found, expected)
@@ -173,7 +173,7 @@ def test_the_content_id_term_equals_its_formula(rows_B: list[int], num_negatives
     rng = np.random.default_rng(0)
     content_BE, id_BE = rng.normal(size=(2, len(rows_B), 4))
 
-    found = ContentIdLoss(0.25, 0.5, num_negatives)(
+    found = ContentIdLoss(0.25, 0.5, num_negatives, 4)(
         torch.from_numpy(content_BE), torch.from_numpy(id_BE), torch.tensor(rows_B)
     )
 
@@ -182,7 +182,7 @@ def test_the_content_id_term_equals_its_formula(rows_B: list[int], num_negatives
 
 
 def test_the_content_id_terms_gradient_reaches_content_and_ids() -> None:
-    loss = ContentIdLoss(1.0, 0.5, 2)
+    loss = ContentIdLoss(1.0, 0.5, 2, 3)
     content_BE, id_BE = torch.randn(2, 4, 3, dtype=torch.float64).unbind()
     rows_B = torch.tensor([1, 2, 1, 0])
 
@@ -296,8 +296,14 @@ def test_a_chain_and_its_options_are_read() -> None:
         }
     )
 
-    loss = build_content_id_loss(config)
+    sizes = CodeSizes(level_sizes=(4,), pool_size=9, vector_dim=5)
+    loss = build_content_id_loss(config, sizes)
 
     assert isinstance(loss, nn.Module)
-    assert (loss.weight, loss.temperature, loss.num_negatives) == (1e-3, 0.1, 16)
-    assert build_content_id_loss(RankerConfig()) is None
+    assert (loss.weight, loss.temperature, loss.num_negatives, loss.vector_dim) == (
+        1e-3,
+        0.1,
+        16,
+        5,
+    )
+    assert build_content_id_loss(RankerConfig(), sizes) is None

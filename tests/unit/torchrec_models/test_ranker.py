@@ -112,7 +112,8 @@ def test_one_step_moves_every_dense_parameter_of_each_choice(
     ranker = build_ranker(
         config, tasks, inputs.store.vocabularies(), code_sizes(inputs.store.manifest)
     )
-    task = RankerTrainTask(ranker, [1.0, 1.0], build_content_id_loss(config))
+    sizes = code_sizes(inputs.store.manifest)
+    task = RankerTrainTask(ranker, [1.0, 1.0], build_content_id_loss(config, sizes))
 
     loss, _ = task(_batch(inputs, config))
     loss.sum().backward()
@@ -136,3 +137,27 @@ def test_a_masked_task_counts_only_where_the_one_before_it_happened(inputs: Trai
     expected += loss_of(logits_BT[liked_B, 1], batch.labels[liked_B, 1])
     torch.testing.assert_close(loss, expected.reshape(1))
     assert labels_BT[:, 1].isnan().equal(~liked_B)
+
+
+def test_the_content_id_term_reads_of_the_dense_features_the_items_vector_alone(
+    inputs: TrainInputs,
+) -> None:
+    config = _ranker_config(features=("item_id", "vector", "popularity"), content_id_weight=1.0)
+    tasks = resolve_tasks(config, inputs.store.manifest.label_names)
+    sizes = code_sizes(inputs.store.manifest)
+    ranker = build_ranker(config, tasks, inputs.store.vocabularies(), sizes)
+    plain = RankerTrainTask(ranker, [1.0, 1.0])
+    tied = RankerTrainTask(ranker, [1.0, 1.0], build_content_id_loss(config, sizes))
+    batch = _batch(inputs, config)
+
+    def term(changed: slice, factor: float) -> float:
+        dense_BW = batch.dense_features.clone()
+        dense_BW[:, changed] *= factor
+        other = replace(batch, dense_features=dense_BW)
+        return (tied(other)[0] - plain(other)[0]).item()
+
+    vectors, others = slice(0, sizes.vector_dim), slice(sizes.vector_dim, None)
+    assert term(others, 3.0) == pytest.approx(term(others, 1.0), abs=1e-5)
+    assert abs(term(vectors, -1.0) - term(vectors, 1.0)) > 0.01
+    # Items without a vector have no term.
+    assert term(vectors, 0.0) == pytest.approx(0.0, abs=1e-5)

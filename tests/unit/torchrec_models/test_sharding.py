@@ -35,7 +35,11 @@ def _sharded(inputs: TrainInputs, config: RankerConfig = CONFIG) -> ShardedRanke
     manifest = inputs.store.manifest
     tasks = resolve_tasks(config, manifest.label_names)
     ranker = build_ranker(
-        config, tasks, inputs.store.vocabularies(), code_sizes(manifest), torch.device("meta")
+        config,
+        tasks,
+        inputs.store.run_vocabularies(config),
+        code_sizes(manifest),
+        torch.device("meta"),
     )
     return shard_ranker(RankerTrainTask(ranker, [1.0, 1.0]), config)
 
@@ -75,15 +79,17 @@ def test_code_tables_start_as_the_weights_given(inputs: TrainInputs, ranks: Rank
 def test_random_code_tables_start_as_wide_as_centroids_would(
     inputs: TrainInputs, ranks: Ranks
 ) -> None:
-    weights = whole_weights(_sharded(inputs).model)
+    config = CONFIG.model_copy(update={"features": (*CONFIG.features, "prefix")})
+
+    weights = whole_weights(_sharded(inputs, config).model)
 
     scales = {
         name: weights[key].std().item()
         for key in weights
-        for name in ("rq_0", "vq_code", "sequence_rq")
+        for name in ("rq_0", "vq_code", "sequence_rq", "prefix")
         if f".{name}." in key
     }
-    assert len(scales) == 3
+    assert len(scales) == 4
     assert all(0.22 < scale < 0.38 for scale in scales.values())
 
 
