@@ -6,9 +6,11 @@ their hash (``$QARM_CACHE_DIR``, else ``qarm-feast`` in the user's cache folder)
 that starts again fetches no codebook anew. May import: the standard library, the object store.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -24,6 +26,8 @@ _COPY_REMEDY = "put back a copy of it"
 _CACHE_VARIABLE = "QARM_CACHE_DIR"
 _CACHE_DAYS = 30.0
 """A cached file that nobody has read for so long is deleted when another one comes."""
+_CACHED_NAME = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\..*")
+"""A cached file, or one that is being written, or was when a kill ended it."""
 _DAY_SECONDS = 86_400.0
 
 
@@ -107,21 +111,27 @@ def read_verified(
     return payload
 
 
-def _cached_file(digest: str) -> Path:
-    folder = os.environ.get(_CACHE_VARIABLE) or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qarm-feast"
-    )
-    return Path(folder) / digest
+def _cached_file(digest: str) -> Path | None:
+    """Return where a file is cached; None for a user without a home, as some containers have."""
+    if folder := os.environ.get(_CACHE_VARIABLE):
+        return Path(folder) / digest
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return caches / "qarm-feast" / digest
 
 
 def _read_cached(path: Path) -> bytes | None:
     """Return a cached file; None if there is none, or a disk has damaged it."""
     try:
         payload = path.read_bytes()
-        os.utime(path)
     except OSError:
-        # Not cached yet, or a cache that this user may only read: the store has it.
+        # Not cached yet: the store has it.
         return None
+    # In a cache that this user may only read, somebody else counts the days.
+    with contextlib.suppress(OSError):
+        os.utime(path)
     return payload if sha256(payload) == path.name else None
 
 
@@ -129,11 +139,20 @@ def _fill_cache(path: Path, payload: bytes) -> None:
     """Keep a copy, and let go of those that nobody asks for; a full disk keeps nothing."""
     try:
         replace_file(path, payload)
-        for other in path.parent.iterdir():
-            if time.time() - other.stat().st_mtime > _CACHE_DAYS * _DAY_SECONDS:
-                other.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("artifact_not_cached path=%s error=%s", path, error)
+        return
+    for other in path.parent.iterdir():
+        # Whatever else lies in a folder that was named for the cache is not ours to delete.
+        if _CACHED_NAME.fullmatch(other.name):
+            # Another process may have deleted it, or this user may not.
+            with contextlib.suppress(OSError):
+                _remove_unread(other)
+
+
+def _remove_unread(path: Path) -> None:
+    if time.time() - path.stat().st_mtime > _CACHE_DAYS * _DAY_SECONDS:
+        path.unlink()
 
 
 def sha256(payload: bytes) -> str:
@@ -156,10 +175,15 @@ def sync_folder(folder: Place) -> None:
 def _write_temporary(path: Path, payload: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        # Whoever tries again on a full disk must not litter it.
+        Path(name).unlink(missing_ok=True)
+        raise
     # mkstemp makes a file that only its owner may read; an artifact is for every process.
     Path(name).chmod(0o644)
     return Path(name)

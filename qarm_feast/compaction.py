@@ -72,7 +72,7 @@ from qarm_feast.schema import (
     USER_PROFILE_VIEW,
     code_view_name,
 )
-from qarm_feast.shared_state import LockTakenError, exclusive
+from qarm_feast.shared_state import CheckHeld, LockTakenError, exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ _SEARCHED_NAME = ".erased_rows_searched"
 """Holds when the last whole search for rows of erased users began, in seconds since the epoch."""
 _STALE_WRITE_SECONDS = 3600.0
 """No append takes as long; its temporary file is then of a process that was killed."""
+_FAULTS_OF_ONE_LOG = (
+    *(DataError, DamagedPartError, ServiceUnavailableError),
+    *(pa.ArrowException, OSError),
+)
 _ROW = "row_number"
 _SHRINKAGE = 4
 """Bytes of code rows in memory, or in an Arrow stream, over those in compressed parquet."""
@@ -154,6 +158,10 @@ class CompactionCounts:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
+class CompactorAtWorkError(ServiceUnavailableError):
+    """Another process compacts the same logs."""
+
+
 @dataclass(frozen=True)
 class LogState:
     """The files of one log: what counts, what waits to be deleted, what is damaged."""
@@ -205,16 +213,17 @@ class Compactor:
             What was done.
 
         Raises:
-            ServiceUnavailableError: If another process is compacting all that time.
+            CompactorAtWorkError: If another process is compacting all that time.
+            ServiceUnavailableError: If the object store does not answer or keeps what was deleted.
             DataError: If a part that was just written reads back wrong.
             OSError: If the system cannot read or write a file. The other logs are compacted.
         """
         counts = CompactionCounts()
-        with self._lock(wait_seconds):
+        with self._lock(wait_seconds) as check_held:
             started = self._clock()
             # Distances, here and below: a clock that was ahead for a while holds up nothing.
             is_erasing = abs(started - self._last_search()) >= erasure_interval_seconds
-            failed = self._compact_each(is_full, is_erasing, counts)
+            failed = self._compact_each(is_full, is_erasing, counts, check_held)
             if is_erasing and INTERACTION_LOG not in failed and not self._should_stop():
                 replace_file(self._log.root / _SEARCHED_NAME, str(started).encode())
         for error in failed.values():
@@ -222,17 +231,18 @@ class Compactor:
         return counts
 
     def _compact_each(
-        self, is_full: bool, is_erasing: bool, counts: CompactionCounts
+        self, is_full: bool, is_erasing: bool, counts: CompactionCounts, check_held: CheckHeld
     ) -> dict[str, Exception]:
         """Compact each log by itself; return errors by log, so that one does not hold up all."""
         failed: dict[str, Exception] = {}
         for name in self._log.names():
             try:
                 job = _LogCompaction(
-                    self._log, name, self._rules, self._should_stop, self._clock, counts
+                    *(self._log, name, self._rules, self._should_stop, self._clock),
+                    *(counts, check_held),
                 )
                 job.run(is_full, is_erasing)
-            except (DataError, DamagedPartError, pa.ArrowException, OSError) as error:
+            except _FAULTS_OF_ONE_LOG as error:
                 logger.error("offline_log_not_compacted log=%s error=%r", name, str(error))
                 failed[name] = error
         return failed
@@ -245,12 +255,12 @@ class Compactor:
             return 0.0
 
     @contextmanager
-    def _lock(self, wait_seconds: float) -> Iterator[None]:
+    def _lock(self, wait_seconds: float) -> Iterator[CheckHeld]:
         try:
-            with exclusive(self._log.root / LOCK_NAME, wait_seconds):
-                yield
+            with exclusive(self._log.root / LOCK_NAME, wait_seconds) as check_held:
+                yield check_held
         except LockTakenError as error:
-            raise ServiceUnavailableError(
+            raise CompactorAtWorkError(
                 f"another process has been compacting {self._log.root} for {wait_seconds:.0f} s; "
                 f"let it finish, or {error}"
             ) from error
@@ -266,6 +276,7 @@ class _LogCompaction:
     should_stop: Callable[[], bool]
     clock: Callable[[], float]
     counts: CompactionCounts
+    check_held: CheckHeld
 
     def __post_init__(self) -> None:
         self._folder = self.log.root / self.name
@@ -298,6 +309,7 @@ class _LogCompaction:
                 visible_since[part] = since
             elif part is not None or self._is_leftover(entry):
                 # A list without its part: the merge was cut short, or the part is in quarantine.
+                self.check_held()
                 _unlink_if_there(place(entry.path))
         replaced = {name for part in visible_since for name in read_replaced(day / part)}
         # Oldest first: a part that was replaced in turn goes after those that it replaced.
@@ -326,6 +338,7 @@ class _LogCompaction:
                 raise
             # Deleted above together with others, or put into quarantine by a reader.
             return
+        self.check_held()
         if reason is None:
             self._delete_below(part)
         elif not is_replaced:
@@ -346,6 +359,10 @@ class _LogCompaction:
     def _merge_some(self, day: Place, is_full: bool) -> bool:
         """Merge once; return whether there was something to merge or to set aside."""
         listed = {p: size for p, size in list_sizes(day).items() if p not in self._left_out}
+        if isinstance(day, StorePath):
+            # A look at a footer is three requests, and most parts of most days are large.
+            half = self.rules.target_part_bytes / 2
+            listed = {path: size for path, size in listed.items() if size < half}
         merged = {path: merged_size(path, num_bytes) for path, num_bytes in listed.items()}
         sizes = {path: size for path, size in merged.items() if size is not None}
         growth = 1.0 if is_full else self.rules.min_growth
@@ -372,6 +389,7 @@ class _LogCompaction:
         table = table.combine_chunks()
         kept = table.take(rows)
         del table
+        self.check_held()
         part = write_merged(day, kept, [os.path.basename(path) for path in paths])
         counts = self.counts
         counts.num_merged_parts += len(paths)

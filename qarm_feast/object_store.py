@@ -44,6 +44,7 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "NoAuthToken
 _CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec")
 _CHANGED_KEYS = ("LastModified", "updated", "created")
 _CREATE_TRIES = 3
+_PATTERN_SIGNS = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,8 @@ def place(uri: "str | Place") -> Place:
         The place; nothing need be there.
 
     Raises:
-        ConfigError: If fsspec knows no such scheme, or the bucket is not named.
+        ConfigError: If fsspec knows no such scheme, the bucket is not named, or the key would be
+            taken for a pattern.
         MissingDependencyError: If the scheme's package is missing.
     """
     if not isinstance(uri, str):
@@ -335,6 +337,9 @@ def place(uri: "str | Place") -> Place:
     file_system(scheme)
     if not found.key:
         raise ConfigError(f"{uri!r} names no bucket; write {scheme}://BUCKET/PREFIX")
+    if not _PATTERN_SIGNS.isdisjoint(found.key):
+        # fsspec would read and delete whatever the pattern fits.
+        raise ConfigError(f"{uri!r} holds one of *?[ , which stand for patterns; rename the prefix")
     return found
 
 
@@ -432,17 +437,35 @@ def read_many(paths: Sequence[str]) -> list[bytes]:
         return []
     first = place(paths[0])
     assert isinstance(first, StorePath)
+    files = file_system(first.scheme)
     with _asked(first.parent):
-        found = file_system(first.scheme).cat(list(paths), on_error="raise")
-    # fsspec answers a single path with its bytes alone.
-    return [found] if isinstance(found, bytes) else list(found.values())
+        found = files.cat(list(paths), on_error="raise")
+    # fsspec sorts what it was asked for.
+    return [found[files._strip_protocol(path)] for path in paths]
 
 
 def remove_many(paths: Sequence[StorePath]) -> None:
-    """Delete objects of one store, of which some may not be there, in as few requests as it can."""
-    if paths:
-        with _asked(paths[0].parent):
-            file_system(paths[0].scheme).rm([str(path) for path in paths])
+    """Delete objects of one prefix, of which some may not be there, in as few requests as it can.
+
+    Args:
+        paths: The objects.
+
+    Raises:
+        ServiceUnavailableError: If the store has kept one.
+    """
+    if not paths:
+        return
+    folder = paths[0].parent
+    with _asked(folder):
+        file_system(folder.scheme).rm([str(path) for path in paths])
+    # A store answers for a bulk delete as a whole, and s3fs passes over objects that it has kept.
+    kept = {path.name for path in paths}.intersection(names_in(folder))
+    if kept:
+        raise ServiceUnavailableError(
+            f"the object store kept {len(kept)} of {len(paths)} objects that it was to delete, "
+            f"such as {folder / min(kept)}; see that the credentials allow to delete objects there "
+            "(s3:DeleteObject), then run the same command again"
+        )
 
 
 def is_remote(path: "str | Place") -> bool:

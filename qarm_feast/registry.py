@@ -45,6 +45,7 @@ from qarm_feast.errors import (
 from qarm_feast.object_store import Place, names_in, place
 from qarm_feast.shared_state import (
     WAIT_SECONDS,
+    CheckHeld,
     LockTakenError,
     SharedDocument,
     Snapshot,
@@ -341,12 +342,14 @@ class CodebookRegistry:
             if version in states:
                 self._refuse_in_use(version, states[version])
                 states[version] = VersionState.PURGED
-        with self._change() as states:
+        with self._lock() as check_held:
             # Looked at again: somebody may have published a draft in the meantime.
+            states = self.states()
             if version in states:
                 self._refuse_in_use(version, states[version])
             found = self._folders_of(version)
             for folder in found:
+                check_held()
                 _remove_files(folder, keep=())
         return found
 
@@ -403,10 +406,10 @@ class CodebookRegistry:
                 )
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[CheckHeld]:
         try:
-            with exclusive(place(self.uri) / _LOCK_NAME, WAIT_SECONDS):
-                yield
+            with exclusive(place(self.uri) / _LOCK_NAME, WAIT_SECONDS) as check_held:
+                yield check_held
         except LockTakenError as error:
             raise ServiceUnavailableError(
                 f"another process has been changing {self._document.path} for {WAIT_SECONDS:.0f} "
@@ -421,7 +424,7 @@ class CodebookRegistry:
         # Looked at again: a first publication may have come to its end in between.
         read = self._document.read()
         if lost and read.payload is None:
-            raise CodebookError(_lost_registry_message(self._document.path, lost))
+            raise CodebookError(_lost_registry_message(self._document.file(read), lost))
         return read
 
     def _states_in(self, read: Snapshot) -> dict[str, VersionState]:
@@ -431,8 +434,9 @@ class CodebookRegistry:
             return _RegistryContent.model_validate_json(read.payload).versions
         except ValidationError as error:
             raise CodebookError(
-                f"{self._document.path} is no registry that this version of qarm-feast reads: "
-                f"{error}; put back a copy of it: the versions themselves lie beside it, untouched"
+                f"{self._document.file(read)} is no registry that this version of qarm-feast "
+                f"reads: {error}; put back a copy of it: the versions themselves lie beside it, "
+                "untouched"
             ) from error
 
     @staticmethod

@@ -57,7 +57,7 @@ from qarm_feast.rollout_status import (
     shortened,
 )
 from qarm_feast.schema import code_view_name
-from qarm_feast.shared_state import LockTakenError, SharedDocument, Snapshot, exclusive
+from qarm_feast.shared_state import CheckHeld, LockTakenError, SharedDocument, Snapshot, exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class Rollout:
         self._patience = patience or Patience()
         self._document = SharedDocument(place(registry.uri) / RECORD_NAME)
         self._read = Snapshot(None)
+        self._check_held: CheckHeld = lambda: None
 
     def plan(self, version: str) -> RolloutStatus:
         """Return what :meth:`start` would do and what is done already; changes nothing.
@@ -149,7 +150,7 @@ class Rollout:
             # A backfill may take hours in which somebody made another version the default.
             self._check_unchanged(record)
             if self._registry.states()[version] is not VersionState.DEFAULT:
-                self._registry.set_state(version, VersionState.DEFAULT)
+                self._set_state(version, VersionState.DEFAULT)
                 logger.info("rollout_default version=%s previous=%s", version, record.previous)
             return self._view.status_of(record)
 
@@ -170,7 +171,7 @@ class Rollout:
                 return self._view.status_of(record)
             previous = record.previous
             if self._registry.states()[previous] not in GONE:
-                self._registry.set_state(previous, VersionState.RETIRED)
+                self._set_state(previous, VersionState.RETIRED)
                 logger.info("rollout_retired version=%s", previous)
             self._await_withdrawal(previous, "finish")
             return self._view.status_of(
@@ -233,9 +234,9 @@ class Rollout:
             update = forgotten | {"phase": Phase.UNDOING}
             record = self._store(record.model_copy(update=update))
             if self._registry.states().get(record.version) is VersionState.DEFAULT:
-                self._registry.set_state(record.previous, VersionState.DEFAULT)
+                self._set_state(record.previous, VersionState.DEFAULT)
             if self._registry.states().get(record.version) is VersionState.LIVE:
-                self._registry.set_state(record.version, record.found_as)
+                self._set_state(record.version, record.found_as)
             logger.info("rollout_undone version=%s default=%s", record.version, record.previous)
             return self._view.status_of(
                 self._store(record.model_copy(update={"phase": Phase.UNDONE}))
@@ -257,22 +258,29 @@ class Rollout:
             return RolloutRecord.model_validate_json(self._read.payload)
         except ValidationError as error:
             raise CodebookError(
-                f"{self._document.path} is no rollout that this version of qarm-feast reads: "
-                f"{error}; put back a copy of it, or look at the states with `qarm codebook list`, "
-                "remove the file and run `qarm rollout start --codebook-version VERSION` again"
+                f"{self._document.file(self._read)} is no rollout that this version of qarm-feast "
+                f"reads: {error}; put back a copy of it, or look at the states with `qarm codebook "
+                f"list`, remove {self._document.path} (in an object store all that lies below it) "
+                "and run `qarm rollout start --codebook-version VERSION` again"
             ) from error
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Hold the lock, which a process that is killed gives back; nobody waits for it."""
         try:
-            with exclusive(place(self._registry.uri) / _LOCK_NAME, wait_seconds=0):
+            lock = place(self._registry.uri) / _LOCK_NAME
+            with exclusive(lock, wait_seconds=0) as self._check_held:
                 yield
         except LockTakenError as error:
             raise CodebookError(
                 f"another `qarm rollout` is at work on {self._registry.uri}; let it finish, look "
                 f"with `qarm rollout status`, or {error}"
             ) from error
+
+    def _set_state(self, version: str, state: VersionState) -> None:
+        # A process that slept through its lease may have been undone meanwhile.
+        self._check_held()
+        self._registry.set_state(version, state)
 
     def _store(self, record: RolloutRecord) -> RolloutRecord:
         payload = (record.model_dump_json(indent=2) + "\n").encode()
@@ -379,7 +387,7 @@ class Rollout:
         if self._registry.states()[record.version] in WRITTEN:
             return
         self._await_withdrawal(record.version, f"start --codebook-version {record.version}")
-        self._registry.set_state(record.version, VersionState.LIVE)
+        self._set_state(record.version, VersionState.LIVE)
         logger.info("rollout_live version=%s", record.version)
 
     def _await_withdrawal(self, version: str, command: str) -> None:

@@ -14,7 +14,8 @@ document that says who holds it until when:
 
 Ends of leases are compared with this machine's clock: machines that share a store have clocks that
 agree within some seconds (NTP). Whoever a clock or a long pause misleads is still stopped where it
-matters: what a document holds is replaced by number alone. May import: filelock, the object store.
+matters: what a document holds is replaced by number alone, and before a step that no number guards
+a holder asks whether its lease has run out. May import: filelock, the object store.
 """
 
 import json
@@ -24,7 +25,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +46,9 @@ WAIT_SECONDS = 3 * LEASE_SECONDS
 _POLL_SECONDS = 0.25
 _NUM_KEPT = 16
 _READ_TRIES = 5
+
+CheckHeld = Callable[[], None]
+"""Raises a ServiceUnavailableError if the lock is not held any more; a file lock always is."""
 
 
 class LockTakenError(Exception):
@@ -78,6 +82,11 @@ class SharedDocument:
         except FileNotFoundError:
             return Snapshot(None)
 
+    def file(self, read: Snapshot) -> Place:
+        """Return the file, or the object, that was read; where there is none, the first to be."""
+        is_remote = isinstance(self.path, StorePath)
+        return self.path / _name(read.number or 1) if is_remote else self.path
+
     def replace(self, read: Snapshot, payload: bytes) -> Snapshot | None:
         """Put ``payload`` in place of what was read; on disk the caller holds the document's lock.
 
@@ -96,7 +105,7 @@ class SharedDocument:
 
 
 @contextmanager
-def exclusive(path: Place, wait_seconds: float) -> Iterator[None]:
+def exclusive(path: Place, wait_seconds: float) -> Iterator[CheckHeld]:
     """Hold a lock that one process at a time can have.
 
     Args:
@@ -104,7 +113,7 @@ def exclusive(path: Place, wait_seconds: float) -> Iterator[None]:
         wait_seconds: How long to wait for another holder.
 
     Yields:
-        Nothing.
+        What to ask before a step that another holder at the same time would spoil.
 
     Raises:
         LockTakenError: If another process holds it all that time.
@@ -113,8 +122,9 @@ def exclusive(path: Place, wait_seconds: float) -> Iterator[None]:
     """
     if isinstance(path, StorePath):
         check_conditional_put(path.parent)
-        with _Lease(path).held(wait_seconds):
-            yield
+        lease = _Lease(path)
+        with lease.held(wait_seconds):
+            yield lease.check
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,7 +133,7 @@ def exclusive(path: Place, wait_seconds: float) -> Iterator[None]:
     except Timeout as error:
         raise LockTakenError(f"look for who holds the lock with `fuser {path}`") from error
     try:
-        yield
+        yield lambda: None
     finally:
         lock.release()
 
@@ -135,6 +145,7 @@ class _Lease:
         self._path = path
         self._owner = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex}"
         self._number = 0
+        self._expires = 0.0
         self._ended = threading.Event()
 
     @contextmanager
@@ -149,13 +160,25 @@ class _Lease:
             renewal.join()
             self._release()
 
+    def check(self) -> None:
+        """Refuse to go on if the lease has run out: another process may hold the lock by now."""
+        if time.time() >= self._expires:
+            raise ServiceUnavailableError(
+                f"this process held {self._path} and could not renew that for "
+                f"{LEASE_SECONDS:.0f} s: it slept, or the object store was away; it stops here, as "
+                "another one may be at work by now; run the same command again"
+            )
+
     def _acquire(self, wait_seconds: float) -> None:
         deadline = time.monotonic() + wait_seconds
         while True:
             found = _newest(self._path)
             owner, expires = _holder(found.payload)
-            if expires <= time.time() and self._put(found.number, LEASE_SECONDS):
-                return
+            if expires <= time.time():
+                if self._put(found.number, LEASE_SECONDS):
+                    return
+                # Somebody else was faster; the next look tells who.
+                continue
             if time.monotonic() >= deadline:
                 until = datetime.fromtimestamp(expires, UTC).strftime("%H:%M:%S")
                 raise LockTakenError(
@@ -182,11 +205,18 @@ class _Lease:
             logger.warning("lease_not_released path=%s error=%s", self._path, error)
 
     def _put(self, number: int, seconds: float) -> bool:
-        content = {"owner": self._owner, "expires": time.time() + seconds if seconds else 0.0}
-        is_put = _append(self._path, number, json.dumps(content).encode())
-        if is_put:
-            self._number = number + 1
-        return is_put
+        expires = time.time() + seconds if seconds else 0.0
+        payload = json.dumps({"owner": self._owner, "expires": expires}).encode()
+        if not _append(self._path, number, payload):
+            found = _newest(self._path)
+            if _holder(found.payload)[0] != self._owner:
+                return False
+            # The put before this one was done, though its answer never came.
+            number = found.number
+            if not _append(self._path, number, payload):
+                return False
+        self._number, self._expires = number + 1, expires
+        return True
 
 
 def _holder(payload: bytes | None) -> tuple[str, float]:

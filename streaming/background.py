@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qarm_feast.compaction import CompactionConfig
+from qarm_feast.compaction import CompactionConfig, CompactorAtWorkError
 from qarm_feast.config import load_section
-from qarm_feast.errors import ServiceUnavailableError
 from qarm_feast.observability import (
     OFFLINE_COMPACTION_FAILED,
     OFFLINE_DAMAGED_PARTS,
@@ -106,7 +105,7 @@ def _compact_once(
                 break
         # The end of its input lets it end after the merge in hand.
         output, _ = process.communicate()
-    if process.returncode == ServiceUnavailableError.exit_code:
+    if process.returncode == CompactorAtWorkError.exit_code:
         return None
     OFFLINE_COMPACTION_FAILED.set(process.returncode != 0)
     if process.returncode != 0:

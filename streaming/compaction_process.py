@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
 from qarm_feast.code_log import CodeLog
-from qarm_feast.compaction import CompactionConfig, Compactor
+from qarm_feast.compaction import CompactionConfig, Compactor, CompactorAtWorkError
 from qarm_feast.errors import ServiceUnavailableError
 from qarm_feast.observability import ObservabilityConfig, configure_logging
 
@@ -50,7 +50,8 @@ def compact(request: CompactionRequest) -> CompactionAnswer:
         What was done.
 
     Raises:
-        ServiceUnavailableError: If another process is at it.
+        CompactorAtWorkError: If another process is at it.
+        ServiceUnavailableError: If the object store does not answer.
         OSError: If the system cannot read or write a file.
     """
     compactor = Compactor(CodeLog(request.root), request.compaction.rules, _is_input_over)
@@ -78,9 +79,13 @@ def main() -> None:
     configure_logging(request.observability)
     try:
         answer = compact(request)
-    except ServiceUnavailableError as error:
+    except CompactorAtWorkError as error:
         logger.debug("offline_compaction_left_to_another_process")
         sys.exit(error.exit_code)
+    except ServiceUnavailableError as error:
+        # An object store that is away: the next round tries again.
+        logger.error("offline_compaction_failed error=%s", error)
+        sys.exit(1)
     except Exception:
         # A full disk, or a bug: the worker goes on, and the next round tries again.
         logger.exception("offline_compaction_failed")

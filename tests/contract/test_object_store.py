@@ -1,6 +1,9 @@
 """Codebook registry and offline log: one suite over a local folder and a real S3 server."""
 
+import errno
+import itertools
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -121,7 +124,7 @@ def _kill_at(number: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
     patch.setattr(compaction, "remove_many", dying(compaction.remove_many))
     # Locks have tests of their own.
     for module in (registry, compaction):
-        patch.setattr(module, "exclusive", lambda *_: nullcontext())
+        patch.setattr(module, "exclusive", lambda *_: nullcontext(lambda: None))
     return lambda: asked
 
 
@@ -300,17 +303,61 @@ def test_a_damaged_file_is_told_and_a_sound_one_is_fetched_once(
 
 
 def test_a_cached_file_that_nobody_reads_is_let_go(bucket: str, tmp_path: Path) -> None:
-    old = tmp_path / "cache" / "old"
-    old.parent.mkdir()
-    old.write_bytes(b"")
+    digest = "0" * 64
+    names = ("thesis.txt", digest, f".{digest}.killed")
+    (tmp_path / "cache").mkdir()
     month_ago = time.time() - 31 * 86_400
-    artifact_module.os.utime(old, (month_ago, month_ago))
+    for name in names:
+        (tmp_path / "cache" / name).write_bytes(b"")
+        os.utime(tmp_path / "cache" / name, (month_ago, month_ago))
     manifest, payloads = artifact("v1")
     write_artifact(bucket, manifest, payloads)
 
     read_verified(place(bucket) / "v1", next(iter(payloads)), manifest.files)
 
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == list(manifest.files.values())
+    left = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert left == {"thesis.txt", *manifest.files.values()}
+
+
+def test_a_user_without_a_home_and_one_who_may_only_read_the_cache_get_the_file(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, payloads = artifact("v1")
+    write_artifact(bucket, manifest, payloads)
+    ((name, payload),) = payloads.items()
+    folder = place(bucket) / "v1"
+    read_verified(folder, name, manifest.files)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact_module.os, "utime", refuse)
+        patch.setattr(StorePath, "read_bytes", refuse)
+        from_cache = read_verified(folder, name, manifest.files)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("QARM_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(artifact_module.Path, "home", no_home)
+
+    assert from_cache == payload
+    assert read_verified(folder, name, manifest.files) == payload
+
+
+def test_a_disk_that_is_full_keeps_no_half_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact_module.os, "fsync", full)
+
+    with pytest.raises(OSError, match="No space left"):
+        artifact_module.replace_file(tmp_path / "x", b"payload")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Locks
@@ -341,6 +388,49 @@ def test_a_lease_is_renewed_while_it_is_held_and_runs_out_after_a_kill(
         waited = time.monotonic() - started
 
     assert waited < 1.5
+
+
+def test_a_lease_whose_renewal_was_done_but_never_answered_goes_on(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = shared_state._Lease(StorePath("s3", f"{bucket.removeprefix('s3://')}/.lock"))
+    lease._acquire(0)
+    create = StorePath.create
+
+    def unanswered(path: StorePath, payload: bytes) -> bool:
+        create(path, payload)
+        raise ServiceUnavailableError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StorePath, "create", unanswered)
+        with pytest.raises(ServiceUnavailableError):
+            lease._put(lease._number, 30.0)
+
+    assert lease._put(lease._number, 30.0)
+    lease._release()
+    with exclusive(place(bucket) / ".lock", 0):
+        pass
+
+
+def test_a_holder_that_slept_through_its_lease_deletes_merges_and_rolls_out_nothing(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(f"{bucket}/log")
+    _append(log, 1, 2)
+    draft(bucket)
+
+    def asleep(lease: shared_state._Lease, wait_seconds: float) -> None:
+        lease._expires = time.time() - 1
+
+    monkeypatch.setattr(shared_state._Lease, "_acquire", asleep)
+    monkeypatch.setattr(shared_state._Lease, "_release", lambda _: None)
+
+    with pytest.raises(ServiceUnavailableError, match="could not renew"):
+        CodebookRegistry(bucket).purge("v1")
+    with pytest.raises(ServiceUnavailableError, match="could not renew"):
+        _compact(log)
+    assert stored_versions(drafts_uri(bucket)) == ["v1"]
+    assert len(log.row_parts(CODES)) == 2
 
 
 def test_a_writer_that_slept_through_many_changes_changes_nothing(
@@ -433,6 +523,46 @@ def test_a_compaction_makes_one_part_and_deletes_the_old_ones_after_the_grace_pe
     assert (merged.num_parts, merged.num_replaced_parts) == (1, 4)
     assert (swept.num_parts, swept.num_replaced_parts) == (1, 0)
     assert _items(log) == [1, 2, 3]
+    assert len(names_in(log.root / CODES / DAY)) == 1
+
+
+def test_parts_of_unequal_sizes_are_read_and_merged_in_whatever_order(uri: str) -> None:
+    log = CodeLog(uri)
+    sizes = {log.append(CODES, rows, NOON).stat().st_size for rows in _rows_of_unequal_sizes()}
+
+    _compact(log)
+
+    assert len(sizes) == 8
+    assert _items(log) == list(range(36))
+    assert len(log.row_parts(CODES)) == 1
+
+
+def _rows_of_unequal_sizes() -> list[pa.Table]:
+    starts = [0, 8, 15, 21, 26, 30, 33, 35, 36]
+    return [
+        code_rows(*((item, item, "a") for item in range(first, end)))
+        for first, end in itertools.pairwise(starts)
+    ]
+
+
+def test_a_store_that_keeps_what_a_compaction_deletes_brings_no_row_back(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(bucket)
+    _append(log, 1, 1)
+    _compact(log)
+    client = object_store.file_system("s3")
+
+    with monkeypatch.context() as patch:
+        # As it is with credentials that may not delete: the answer lists errors, s3fs raises none.
+        patch.setattr(client, "rm", lambda _: None)
+        with pytest.raises(ServiceUnavailableError, match=r"kept 2 of 2 .*s3:DeleteObject"):
+            _compact(log, LATER)
+        kept = log.read(CODES).num_rows
+    _compact(log, LATER)
+
+    assert kept == 1
+    assert log.read(CODES).num_rows == 1
     assert len(names_in(log.root / CODES / DAY)) == 1
 
 
@@ -621,6 +751,28 @@ def test_a_store_that_is_away_for_some_seconds_is_told_and_the_next_try_goes_on(
 
     assert _items(log) == [1, 2]
     assert waited < 30
+
+
+def test_a_prefix_that_would_be_a_pattern_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stand for patterns; rename the prefix"):
+        place("s3://bucket/log[1]")
+
+
+def test_a_lost_and_a_damaged_registry_are_told_with_the_object_to_put_back(bucket: str) -> None:
+    draft(bucket)
+    publish_codebook(bucket, "v1", GateConfig())
+    document = place(bucket) / "registry.json"
+    (number,) = names_in(document)
+    copy = (document / number).read_bytes()
+    _replace(document / number, b"{")
+    with pytest.raises(CodebookError, match=rf"{bucket}/registry.json/{number} is no registry"):
+        CodebookRegistry(bucket).states()
+    (document / number).unlink()
+    with pytest.raises(CodebookError) as lost:
+        CodebookRegistry(bucket).states()
+    _replace(place(str(lost.value).partition(" ")[0]), copy)
+
+    assert CodebookRegistry(bucket).states() == {"v1": VersionState.DEFAULT}
 
 
 def test_a_bucket_that_is_missing_is_told_with_how_to_make_it(bucket: str) -> None:

@@ -550,15 +550,15 @@ def test_a_version_published_while_it_is_purged_keeps_its_files(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = _store(uri)
-    change, calls = CodebookRegistry._change, []
+    lock, calls = CodebookRegistry._lock, []
 
-    def change_with_a_publication_before_the_second(registry: CodebookRegistry) -> object:
+    def lock_with_a_publication_before_the_second(registry: CodebookRegistry) -> object:
         calls.append(registry)
         if len(calls) == 2:
             CodebookRegistry(uri).publish("v1")
-        return change(registry)
+        return lock(registry)
 
-    monkeypatch.setattr(CodebookRegistry, "_change", change_with_a_publication_before_the_second)
+    monkeypatch.setattr(CodebookRegistry, "_lock", lock_with_a_publication_before_the_second)
     with pytest.raises(CodebookError, match="only a retired one can be purged"):
         CodebookRegistry(uri).purge("v1")
 
