@@ -7,7 +7,7 @@ May import: torch, torchrec.
 """
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -94,15 +94,15 @@ class FitLoop:
             state = state.model_copy(update={"batch": state.batch + 1, "step": state.step + 1})
             self.progress.add_step(state.step, logits_BT, labels_BT)
             if _is_due(state.step, self.config.eval_every_steps):
-                pipeline.detach()
-                state = self._judged(state)
+                with _paused(pipeline):
+                    state = self._judged(state)
                 if self.stopping.is_exhausted:
                     break
             if signal_number := self._agreed_signal(state.step):
                 return state, signal_number
             if _is_due(state.step, self.config.checkpoint_every_steps):
-                pipeline.detach()
-                self.run.save_unfinished(self._whole(state))
+                with _paused(pipeline):
+                    self.run.save_unfinished(self._whole(state))
                 self.progress.forget_pause()
             warm_up.set_rates(state.step)
         return state, 0
@@ -133,6 +133,16 @@ class FitLoop:
         with torch.autocast(device_type, torch.bfloat16, enabled=self.config.enable_bf16):
             output: StepOutput = self.sharded.model(batch)
         return output
+
+
+@contextmanager
+def _paused(pipeline: Pipeline) -> Iterator[None]:
+    """Give the model back between two steps, while the batches in flight stay where they are."""
+    pipeline.detach()
+    yield
+    # Left to itself the pipeline would start the exchange of the next batch's ids a second time
+    # and never end it, without which no table of sequences finds its ids.
+    pipeline.attach(sparse_dist=False)
 
 
 def _outputs(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchrec_models.checkpoint import Checkpoint
@@ -22,13 +23,22 @@ from torchrec_models.warm_start import WarmStart
 SERVICE = "ranker_v1"
 
 
+FEATURES = (*RankerConfig().features, "attention", "prefix")
+# Of eight codes, the first three have moved by one place and the last one is new.
+LEVEL = np.array([1, 2, 0, 3, 4, 5, 6, -1])
+
+
 def config_of(folder: Path, **keys: object) -> RankerConfig:
     small = {
+        "features": FEATURES,
         "checkpoint_dir": str(folder),
         "enable_centroid_start": False,
         "batch_size": 64,
         "embedding_dim": 8,
         "num_epochs": 2,
+        # In the middle of a pass, with batches in flight.
+        "eval_every_steps": 5,
+        "checkpoint_every_steps": 7,
         "early_stopping_patience": 9,
     }
     return RankerConfig.model_validate(small | keys)
@@ -52,6 +62,44 @@ def resume(inputs: TrainInputs, out: Path, ranks: Ranks) -> None:
     found, expected = resumed.test_predictions.logits_NT, whole.test_predictions.logits_NT
     assert found.equal(expected), (found - expected).abs().max()
     _write_scores(resumed.test_predictions, out, ranks)
+    assert resumed.checkpoint is not None
+    _start_from_moved_codes(inputs, Checkpoint.at(resumed.checkpoint), out)
+
+
+def _start_from_moved_codes(inputs: TrainInputs, older: Checkpoint, out: Path) -> None:
+    """Start a ranker of two ranks through a map by which codes change the rank that holds them."""
+    pool_P = np.arange(older.manifest.sizes.pool_size)
+    labels = LabelMap((LEVEL, np.arange(8)), pool_P[::-1].copy())
+    config = config_of(out / "moved", num_epochs=0)
+    result = train(config, inputs, warm_start=WarmStart(older, labels))
+    assert result.checkpoint is not None
+    old, new = _tables(older), _tables(Checkpoint.at(result.checkpoint))
+
+    assert old.keys() == new.keys()
+    assert {"rq_0.weight", "rq_0.momentum1", "sequence_rq.weight"} < old.keys()
+    for name, weights in new.items():
+        source = {"rq_0": LEVEL, "vq_code": labels.pool_P}.get(name.partition(".")[0])
+        if name.startswith("sequence_rq"):
+            source = np.concatenate([LEVEL, np.arange(8, 16)])
+        if name.startswith("prefix"):
+            # By the codes of each prefix, which its own test follows.
+            continue
+        places = np.arange(len(weights)) if source is None else source
+        goes_on = torch.from_numpy(places != -1)
+        assert weights[goes_on].equal(old[name][places[places != -1]]), name
+    assert (new["rq_0.momentum1"][7] == 0).all()
+    assert not new["rq_0.weight"][7].equal(old["rq_0.weight"][7])
+
+
+def _tables(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return whole tables and their optimizer's state; on all ranks at once."""
+    tables = {}
+    for key, shape in checkpoint.shapes().items():
+        if key.startswith(("model.", "optimizer.")) and "embedding" in key:
+            tensor = torch.zeros(shape)
+            checkpoint.read({key: tensor})
+            tables[".".join(key.split(".")[-2:])] = tensor
+    return tables
 
 
 def take_over(inputs: TrainInputs, out: Path, ranks: Ranks) -> None:

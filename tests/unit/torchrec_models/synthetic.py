@@ -3,7 +3,6 @@
 Shape letters in this file: N rows, I items, L levels, V neighbours, D vector width.
 """
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -178,7 +177,3 @@ def _manifest(shape: _Shape, seed: int) -> RowsManifest:
         num_rows={name: int((splits_N == name).sum()) for name in ("train", "valid", "test")},
         counts={},
     )
-
-
-if __name__ == "__main__":
-    write_synthetic_rows(Path(sys.argv[1]))
