@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from qarm_feast.audit import audit
 from qarm_feast.code_log import CodeLog
@@ -38,9 +39,11 @@ from qarm_feast.schema import (
     interaction_rows,
 )
 from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.cli import qarm_rank
 from torchrec_models.options import load_ranker_config
 from torchrec_models.row_store import RowStore
 from torchrec_models.rows import build_training_rows
+from torchrec_models.train import main as train_main
 
 pytestmark = pytest.mark.integration
 
@@ -69,7 +72,7 @@ ranker:
 comparison:
   seeds: [0]
   arms:
-    - {name: ids, overrides: {features: [user_id, item_id]}}
+    - {name: ids, overrides: {features: [user_id, item_id], num_epochs: 1}}
     - {name: vectors, overrides: {features: [user_id, item_id, vector]}}
 """
 
@@ -371,21 +374,18 @@ def test_two_ranks_learn_the_planted_signal_and_cold_items_by_their_codes(
 
 
 def test_the_checkpoint_of_two_ranks_scores_online_in_one_process(
-    repository: Repository, trained: dict[str, Any]
+    repository: Repository, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("QARM_SERVING_LOG__SAMPLE_RATE", "1")
     checkpoint = Checkpoint(str(repository.path / "data" / "checkpoints"), "ranker_v1")
-    command = [sys.executable, "-m", "torchrec_models.cli", "score", "--user-id", "2"]
-    command += ["--items", ",".join(str(item) for item in range(100, 160))]
-    done = subprocess.run(
-        [*command, "--config", repository.config_path],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "QARM_SERVING_LOG__SAMPLE_RATE": "1"},
-        cwd=repository.path.parent,
-        timeout=240,
-        check=False,
+    items = ",".join(str(item) for item in range(100, 160))
+
+    done = CliRunner().invoke(
+        qarm_rank,
+        ["score", "--user-id", "2", "--items", items, "--config", repository.config_path],
+        catch_exceptions=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     likes = np.array([line["scores"]["like"] for line in lines])
 
@@ -404,6 +404,20 @@ def test_the_checkpoint_of_two_ranks_scores_online_in_one_process(
     assert report.differences == ()
     # The candidates and the eight items of the history.
     assert report.counts["equal"] == sum(report.counts.values()) == 60 + 8
+
+
+def test_init_from_starts_where_the_older_ranker_ended(
+    repository: Repository, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = ["--config", repository.config_path, "--init-from", trained["checkpoint"]]
+    arguments += ["--set", "ranker.num_epochs=0", "--set", f"ranker.checkpoint_dir={tmp_path}"]
+
+    done = CliRunner().invoke(train_main, arguments, catch_exceptions=False)
+
+    started = json.loads(done.stdout)
+    assert started["num_steps"] == 0
+    assert started["metrics"] == pytest.approx(trained["metrics"], abs=1e-4)
+    assert Path(started["checkpoint"]).parent.parent == tmp_path
 
 
 def test_a_comparison_trains_every_arm_in_one_process_group(
