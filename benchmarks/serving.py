@@ -39,6 +39,7 @@ import pyarrow as pa
 import torch
 from feast import FeatureStore
 from feast.repo_config import RepoConfig
+from torch import nn
 
 from benchmarks.stream_bench import REDIS_TYPE
 from benchmarks.stream_write import SQLITE_TYPE, frozen
@@ -65,11 +66,13 @@ from qarm_feast.schema import (
 from tests.fault.services import RedisServer
 from torchrec_models.checkpoint import CheckpointManifest, build_trained_ranker
 from torchrec_models.config import CodeSizes, FeatureName, RankerConfig, TaskConfig
+from torchrec_models.program import load_program, save_program
 from torchrec_models.quantized import quantize_tables
-from torchrec_models.ranker import MultiTaskRanker, ranker_logits
+from torchrec_models.ranker import ranker_logits
 from torchrec_models.score import OnlineScorer
 from torchrec_models.server import serve
 from torchrec_models.serving import Served, ServingConfig
+from torchrec_models.tables import dense_width, ranker_tables, sparse_feature_names
 from torchrec_models.vocabulary import IdVocabulary, Vocabularies
 
 CODES: tuple[FeatureName, ...] = (
@@ -139,13 +142,17 @@ class MadeRanker:
     def side_tables(self) -> None:
         """Return none: no feature here reads one."""
 
-    def load_ranker(self) -> MultiTaskRanker:
+    def load_ranker(self) -> nn.Module:
         """Return it, ready to score."""
         torch.manual_seed(0)
-        ranker = build_trained_ranker(self.manifest, self.vocabularies(), torch.device("cpu"))
-        if self.is_int8:
-            quantize_tables(ranker)
-        return ranker.eval()
+        manifest, vocabularies = self.manifest, self.vocabularies()
+        ranker = build_trained_ranker(manifest, vocabularies, torch.device("cpu")).eval()
+        if not self.is_int8:
+            return ranker
+        quantize_tables(ranker)
+        names = sparse_feature_names(ranker_tables(SIZES, vocabularies, manifest.config))
+        width = dense_width(SIZES, manifest.config, len(TASKS))
+        return load_program(save_program(ranker, names, width, len(SIZES.level_sizes)))
 
 
 def open_repository(folder: Path, online: dict[str, str]) -> FeatureStore:

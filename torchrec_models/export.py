@@ -2,17 +2,15 @@
 
 An export folder appears whole or not at all:
 
-    1. ``model.safetensors``, ``vocabularies.json``, ``side_tables`` and ``manifest.json``, which
-       holds the SHA-256 of the others, are written into ``<dir>/<service>/.<name>.tmp`` and
-       flushed to disk;
+    1. ``model.pt2``, ``vocabularies.json``, ``side_tables`` and ``manifest.json``, which holds the
+       SHA-256 of the others, are written into ``<dir>/<service>/.<name>.tmp`` and flushed to disk;
     2. the folder is renamed to ``<dir>/<service>/<name>``, a name that is not taken;
     3. ``<dir>/<service>/LATEST``, which names the newest one, is replaced.
 
-Code is in no file: loading builds the model from the manifest, as training did, and fills it. So
-an export holds no pickle, which a TorchScript archive would (``torch.jit.script`` is deprecated in
-this torch, and TorchRec's quantized collections do not pass through it).
+The model is a program, graph and weights together, see :mod:`torchrec_models.program`; no file is
+a pickle. The error in the manifest is that of the program as it is read back.
 Shape letters: B rows, T tasks.
-May import: torch, torchrec, safetensors.
+May import: torch, torchrec.
 """
 
 import logging
@@ -25,26 +23,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import nn
 
 from qarm_feast.artifact import MANIFEST_NAME, read_verified, sha256
 from qarm_feast.errors import CodebookMismatchError, DataError
 from torchrec_models.batch import BatchBuilder, RankingBatch
-from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, build_trained_ranker
+from torchrec_models.checkpoint import Checkpoint, CheckpointManifest
 from torchrec_models.config import RankerConfig
 from torchrec_models.dataset import RowDataset
 from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.inputs import resolve_codebook_version
 from torchrec_models.metrics import auc, defined_metrics
-from torchrec_models.quantized import allocate_quantized_tables, quantize_tables
-from torchrec_models.ranker import MultiTaskRanker, ranker_logits
+from torchrec_models.program import load_program, save_program
+from torchrec_models.quantized import quantize_tables
+from torchrec_models.ranker import ranker_logits
 from torchrec_models.row_store import RowStore, sync_folder, write_atomically
 from torchrec_models.sharding import Ranks
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.snapshot import ItemSnapshot
-from torchrec_models.tables import ranker_tables, sparse_feature_names
+from torchrec_models.tables import dense_width, ranker_tables, sparse_feature_names
 from torchrec_models.towers import TaskLabels
 from torchrec_models.vocabulary import Vocabularies
 
@@ -52,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 Scores = npt.NDArray[np.float64]
 
-_MODEL_FILE = "model.safetensors"
+_MODEL_FILE = "model.pt2"
 _VOCABULARIES_FILE = "vocabularies.json"
 _ERROR_SPLIT = "valid"
 _POINTER = "LATEST"
@@ -139,10 +136,7 @@ class Export:
 
     def load_ranker(self) -> nn.Module:
         """Return the ranker, its tables in int8, ready to score."""
-        ranker = build_trained_ranker(self.manifest, self.vocabularies(), torch.device("meta"))
-        allocate_quantized_tables(ranker)
-        ranker.load_state_dict(load_tensors(self._files[_MODEL_FILE]))
-        return ranker.eval()
+        return load_program(self._files[_MODEL_FILE])
 
 
 def export_newest(config_path: str, config: RankerConfig, name: str | None = None) -> Export:
@@ -186,12 +180,10 @@ def export_checkpoint(directory: str, checkpoint: Checkpoint, rows: RowDataset, 
     Returns:
         ``<directory>/<service>/<checkpoint's name>``, with a suffix where that name is taken.
     """
-    ranker, quantized = checkpoint.load_ranker(), checkpoint.load_ranker()
-    quantize_tables(quantized)
-    error = _measure_error(ranker, quantized, checkpoint.manifest, rows, split)
-    state = {name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}
+    program = _program(checkpoint)
+    error = _measure_error(checkpoint, load_program(program), rows, split)
     files = {
-        _MODEL_FILE: save_tensors(state),
+        _MODEL_FILE: program,
         _VOCABULARIES_FILE: checkpoint.vocabularies().to_json().encode("utf-8"),
     }
     for path in sorted((checkpoint.folder / SIDE_TABLES).iterdir()):
@@ -239,6 +231,16 @@ def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset
     )
 
 
+def _program(checkpoint: Checkpoint) -> bytes:
+    manifest, ranker = checkpoint.manifest, checkpoint.load_ranker()
+    quantize_tables(ranker)
+    tables = ranker_tables(manifest.sizes, checkpoint.vocabularies(), manifest.config)
+    width = dense_width(manifest.sizes, manifest.config, len(manifest.tasks))
+    return save_program(
+        ranker, sparse_feature_names(tables), width, len(manifest.sizes.level_sizes)
+    )
+
+
 def _publish(folder: Path, manifest: ExportManifest, files: Mapping[str, bytes]) -> Path:
     name = _free_name(folder, manifest.checkpoint_name)
     temporary = folder / f".{name}.tmp"
@@ -263,15 +265,20 @@ def _free_name(folder: Path, name: str) -> str:
 
 
 def _measure_error(
-    ranker: MultiTaskRanker,
-    quantized: nn.Module,
-    manifest: CheckpointManifest,
-    rows: RowDataset,
-    split: str,
+    checkpoint: Checkpoint, exported: nn.Module, rows: RowDataset, split: str
 ) -> QuantizationError:
-    parts = [_scores(ranker, quantized, batch) for batch in rows.eval_batches()]
+    ranker = checkpoint.load_ranker()
+    labels = TaskLabels(ranker.task_towers.chain)
+    parts = [_scores(ranker, exported, labels, batch) for batch in rows.eval_batches()]
+    if not parts:
+        raise DataError(
+            f"the rows of split {split!r} are none, so the export's error cannot be measured; "
+            "build rows of more data by `qarm-rank rows`"
+        )
     before_BT, after_BT, labels_BT = (np.concatenate(part) for part in zip(*parts, strict=True))
     differences_BT = np.abs(after_BT - before_BT)
+    names = [task.name for task in checkpoint.manifest.tasks]
+    columns = zip(names, after_BT.T, before_BT.T, labels_BT.T, strict=True)
     return QuantizationError(
         split=split,
         num_rows=len(differences_BT),
@@ -279,10 +286,8 @@ def _measure_error(
         mean_score_difference=float(differences_BT.mean()),
         auc_difference=defined_metrics(
             {
-                task.name: _auc(after_B, labels_B) - _auc(before_B, labels_B)
-                for task, after_B, before_B, labels_B in zip(
-                    manifest.tasks, after_BT.T, before_BT.T, labels_BT.T, strict=True
-                )
+                name: _auc(after_B, labels_B) - _auc(before_B, labels_B)
+                for name, after_B, before_B, labels_B in columns
             }
         ),
     )
@@ -294,11 +299,11 @@ def _auc(scores_B: Scores, labels_B: Scores) -> float:
 
 
 def _scores(
-    ranker: MultiTaskRanker, quantized: nn.Module, batch: RankingBatch
+    ranker: nn.Module, exported: nn.Module, labels: TaskLabels, batch: RankingBatch
 ) -> tuple[Scores, Scores, Scores]:
-    """Return both rankers' scores and the tasks' labels, ``[B, T]`` each."""
+    """Return both rankers' scores and the labels, NaN where a task has none; ``[B, T]`` each."""
     with torch.inference_mode():
         before_BT = ranker_logits(ranker, batch).double().sigmoid()
-        after_BT = ranker_logits(quantized, batch).double().sigmoid()
-        labels_BT = TaskLabels(ranker.task_towers.chain)(batch.labels).double()
+        after_BT = ranker_logits(exported, batch).double().sigmoid()
+        labels_BT = labels(batch.labels).double()
     return before_BT.numpy(), after_BT.numpy(), labels_BT.numpy()

@@ -109,7 +109,7 @@ class FgcnnInteraction(nn.Module):
         for convolution, recombination in zip(self.convolutions, self.recombinations, strict=True):
             maps_BMFE = convolution(maps_BMFE)
             new_BX = torch.tanh(recombination(maps_BMFE.flatten(1)))
-            features.append(new_BX.view(len(new_BX), -1, self.embedding_dim))
+            features.append(new_BX.view(new_BX.shape[0], -1, self.embedding_dim))
         products_BX: torch.Tensor = self.products(torch.cat(features, dim=1))
         return products_BX
 

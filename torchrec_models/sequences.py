@@ -86,11 +86,15 @@ class SequenceAttention(nn.Module):
         # The row behind the last one is the zeros.
         zeros_1LE = known_NLE.new_zeros(1, self.num_levels, known_NLE.shape[2])
         padded_NLE = torch.cat([known_NLE, zeros_1LE])
-        places_B = torch.where(has_codes_B, has_codes_B.cumsum(0) - 1, len(known_NLE))
+        places_B = torch.where(has_codes_B, has_codes_B.cumsum(0) - 1, known_NLE.shape[0])
         return padded_NLE.index_select(0, places_B)
 
     def _items(self, codes: JaggedTensor) -> torch.Tensor:
-        items_HLE: torch.Tensor = codes.values().unflatten(0, (-1, self.num_levels))
+        values = codes.values()
+        # As a quotient, not as -1: `torch.export` knows no other way to tell the size.
+        num_items = values.shape[0] // self.num_levels
+        torch._check(num_items * self.num_levels == values.shape[0])  # type: ignore[no-untyped-call]
+        items_HLE: torch.Tensor = values.view(num_items, self.num_levels, values.shape[1])
         return items_HLE.detach() if self.is_frozen else items_HLE
 
 
@@ -126,14 +130,15 @@ class TargetAttention(nn.Module):
         Returns:
             ``[B, 2, E]``.
         """
-        row_of_H = torch.repeat_interleave(lengths_B, output_size=len(items_HLE))
+        num_rows = lengths_B.shape[0]
+        row_of_H = torch.repeat_interleave(lengths_B, output_size=items_HLE.shape[0])
         dots_HL = (items_HLE * target_BLE.index_select(0, row_of_H)).sum(dim=2)
         starts_B = lengths_B.cumsum(0) - lengths_B
-        places_H = torch.arange(len(row_of_H), device=row_of_H.device) - starts_B[row_of_H]
+        places_H = torch.arange(items_HLE.shape[0], device=row_of_H.device) - starts_B[row_of_H]
         scores_H = dots_HL @ self.level_weights + self.place_biases[places_H]
-        shares_H = segment_softmax(scores_H, row_of_H, len(lengths_B))
+        shares_H = segment_softmax(scores_H, row_of_H, num_rows)
         weighted = torch.cat([items_HLE.sum(dim=1), dots_HL], dim=1) * shares_H.unsqueeze(1)
-        sums = weighted.new_zeros(len(lengths_B), weighted.shape[1])
+        sums = weighted.new_zeros(num_rows, weighted.shape[1])
         sums = sums.index_add(0, row_of_H, weighted)
         embedding_dim = items_HLE.shape[2]
         attended_BE, match_BL = sums[:, :embedding_dim], sums[:, embedding_dim:]

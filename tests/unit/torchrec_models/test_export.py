@@ -1,4 +1,9 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,11 +26,21 @@ from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.export import Export, export_checkpoint, open_rows
 from torchrec_models.inputs import TrainInputs
-from torchrec_models.quantized import allocate_quantized_tables, quantize_tables
+from torchrec_models.quantized import quantize_tables
 from torchrec_models.score import OnlineScorer
 from torchrec_models.sharding import process_group
 from torchrec_models.training import train
 
+RUN_PROGRAM = """
+import sys
+import fbgemm_gpu, numpy, torch
+
+program = torch.export.load(sys.argv[1]).module()
+batch = numpy.load(sys.argv[2] + "/batch.npz")
+logits_BT = program(*(torch.from_numpy(batch[name]) for name in ("values", "lengths", "dense")))
+numpy.save(sys.argv[2] + "/logits.npy", logits_BT.numpy())
+assert not {"torchrec", "torchrec_models"} & set(sys.modules)
+"""
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 FEATURES = ("user_id", "item_id", "history_item_id", "rq_code", "vq_code", "cross", "attention")
 
@@ -101,21 +116,6 @@ def test_int8_tables_hold_each_row_rounded_to_its_own_255_steps() -> None:
     np.testing.assert_allclose(sequence_NE.numpy(), rounded[1][[0, 3]], atol=1e-6)
 
 
-def test_allocated_tables_take_the_state_of_quantized_ones() -> None:
-    model, empty = BothKinds("cpu"), BothKinds("meta")
-    quantize_tables(model)
-    allocate_quantized_tables(empty)
-
-    empty.load_state_dict(model.state_dict())
-
-    features = KeyedJaggedTensor(
-        ["f", "g"], torch.tensor([1, 2]), lengths=torch.tensor([1, 1], dtype=torch.int32)
-    )
-    for loaded, original in zip(empty(features), model(features), strict=True):
-        assert torch.equal(loaded, original)
-        assert loaded.abs().sum() > 0
-
-
 def test_an_export_scores_online_as_its_checkpoint_within_the_error_it_names(
     inputs: TrainInputs, checkpoint: Checkpoint, export: Export
 ) -> None:
@@ -135,6 +135,34 @@ def test_an_export_scores_online_as_its_checkpoint_within_the_error_it_names(
     assert 0 < np.mean(differences) < 2 * error.mean_score_difference
     # These are more rows, and other ones, than the manifest's figure was taken over.
     assert np.max(differences) < 4 * error.max_score_difference
+
+
+def test_an_exported_program_runs_without_this_project_and_holds_no_pickle(
+    inputs: TrainInputs, checkpoint: Checkpoint, export: Export, tmp_path: Path
+) -> None:
+    batch = next(iter(open_rows(checkpoint, inputs.store, "valid").eval_batches()))
+    features = batch.sparse_features
+    arrays = {
+        "values": features.values(),
+        "lengths": features.lengths().view(len(features.keys()), -1),
+        "dense": batch.dense_features,
+    }
+    np.savez(tmp_path / "batch.npz", **{name: each.numpy() for name, each in arrays.items()})
+
+    command = [sys.executable, "-c", RUN_PROGRAM, export.folder / "model.pt2", tmp_path]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+
+    ran_BT = np.load(tmp_path / "logits.npy")
+    expected_BT = export.load_ranker()(features, batch.dense_features).numpy()
+    np.testing.assert_array_equal(ran_BT, expected_BT)
+    with zipfile.ZipFile(export.folder / "model.pt2") as archive:
+        contents = {info.filename: archive.read(info) for info in archive.infolist()}
+    # A pickle of protocol 2 or later, and the archive into which torch.save puts one.
+    starts = (b"\x80\x02c", b"\x80\x02}", b"\x80\x04\x95", b"PK\x03\x04")
+    assert not [name for name, each in contents.items() if each.startswith(starts)]
+    assert not [name for name, each in contents.items() if b'"use_pickle": true' in each]
+    (inputs_file,) = (each for name, each in contents.items() if "sample_inputs" in name)
+    assert inputs_file == b""
 
 
 def test_the_error_in_the_manifest_is_that_of_the_loaded_export(
@@ -192,33 +220,33 @@ def test_an_export_of_another_service_or_none_is_refused(export: Export, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "vocabularies.json", "side_tables/popularity.totals.npy"]
+    "name", ["model.pt2", "vocabularies.json", "side_tables/popularity.totals.npy"]
 )
-def test_a_damaged_file_of_an_export_is_refused(
-    inputs: TrainInputs, checkpoint: Checkpoint, tmp_path: Path, name: str
-) -> None:
-    rows = open_rows(checkpoint, inputs.store, "valid")
-    folder = export_checkpoint(str(tmp_path), checkpoint, rows, "valid")
+def test_a_damaged_file_of_an_export_is_refused(export: Export, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "ranker_v1" / export.folder.name
+    shutil.copytree(export.folder, folder)
     payload = bytearray((folder / name).read_bytes())
     payload[-2] ^= 1
     (folder / name).write_bytes(payload)
 
     with pytest.raises(CorruptArtifactError, match=f"{name} has SHA-256"):
-        Export(str(tmp_path), "ranker_v1")
+        Export(str(tmp_path), "ranker_v1", folder.name)
 
 
 def test_a_second_export_leaves_the_first_one_and_becomes_the_newest(
-    inputs: TrainInputs, checkpoint: Checkpoint, tmp_path: Path
+    inputs: TrainInputs, checkpoint: Checkpoint, export: Export, tmp_path: Path
 ) -> None:
+    folders = [tmp_path / "ranker_v1" / checkpoint.folder.name]
+    shutil.copytree(export.folder, folders[0])
     rows = open_rows(checkpoint, inputs.store, "valid")
-    folders = [export_checkpoint(str(tmp_path), checkpoint, rows, "valid") for _ in range(2)]
+    folders.append(export_checkpoint(str(tmp_path), checkpoint, rows, "valid"))
 
     newest = Export(str(tmp_path), "ranker_v1")
 
     assert newest.folder == folders[1] == folders[0].with_name(f"{checkpoint.folder.name}-2")
     assert sorted(path.name for path in folders[0].iterdir()) == [
         "manifest.json",
-        "model.safetensors",
+        "model.pt2",
         "side_tables",
         "vocabularies.json",
     ]
