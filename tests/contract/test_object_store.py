@@ -9,9 +9,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -21,7 +22,7 @@ from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 
 from qarm_feast import artifact as artifact_module
-from qarm_feast import compaction, object_store, registry, shared_state
+from qarm_feast import compaction, object_store, registry, rollout, shared_state
 from qarm_feast.artifact import read_verified
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
@@ -50,8 +51,10 @@ from qarm_feast.registry import (
     write_artifact,
 )
 from qarm_feast.repo_paths import open_feature_store
+from qarm_feast.rollout_status import Phase
 from qarm_feast.schema import (
     INTERACTION_LOG,
+    TIMESTAMP,
     USER_ERASURE_LOG,
     USER_ERASURE_ROWS,
     interaction_rows,
@@ -70,8 +73,12 @@ from tests.object_store_cases import (
     offline_store_at,
 )
 from tests.object_store_server import ObjectStoreServer
-from tests.stream_repo import build_repo
+from tests.stream_repo import build_repo, codebooks_uri
 from tests.unit.codebook_input import NUM_COLD, NUM_ITEMS, write_project
+from tests.unit.test_rollout import World
+from torchrec_models.inputs import load_train_inputs
+from torchrec_models.options import load_ranker_config
+from torchrec_models.rows import build_training_rows
 
 pytestmark = pytest.mark.integration
 
@@ -123,8 +130,8 @@ def _kill_at(number: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
         patch.setattr(StorePath, name, dying(getattr(StorePath, name)))
     patch.setattr(compaction, "remove_many", dying(compaction.remove_many))
     # Locks have tests of their own.
-    for module in (registry, compaction):
-        patch.setattr(module, "exclusive", lambda *_: nullcontext(lambda: None))
+    for module in (registry, rollout, compaction):
+        patch.setattr(module, "exclusive", lambda *_, **__: nullcontext(lambda: None))
     return lambda: asked
 
 
@@ -277,6 +284,43 @@ def test_a_publication_that_is_killed_anywhere_leaves_old_or_new_and_ends_the_sa
 
     assert num_changes is not None
     assert num_changes >= 5
+
+
+def test_a_rollout_that_is_killed_again_and_again_ends_the_same(bucket: str) -> None:
+    for version in ("v1", "v2"):
+        write_artifact(bucket, *artifact(version))
+        CodebookRegistry(bucket).publish(version)
+    world = World(bucket, told={"v1": 0}, rows={"v1": set(range(5))}, num_events=5)
+    num_kills = 0
+    for number in range(40):
+        with pytest.MonkeyPatch.context() as patch:
+            _kill_at(number, patch)
+            try:
+                world.rollout().start("v2")
+                world.rollout().finish()
+                break
+            except _KilledError:
+                num_kills += 1
+    documents = [name for name in names_in(place(bucket)) if name.endswith(".json")]
+
+    assert num_kills >= 3
+    assert world.states() == {"v1": "retired", "v2": "default"}
+    assert world.rollout().status().record.phase is Phase.FINISHED
+    assert sorted(documents) == ["registry.json", "rollout.json"]
+
+
+def test_of_two_rollouts_at_once_the_second_is_told_who_holds_the_lock(bucket: str) -> None:
+    for version in ("v1", "v2"):
+        write_artifact(bucket, *artifact(version))
+        CodebookRegistry(bucket).publish(version)
+    world = World(bucket, told={"v1": 0}, rows={"v1": set(range(5))}, num_events=5)
+
+    with (
+        exclusive(place(bucket) / ".rollout.lock", 0),
+        pytest.raises(CodebookError, match=r"another `qarm rollout` is at work .*, process \d+"),
+    ):
+        world.rollout().start("v2")
+    assert world.rollout().start("v2").record is not None
 
 
 def test_a_damaged_file_is_told_and_a_sound_one_is_fetched_once(
@@ -726,6 +770,52 @@ def test_feast_joins_pushes_persists_and_materializes_over_an_object_store(
     assert status.splitlines()[1].split()[:2] == ["item_codes_v1", "1"]
     with pytest.raises(SavedDatasetLocationAlreadyExists):
         job.persist(SavedDatasetFileStorage(f"{bucket}/saved"))
+
+
+def test_training_rows_and_code_vectors_come_from_an_object_store(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_project(tmp_path / "project").parent / "data"
+    monkeypatch.setenv("QARM_CODEBOOK__URI", f"{bucket}/codebooks")
+    sections = {
+        "data": {"input_dir": str(data / "input"), "history_length": 3},
+        "alignment": {
+            "encoder_uri": str(data / "encoders"),
+            "vectors_uri": str(data / "vectors"),
+        },
+        "quantizer": {"rq": {"num_levels": 2}, "vq": {"num_neighbors": 4}},
+        "ranker": {"name": "ranker", "history_length": 3, "features": ["rq_code", "vq_code"]},
+    }
+    stores = offline_store_at(f"{bucket}/offline")
+    repo = build_repo(tmp_path / "repo", sections, stores, _publish_trained)
+    CodeLog(f"{bucket}/offline").append(CODES, _code_rows_of_every_item())
+    config_path = str(repo.config_path)
+    config = load_ranker_config(config_path)
+
+    manifest = build_training_rows(config_path, config)
+    inputs = load_train_inputs(config_path, config)
+
+    assert manifest.num_rows["test"] == NUM_COLD
+    assert sum(manifest.num_rows.values()) == NUM_ITEMS
+    assert inputs.codebook is not None
+    np.testing.assert_array_equal(inputs.codebook.pool_vectors_PD, repo.codebook.vq.pool_vectors_PD)
+
+
+def _publish_trained(directory: Path, version: str) -> Codebook:
+    for verb in ("train", "evaluate", "publish"):
+        command = [verb, "--config", str(directory / "qarm.yaml"), "--codebook-version", version]
+        CliRunner().invoke(codebook_group, command, catch_exceptions=False)
+    return Codebook.load(codebooks_uri(directory), version)
+
+
+def _code_rows_of_every_item() -> pa.Table:
+    rows = code_rows(*((item, 0, "a") for item in range(NUM_ITEMS)))
+    long_ago = pa.array([datetime(2023, 1, 1, tzinfo=UTC)] * NUM_ITEMS, TIMESTAMP)
+    codes = {"rq_code": [[1, 2]] * NUM_ITEMS, "vq_code": [[1, 2, 3, 4]] * NUM_ITEMS}
+    for name, column in (codes | {"event_timestamp": long_ago}).items():
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(place), pa.array(column))
+    return rows
 
 
 def _offline(config_path: Path, verb: str) -> str:

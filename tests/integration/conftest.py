@@ -23,8 +23,18 @@ def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBrok
 
 
 @pytest.fixture
+def object_store(tmp_path: Path) -> Iterator[ObjectStoreServer]:
+    """A real S3 server that this process, and those that it starts, are pointed at."""
+    with ObjectStoreServer(tmp_path / "s3") as server, client_of(server, tmp_path / "cache"):
+        yield server
+
+
+@pytest.fixture
 def stream_repo(
-    request: pytest.FixtureRequest, kafka_broker: KafkaBroker, tmp_path: Path
+    request: pytest.FixtureRequest,
+    kafka_broker: KafkaBroker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[StreamRepo]:
     """A fresh repository whose topics exist and are empty.
 
@@ -34,10 +44,9 @@ def stream_repo(
     if getattr(request, "param", "disk") == "disk":
         yield build_stream_repo(directory, servers)
         return
-    with ObjectStoreServer(tmp_path / "s3") as server, client_of(server, tmp_path / "cache") as env:
-        bucket = server.add_bucket("integration")
-        env.setenv("QARM_CODEBOOK__URI", f"{bucket}/codebooks")
-        yield build_stream_repo(directory, servers, stores=offline_store_at(f"{bucket}/offline"))
+    bucket = request.getfixturevalue("object_store").add_bucket("integration")
+    monkeypatch.setenv("QARM_CODEBOOK__URI", f"{bucket}/codebooks")
+    yield build_stream_repo(directory, servers, stores=offline_store_at(f"{bucket}/offline"))
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from qarm_feast.rollout import Patience, Rollout
 from streaming.acknowledgements import read_acknowledgements
 from streaming.messages import ItemEvent, encode_item_event
 from streaming.rollout_cli import open_parts
+from tests.object_store_server import ObjectStoreServer
 from tests.stream_repo import EMBEDDING_DIM, ENCODER_VERSION, START, StreamRepo, publish_codebook
 
 pytestmark = pytest.mark.integration
@@ -120,7 +121,31 @@ def test_a_new_owner_waits_for_an_acknowledged_version_that_it_cannot_load(
     _assert_codes_after(stream_repo, second, flow, acknowledged)
 
 
-@pytest.mark.parametrize("stream_repo", ["disk", "s3"], indirect=True)
+@pytest.mark.parametrize("stream_repo", ["s3"], indirect=True)
+def test_a_worker_outlives_an_object_store_that_is_away_while_it_writes(
+    stream_repo: StreamRepo, object_store: ObjectStoreServer, start_worker: StartWorker
+) -> None:
+    worker = start_worker("worker")
+    with _events_flow(stream_repo) as flow:
+        _wait_for_offsets(stream_repo, lambda told: all("v1" in each for each in told.values()))
+        _wait_until(lambda: len(flow.places) > 50)
+        object_store.stop()
+        _wait_for_log(stream_repo, "write_failed store=offline")
+        num_before = len(flow.places)
+        _wait_until(lambda: len(flow.places) > num_before + 100)
+        object_store.start()
+    wait_until_drained(stream_repo.stream_config, WAIT_SECONDS)
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(40) == 0
+    log = open_code_log(open_feature_store(stream_repo.directory).config)
+    stored = set(log.read("item_codes_v1", ["item_id"])["item_id"].to_pylist())
+    assert stored == set(range(len(flow.places)))
+    _assert_codes_after(
+        stream_repo, stream_repo.codebook, flow, {n: {"v1": 0} for n in range(NUM_PARTITIONS)}
+    )
+
+
 def test_a_rollout_under_a_running_worker_ends_with_every_item_in_the_new_version(
     stream_repo: StreamRepo, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,14 +192,14 @@ def _assert_codes_after(
     ids_N = np.arange(len(x_ND))
     expected_NL = codebook.encode(ids_N, [""] * len(ids_N), x_ND).rq_NL
     store = open_feature_store(repo.directory)
-    view = store.get_feature_view("item_codes_v2")
+    view = store.get_feature_view(f"item_codes_{codebook.version}")
     batch = code_online_store(store).read_columns(store.config, view, ids_N, ["rq_code"])
     column = batch.columns["rq_code"]
     codes = np.split(column.values, np.cumsum(column.lengths_N)[:-1])
     after = [
         number
         for number, (partition, offset) in enumerate(flow.places)
-        if offset >= acknowledged[partition]["v2"]
+        if offset >= acknowledged[partition][codebook.version]
     ]
     assert len(after) > 100
     assert [codes[number].tolist() for number in after] == expected_NL[after].tolist()
