@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qarm_feast.config import ConfigPath, Section
+from qarm_feast.config import ConfigUri, Section
 
 LevelKind = Literal["kmeans", "fsq"]
 """How the centroids of a level were made: freely, or as a lattice of signs."""
@@ -58,7 +58,7 @@ class ContinuityConfig(Section):
 class CodebookConfig(Section):
     """The codebook registry."""
 
-    uri: ConfigPath = Field(
+    uri: ConfigUri = Field(
         default="data/codebooks",
         description="Folder of codebook versions and their states, or s3://BUCKET/PREFIX.",
     )

@@ -53,8 +53,19 @@ def _resolve(value: str, info: ValidationInfo) -> str:
     return str((Path(base_dir) / Path(value).expanduser()).resolve())
 
 
-ConfigPath = Annotated[str, AfterValidator(_resolve)]
-"""A path or URI in ``qarm.yaml``; relative ones start at that file's folder."""
+def _resolve_local(value: str, info: ValidationInfo) -> str:
+    if "://" in value:
+        raise ValueError(
+            f"{value} is no folder on this machine; of all places only codebook.uri, and "
+            "offline_store.uri in feature_store.yaml, may lie in an object store"
+        )
+    return _resolve(value, info)
+
+
+ConfigPath = Annotated[str, AfterValidator(_resolve_local)]
+"""A path in ``qarm.yaml``; relative ones start at that file's folder."""
+ConfigUri = Annotated[str, AfterValidator(_resolve)]
+"""A path as :data:`ConfigPath`, or a URI."""
 
 
 class Section(BaseModel):

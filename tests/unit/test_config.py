@@ -54,6 +54,14 @@ def test_relative_paths_start_at_the_file_from_any_working_directory(
     assert section.input_dir == str(tmp_path / "repo" / "data" / "input")
 
 
+def test_an_object_store_is_refused_where_a_folder_is_wanted(tmp_path: Path) -> None:
+    path = write(tmp_path, "{data: {input_dir: 's3://b/input'}, codebook: {uri: 's3://b/books'}}")
+
+    with pytest.raises(ConfigError, match=r"data\.input_dir.*s3://b/input is no folder"):
+        load_section(path, "data", DataSection)
+    assert load_section(path, "codebook", CodebookConfig).uri == "s3://b/books"
+
+
 def test_every_wrong_key_of_a_section_is_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {history_length: many, inputs: x}")
 

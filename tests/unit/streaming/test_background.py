@@ -137,6 +137,23 @@ def test_work_that_another_process_does_is_left_to_it(tmp_path: Path) -> None:
     assert len(log.row_parts("codes")) == 8
 
 
+def test_an_object_store_that_is_away_is_a_compaction_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing listens at port 9.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "tests")
+    request = request_for(CodeLog(tmp_path)).model_copy(update={"root": "s3://bucket/log"})
+
+    with start_process(request) as process:
+        _, told = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert "offline_compaction_failed error=the object store of s3://bucket/log" in told
+    assert "Traceback" not in told
+
+
 def test_the_process_begins_no_merge_once_its_worker_is_gone(tmp_path: Path) -> None:
     log = CodeLog(tmp_path)
     append_items(log, *range(8))
