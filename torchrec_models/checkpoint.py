@@ -38,7 +38,7 @@ from qarm_feast.errors import CodebookMismatchError, DataError
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
 from torchrec_models.early_stopping import StoppingState
 from torchrec_models.ranker import MultiTaskRanker, RankerTrainTask, build_ranker
-from torchrec_models.row_store import sync_folder, write_atomically
+from torchrec_models.row_store import parse_manifest, sync_folder, write_atomically
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.vocabulary import Vocabularies
 
@@ -142,10 +142,6 @@ def _remove_old(folder: Path, newest: str, manifest: CheckpointManifest) -> None
         shutil.rmtree(path)
 
 
-def _read_manifest(path: Path) -> CheckpointManifest:
-    return CheckpointManifest.model_validate_json(path.read_text("utf-8"))
-
-
 def _free_name(folder: Path, step: int) -> str:
     """Return the name of a step's checkpoint that the first rank finds not taken."""
     name, number = _step_name(step), 1
@@ -184,7 +180,9 @@ class Checkpoint:
                 f"no checkpoint at {self.folder}; train one by `torchrun --standalone "
                 "--nproc-per-node 2 -m torchrec_models.train --config feature_repo/qarm.yaml`"
             )
-        self.manifest = _read_manifest(manifest_path)
+        self.manifest = parse_manifest(
+            CheckpointManifest, manifest_path, "train a checkpoint with this version"
+        )
         if self.manifest.service != service:
             raise CodebookMismatchError(
                 expected=service,

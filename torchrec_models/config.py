@@ -200,8 +200,8 @@ class RankerConfig(Section):
     content_id_weight: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the term that ties the dense embedding to the item id's (EM3: "
-        "1e-3); 0 is off.",
+        description="Weight of the term that ties the embedding of the item's vector to that of "
+        "its id (EM3: 1e-3); 0 is off.",
     )
     content_id_temperature: float = Field(
         default=0.1, gt=0, description="Temperature of that term."

@@ -37,7 +37,7 @@ from torchrec_models.metrics import auc, defined_metrics
 from torchrec_models.program import load_program, save_program
 from torchrec_models.quantized import quantize_tables
 from torchrec_models.ranker import ranker_logits
-from torchrec_models.row_store import RowStore, sync_folder, write_atomically
+from torchrec_models.row_store import RowStore, parse_manifest, sync_folder, write_atomically
 from torchrec_models.sharding import Ranks
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.snapshot import ItemSnapshot
@@ -108,7 +108,7 @@ class Export:
         manifest_path = self.folder / MANIFEST_NAME
         if not manifest_path.is_file():
             raise DataError(f"no export at {self.folder}; make one by `qarm-rank export`")
-        self.facts = ExportManifest.model_validate_json(manifest_path.read_text("utf-8"))
+        self.facts = parse_manifest(ExportManifest, manifest_path, _REMEDY)
         if self.manifest.service != service:
             raise CodebookMismatchError(
                 expected=service,

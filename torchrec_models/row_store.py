@@ -15,13 +15,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qarm_feast.errors import DataError
 from qarm_feast.schema import CODES, SPLITS, TIMESTAMP
@@ -29,6 +30,8 @@ from torchrec_models.config import CodeSizes, RankerConfig
 from torchrec_models.prefixes import build_prefixes
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.vocabulary import Vocabularies
+
+ManifestT = TypeVar("ManifestT", bound=BaseModel)
 
 
 class RowsManifest(BaseModel):
@@ -79,6 +82,28 @@ class SnapshotArrays:
                 np.save(folder / vectors_file(source), vectors[order_I].astype(np.float32))
 
 
+def parse_manifest(kind: type[ManifestT], path: Path, remedy: str) -> ManifestT:
+    """Return a manifest that this version or an earlier one wrote.
+
+    Args:
+        kind: What it is.
+        path: Its file.
+        remedy: The next command, for the error.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: If it has another form: that of a version in which more, or less, was stored.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(
+            f"{path} has another form than this version reads; {remedy}: {error}"
+        ) from error
+
+
 def vectors_file(source: str) -> str:
     """Return the file of the vectors of one ``ranker.vector_source`` in a snapshot."""
     return f"vectors_{source}.npy"
@@ -92,7 +117,7 @@ class RowStore:
         manifest_path = self.folder / "manifest.json"
         if not manifest_path.exists():
             raise DataError(f"no training rows at {self.folder}; run `qarm-rank rows` first")
-        self.manifest = RowsManifest.model_validate_json(manifest_path.read_text("utf-8"))
+        self.manifest = parse_manifest(RowsManifest, manifest_path, "run `qarm-rank rows` again")
         self.build_folder = self.folder / self.manifest.build
 
     @property

@@ -17,6 +17,7 @@ from torchrec_models.inputs import TrainInputs
 from torchrec_models.interruption import StopRequest, TrainingInterruptedError
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
 from torchrec_models.ranker import RankerTrainTask, build_ranker
+from torchrec_models.row_store import RowStore
 from torchrec_models.sharding import Ranks
 from torchrec_models.slices import item_slices
 from torchrec_models.training import train
@@ -93,6 +94,18 @@ def test_a_checkpoint_of_another_service_is_refused(
 
     with pytest.raises(CodebookMismatchError, match="'ranker_v1', but this process loaded"):
         Checkpoint(str(tmp_path), "ranker_v2")
+
+
+def test_rows_and_a_checkpoint_of_another_form_are_refused_by_name(tmp_path: Path) -> None:
+    folders = [tmp_path / "ranker_v1", tmp_path / "ranker_v1" / "step-00000001"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"service": "ranker_v1"}')
+
+    with pytest.raises(DataError, match=r"another form than .*; run `qarm-rank rows` again: "):
+        RowStore(str(tmp_path), "ranker_v1")
+    with pytest.raises(DataError, match=r"step-00000001/manifest.json has another form"):
+        Checkpoint(str(tmp_path), "ranker_v1", "step-00000001")
 
 
 def test_without_a_checkpoint_the_error_names_the_command(tmp_path: Path) -> None:
