@@ -25,7 +25,7 @@ from qarm_feast.input_data import DataConfig
 from qarm_feast.item_vectors import Encoder
 from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_tables import FeastOnlineTables
-from qarm_feast.registry import CodebookRegistry
+from qarm_feast.registry import CodebookRegistry, read_manifest
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
     CONTENT_LOG,
@@ -34,6 +34,7 @@ from qarm_feast.schema import (
     RECENT_ITEMS_VIEW,
     code_view_name,
     interaction_rows,
+    vector_view_name,
 )
 from streaming.codebook_watch import (
     CodebookWatch,
@@ -145,12 +146,26 @@ def watch_codebooks(
 
     parts = VersionParts(
         states=CodebookRegistry(uri),
-        has_view=lambda version: online.has_view(code_view_name(version)),
+        has_view=lambda version: _has_views(config_path, uri, version, online),
         load=lambda version: Codebook.load(uri, version, placement),
     )
     watch = CodebookWatch(parts, EncoderCache(load_encoder), config.codebook_poll_seconds)
     watch.load_first()
     return watch
+
+
+def _has_views(config_path: str, uri: str, version: str, online: FeastOnlineTables) -> bool:
+    """Return whether all views are applied that rows of a version go into."""
+    if not online.has_view(code_view_name(version)):
+        return False
+    if not reads_aligned_vectors(config_path):
+        return True
+    try:
+        encoder_version = read_manifest(uri, version).encoder_version
+    except (CodebookError, OSError):
+        # Loading the version comes next, and tells of it without a halt of the others.
+        return True
+    return online.has_view(vector_view_name(encoder_version))
 
 
 def worker_settings(

@@ -53,7 +53,8 @@ class VersionParts:
 
     Attributes:
         states: The registry.
-        has_view: Whether ``feast apply`` has made the version's view.
+        has_view: Whether ``feast apply`` has made the version's view, and its encoder's if rankers
+            read vectors.
         load: Gives the codebook, its files' hashes verified.
     """
 

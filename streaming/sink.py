@@ -122,17 +122,19 @@ class FeastSink:
         recent = recent_item_rows(rows.positives, rows.erasures, self._history_length)
         self._write(RECENT_ITEMS_VIEW, recent)
 
-    def take_back(self, versions: Iterable[str]) -> None:
+    def take_back(self, versions: Iterable[str], encoder_versions: Iterable[str] = ()) -> None:
         """Remove online what was written of retired versions after their views were dropped.
 
         Rows of a retired version whose view is still there stay: they are right, the retirement
-        may be undone, and `feast apply` takes them away together with the view.
+        may be undone, and `feast apply` takes them away together with the view. So do vectors of
+        an encoder of which there is another version.
 
         Args:
             versions: Codebook versions that a write just ended for, and that are retired by now.
+            encoder_versions: Encoders whose vectors were written with them.
         """
-        for version in versions:
-            name = code_view_name(version)
+        names = [*map(code_view_name, versions), *map(vector_view_name, encoder_versions)]
+        for name in names:
             if self._online.remove_if_gone(name):
                 logger.warning("rows_taken_back view=%s because=dropped during a write", name)
 

@@ -118,8 +118,8 @@ class Sink(Protocol):
         """Update the online store."""
         ...
 
-    def take_back(self, versions: Iterable[str]) -> None:
-        """Remove online what was written of versions whose view is gone."""
+    def take_back(self, versions: Iterable[str], encoder_versions: Iterable[str]) -> None:
+        """Remove online what was written of versions and encoders whose view is gone."""
         ...
 
 
@@ -331,7 +331,9 @@ class StreamWorker:
         # 6. Online.
         tried = self._write_rows("online", batch, rows, self._pipeline.sink.write_online)
         if stopped := self._pipeline.codebooks.stopped(tried):
-            self._write("online", batch, lambda: self._pipeline.sink.take_back(stopped))
+            self._write(
+                "online", batch, lambda: self._pipeline.sink.take_back(stopped, rows.vectors)
+            )
         # 7. Dead letters.
         if dead_letters:
             send = self._pipeline.dead_letters.send

@@ -1,14 +1,18 @@
 """A worker that was stopped between its look at the registry and its write, and wakes too late."""
 
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from feast import FeatureStore
-from online_store_cases import ITEM, USER, Online, code_rows, code_view, profile_view
+from online_store_cases import ITEM, USER, Online, code_rows, code_view, moment, profile_view
 
 from qarm_feast.errors import ConfigError, ServiceUnavailableError
+from qarm_feast.feature_views import item_vector_view
 from qarm_feast.online_tables import FeastOnlineTables
+from qarm_feast.schema import VECTOR_ROWS
 from streaming.sink import FeastSink
 
 
@@ -81,3 +85,25 @@ def test_rows_of_a_version_whose_view_is_still_there_stay(online: Online) -> Non
     FeastSink(NoLog(), tables, history_length=4).take_back(["v1", "v9"])
 
     assert online.codes(1) == [[1, 2]]
+
+
+@pytest.mark.parametrize("is_dropped", [True, False])
+def test_vectors_of_a_late_writer_go_with_their_view_and_stay_while_another_version_has_it(
+    online: Online, is_dropped: bool
+) -> None:
+    tables = FeastOnlineTables(_applied(online))
+    view = item_vector_view("e1", 2, entity=ITEM)
+    FeatureStore(config=online.config).apply([ITEM, view])
+    same = [["hash"], [False], [moment(1)], [moment(1)]]
+    vectors = pa.table([[1], [b"abcd"], *same], schema=VECTOR_ROWS)
+    tables.write("item_vectors_e1", vectors)
+
+    if is_dropped:
+        FeatureStore(config=online.config).apply([], objects_to_delete=[view], partial=False)
+        with suppress(ConfigError):  # Only sqlite tells that the table is gone.
+            tables.write("item_vectors_e1", vectors)
+    FeastSink(NoLog(), tables, history_length=4).take_back(["v1"], ["e1"])
+
+    online.store.update(online.config, [], [view], [], [], True)
+    found = online.store.read_columns(online.config, view, np.array([1]), ["embedding"])
+    assert found.present_N.tolist() == [not is_dropped]

@@ -95,8 +95,8 @@ class FakeParts:
     def write_online(self, rows: BatchRows) -> None:
         self._note("write_online")
 
-    def take_back(self, versions: Iterable[str]) -> None:
-        self._note(f"take_back {','.join(versions)}")
+    def take_back(self, versions: Iterable[str], encoder_versions: Iterable[str]) -> None:
+        self._note(f"take_back {','.join([*versions, *encoder_versions])}")
 
     def send(self, letters: Sequence[DeadLetter]) -> None:
         self._note("send")
@@ -415,6 +415,27 @@ def test_a_version_that_is_retired_between_the_look_and_the_write_is_taken_back(
     _worker(parts, codebooks=codebooks).handle(parts.batch)
 
     assert parts.calls == ["write_offline", "write_online", "take_back v1", "send", "commit"]
+
+
+def test_vectors_are_taken_back_with_the_codes_of_a_version_that_is_retired_meanwhile() -> None:
+    parts = FakeParts(_records(), {})
+    codebooks = _codebooks("v1")
+    original = parts.write_online
+
+    def write_late(rows: BatchRows) -> None:
+        codebooks.stopped_versions = {"v1"}
+        original(rows)
+
+    parts.write_online = write_late  # type: ignore[method-assign]  # one call is watched
+
+    StreamWorker(
+        Pipeline(parts, parts, parts, codebooks),
+        replace(SETTINGS, enable_vectors=True),
+        WorkerHealth(),
+        Drain(timeout_seconds=0.0),
+    ).handle(parts.batch)
+
+    assert parts.calls == ["write_offline", "write_online", "take_back v1,e1", "send", "commit"]
 
 
 def test_what_is_to_be_taken_back_is_tried_again_until_the_store_is_back() -> None:
