@@ -25,16 +25,17 @@ MIDDLE_SHARE = 0.95
 SliceNumbers = npt.NDArray[np.uint8]
 
 
-def item_slices(store: RowStore) -> SliceNumbers:
+def item_slices(store: RowStore, item_ids: IdVocabulary) -> SliceNumbers:
     """Return the slice of each row of the item vocabulary's table.
 
     Args:
         store: Rows of one service; the train rows are read in pieces.
+        item_ids: Their vocabulary of items.
 
     Returns:
         Places in :data:`SLICES`, shape ``[V]``, uint8; :data:`COLD` for the default row.
     """
-    return popularity_slices(_train_positives(store, store.vocabularies().item_ids))
+    return popularity_slices(_train_positives(store, item_ids))
 
 
 def popularity_slices(positives_V: npt.NDArray[np.int64]) -> SliceNumbers:
@@ -68,5 +69,7 @@ def _train_positives(store: RowStore, item_ids: IdVocabulary) -> npt.NDArray[np.
         for part in file.iter_batches(columns=["item_id", label]):
             liked = part.filter(part[label])
             rows = item_ids.rows(liked["item_id"].to_numpy())
-            positives_V += np.bincount(rows, minlength=len(positives_V))
+            # Not a bincount of all V rows: there are many parts.
+            found, counts = np.unique(rows, return_counts=True)
+            positives_V[found] += counts
     return positives_V

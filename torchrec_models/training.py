@@ -164,7 +164,7 @@ class _Run:
             sharded=sharded,
             ranks=ranks,
             stopping=EarlyStopping(config, sharded.model),
-            slices_V=torch.from_numpy(item_slices(store)),
+            slices_V=torch.from_numpy(item_slices(store, vocabularies.item_ids)),
             enable_checkpoint=enable_checkpoint,
         )
 

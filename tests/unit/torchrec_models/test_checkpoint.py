@@ -55,7 +55,7 @@ def test_a_saved_run_scores_alike_when_loaded_into_an_unsharded_model(
     )
     task = RankerTrainTask(ranker, [1.0, 1.0]).eval()
     checkpoint.load_into(task)
-    slices_V = torch.from_numpy(item_slices(inputs.store))
+    slices_V = torch.from_numpy(item_slices(inputs.store, checkpoint.vocabularies().item_ids))
     batches = list(make_dataset(inputs, "test", config, ranks).eval_batches())
     with torch.no_grad():
         parts = [

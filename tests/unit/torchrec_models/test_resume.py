@@ -74,11 +74,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     assert 0 < evaluations[-1]["eval/auc/like"] < 1
 
 
+@pytest.mark.parametrize(
+    ("every_steps", "saved_step"), [(5, 10), (11, 11)], ids=["in a pass", "at the end of a pass"]
+)
 def test_a_run_that_dies_goes_on_from_its_last_checkpoint(
-    inputs: TrainInputs, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: TrainInputs,
+    ranks: Ranks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every_steps: int,
+    saved_step: int,
 ) -> None:
     # Without early stopping, and with batches built by several threads.
-    keys = {"early_stopping_patience": 0, "num_input_threads": 2, "checkpoint_every_steps": 5}
+    keys: dict[str, object] = {"early_stopping_patience": 0, "num_input_threads": 2}
+    keys["checkpoint_every_steps"] = every_steps
     expected = train(_config(tmp_path / "whole", **keys), inputs)
     config = _config(tmp_path / "parts", **keys)
 
@@ -90,7 +99,7 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint(
     saved = Checkpoint.to_resume(config.checkpoint_dir, "ranker_v1").manifest
     result = train(config, inputs, resume=True)
 
-    assert saved.step == 10
+    assert saved.step == saved_step
     _assert_same(result, expected)
 
 

@@ -25,7 +25,7 @@ def test_without_a_positive_every_known_item_is_tail() -> None:
 
 
 def test_an_item_is_cold_if_and_only_if_it_has_no_train_row(inputs: TrainInputs) -> None:
-    slices_V = item_slices(inputs.store)
+    slices_V = item_slices(inputs.store, inputs.store.vocabularies().item_ids)
     train = pq.read_table(inputs.store.split_path("train"))
     test_items = pq.read_table(inputs.store.split_path("test"))["item_id"].to_numpy()
     item_ids = inputs.store.vocabularies().item_ids
