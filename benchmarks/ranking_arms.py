@@ -4,8 +4,10 @@ An arm names the codes that it reads (``aligned``, ``raw``: codebooks on vectors
 or of the content model; ``third_party``) and the keys of section ``ranker`` in which it differs.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 ALIGNED, RAW, THIRD_PARTY = "aligned", "raw", "third_party"
@@ -17,25 +19,42 @@ FULL_PARTS: Mapping[str, tuple[str, ...]] = {
     "rq": RQ,
     "vq": VQ,
     "vector": ("vector",),
+    "prefix": ("prefix",),
     "cross": ("cross",),
-    "attention": ("attention",),
-    "shared_history": ("shared_history",),
     "code_cf": ("code_cf",),
+    "item_cf": ("item_cf",),
 }
 """Parts of the full model; each is left out once."""
+FULL = (*ID, *(feature for features in FULL_PARTS.values() for feature in features))
+EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("attention",),
+    "shared_history": ("shared_history",),
+}
+"""Parts that did not pay on valid rows; each is added to the full model once."""
+
 FROZEN: Mapping[str, Any] = {"code_table_training": "frozen"}
 RANDOM: Mapping[str, Any] = {"enable_centroid_start": False}
-FULL = (*ID, *(feature for features in FULL_PARTS.values() for feature in features))
-
+RAW_VECTOR: Mapping[str, Any] = {"vector_source": "raw"}
 COMMON: Mapping[str, Any] = {
     "embedding_dim": 32,
+    "head": "shared_bottom",
     "expert_layer_sizes": (64,),
     "over_arch_layer_sizes": (64, 1),
-    "batch_size": 512,
+    "id_dropout": 0.8,
+    "sparse_learning_rate": 0.02,
     "num_epochs": 8,
     "early_stopping_patience": 3,
+    # Runs share the cores: nothing is gained by reading ahead.
+    "num_input_threads": 0,
 }
 EVALUATIONS_PER_EPOCH = 2
+SETTINGS_PATH = Path(__file__).with_name("ranking_settings.json")
+SEARCHED: tuple[Mapping[str, Any], ...] = (
+    {"batch_size": 2048, "learning_rate": 1e-3},
+    {"batch_size": 512, "learning_rate": 1e-3},
+    {"batch_size": 1024, "learning_rate": 3e-4},
+)
+"""What every arm may choose from, on valid rows; the first one until it has chosen."""
 QUICK_ARMS = ("id", "fixed", "rq_vq", "full")
 
 
@@ -50,38 +69,43 @@ class Arm:
 
     def settings(self) -> dict[str, Any]:
         """Return the keys of section ``ranker`` that the arm sets, tuned ones included."""
-        tuned = TUNED.get(self.name, TUNED_DEFAULT)
-        return {**COMMON, **tuned, **self.overrides, "features": self.features}
+        return {**COMMON, **tuned(self.name), **self.overrides, "features": self.features}
 
 
-TUNED_DEFAULT: Mapping[str, Any] = {"id_dropout": 0.8, "sparse_learning_rate": 0.02}
-TUNED: Mapping[str, Mapping[str, Any]] = {}
-"""What each arm's search found on valid rows, see ``ranking_tuning.py``."""
+def tuned(arm_name: str) -> Mapping[str, Any]:
+    """Return what an arm's search found, see ``ranking_tuning.py``."""
+    found: Mapping[str, Mapping[str, Any]] = json.loads(SETTINGS_PATH.read_text("utf-8"))
+    return found.get(arm_name, SEARCHED[0])
 
 
 def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
     """Return every arm that the data allows, the baseline and the full model among them."""
+    coded = (*ID, *RQ, *VQ)
     arms = [
         Arm("id", ALIGNED, ID),
-        Arm("fixed", ALIGNED, (*ID, "vector"), {"vector_source": "raw"}),
-        Arm("fixed_item_cf", ALIGNED, (*ID, "vector", "item_cf"), {"vector_source": "raw"}),
-        Arm("fixed_aligned", ALIGNED, (*ID, "vector"), {"vector_source": "aligned"}),
+        Arm("fixed", ALIGNED, (*ID, "vector"), RAW_VECTOR),
+        Arm("full", ALIGNED, FULL),
+        Arm("rq_vq", ALIGNED, coded),
+        Arm("raw_codes", RAW, coded),
+        Arm("frozen_centroid", ALIGNED, coded, FROZEN),
+        Arm("frozen_random", ALIGNED, coded, {**FROZEN, **RANDOM}),
+        Arm("trained_random", ALIGNED, coded, RANDOM),
+        Arm("fixed_item_cf", ALIGNED, (*ID, "vector", "item_cf"), RAW_VECTOR),
+        Arm("fixed_code_cf", ALIGNED, (*ID, "vector", "code_cf"), RAW_VECTOR),
+        Arm("fixed_aligned", ALIGNED, (*ID, "vector")),
         Arm("rq", ALIGNED, (*ID, *RQ)),
         Arm("vq", ALIGNED, (*ID, *VQ)),
-        Arm("rq_vq", ALIGNED, (*ID, *RQ, *VQ)),
-        Arm("raw_codes", RAW, (*ID, *RQ, *VQ)),
-        Arm("frozen_centroid", ALIGNED, (*ID, *RQ, *VQ), FROZEN),
-        Arm("frozen_random", ALIGNED, (*ID, *RQ, *VQ), {**FROZEN, **RANDOM}),
-        Arm("trained_random", ALIGNED, (*ID, *RQ, *VQ), RANDOM),
-        Arm("cross_attention", ALIGNED, (*ID, *RQ, *VQ, "cross", "attention")),
-        Arm("code_cf", ALIGNED, (*ID, *RQ, *VQ, "code_cf")),
-        Arm("full", ALIGNED, FULL),
+        Arm("prefix", ALIGNED, (*coded, "prefix")),
+        Arm("cross_attention", ALIGNED, (*coded, "cross", "attention")),
+        Arm("code_cf", ALIGNED, (*coded, "code_cf")),
     ]
     if has_third_party_codes:
         arms.append(Arm("third_party", THIRD_PARTY, (*ID, *RQ)))
     for part, features in FULL_PARTS.items():
         rest = tuple(feature for feature in FULL if feature not in features)
         arms.append(Arm(f"full_minus_{part}", ALIGNED, rest))
+    for part, features in EXTRA_PARTS.items():
+        arms.append(Arm(f"full_plus_{part}", ALIGNED, (*FULL, *features)))
     return tuple(arms)
 
 

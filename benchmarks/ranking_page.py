@@ -14,7 +14,9 @@ import numpy as np
 from benchmarks.ranking_runs import Run
 from torchrec_models.slices import SLICES
 
-WIDTH, LEFT, RIGHT, TOP, ROW_HEIGHT, BOTTOM = 760, 190, 130, 12, 24, 46
+WIDTH, LEFT, RIGHT, TOP, ROW_HEIGHT, BOTTOM = 860, 170, 200, 12, 24, 46
+MOST_LEFT = -0.05
+"""Left end of a plot: an arm far below would press all others together."""
 MAX_TICKS = 8
 PART_PREFIX = "worth_of_"
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -40,8 +42,9 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
     settings, tasks = result["settings"], result["tasks"]
     body = [
         f"<h1>Ranking quality: {escape(settings['data'])}</h1>",
-        f"<p>{settings['seeds']} paired seeds per arm; intervals are 95 %, users of the test rows "
-        "drawn with replacement. Arms, tuning and slices: benchmarks/ranking_protocol.md.</p>",
+        f"<p>Seeds per arm: {settings['seeds']}, paired. Intervals are 95 %, users of the test "
+        f"rows drawn with replacement; a plot's left end is cut at {MOST_LEFT:g}. Arms, tuning and "
+        "slices: benchmarks/ranking_protocol.md.</p>",
         _cards(result),
     ]
     for task, figures in tasks.items():
@@ -103,13 +106,13 @@ def _lines(figures: Mapping[str, float], prefix: str, suffix: str) -> list[Line]
 
 
 def _plot(lines: Sequence[Line], x_label: str) -> str:
-    low = min([0.0, *(line.low for line in lines)])
+    low = max(MOST_LEFT, min([0.0, *(line.low for line in lines)]))
     high = max([0.0, *(line.high for line in lines)])
     span = max(high - low, 1e-6)
     height = TOP + ROW_HEIGHT * len(lines) + BOTTOM
 
     def place(value: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / span, 1)
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * (max(value, low) - low) / span, 1)
 
     parts = [_axis(low, high, height, place), _text(place((low + high) / 2), height - 8, x_label)]
     for row, line in enumerate(lines):
@@ -124,7 +127,7 @@ def _plot(lines: Sequence[Line], x_label: str) -> str:
         shown = f"{line.value:+.4f} [{line.low:+.3f}, {line.high:+.3f}]"
         parts.append(_text(WIDTH - RIGHT + 8, y + 4, shown, "start"))
     svg = (
-        f'<svg viewBox="0 0 {WIDTH + 30} {height}" role="img" aria-label="{escape(x_label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(x_label)}">'
         f"{''.join(parts)}</svg>"
     )
     return f'<div class="panel plot">{svg}</div>'
@@ -157,9 +160,7 @@ def _table(task: str, figures: Mapping[str, float], runs: Sequence[Run]) -> str:
             f"{figures[f'auc_{arm}']:.4f}",
             *(_shown(figures, f"{part}_auc_{arm}", "{:.4f}") for part in SLICES),
             _shown(figures, f"{arm}_minus_fixed_auc", "{:+.4f}"),
-            _shown(figures, f"{arm}_minus_fixed_auc_low", "{:+.4f}")
-            + " … "
-            + _shown(figures, f"{arm}_minus_fixed_auc_high", "{:+.4f}"),
+            _interval(figures, f"{arm}_minus_fixed_auc"),
             f"{np.mean(valid):.4f}",
             f"{np.mean([run.num_steps for run in own]):.0f}",
             f"{np.mean([run.seconds for run in own]):.1f}",
@@ -175,6 +176,12 @@ def _valid_key(label_name: str) -> str:
 
 def _left(name: str) -> str:
     return ' class="left"' if name == "arm" else ""
+
+
+def _interval(figures: Mapping[str, float], key: str) -> str:
+    if f"{key}_low" not in figures:
+        return "-"
+    return f"{figures[f'{key}_low']:+.4f} … {figures[f'{key}_high']:+.4f}"
 
 
 def _shown(figures: Mapping[str, float], key: str, form: str) -> str:

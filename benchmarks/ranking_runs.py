@@ -61,7 +61,7 @@ def run_config(arm: Arm, inputs: TrainInputs, seed: int) -> RankerConfig:
     keys = arm.settings()
     steps = -(-inputs.store.manifest.num_rows["train"] // keys["batch_size"])
     return RankerConfig.model_validate(
-        {"eval_every_steps": max(1, steps // EVALUATIONS_PER_EPOCH), **keys, "seed": seed}
+        {"eval_every_steps": -(-steps // EVALUATIONS_PER_EPOCH), **keys, "seed": seed}
     )
 
 

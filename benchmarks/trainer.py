@@ -70,7 +70,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, help="Processes; default: 2, or one per GPU.")
-    parser.add_argument("--rows", type=int, default=400_000, help="Train rows.")
+    parser.add_argument("--rows", type=int, default=120_000, help="Train rows.")
     parser.add_argument("--items", type=int, default=100_000, help="Items, and users.")
     parser.add_argument("--batch-size", type=int, default=4096, help="Rows per rank and step.")
     parser.add_argument(
@@ -79,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="Fewer rows, no table of 1e7 rows.")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rows = min(arguments.rows, 80_000)
+        arguments.rows = min(arguments.rows, 40_000)
         arguments.growth = ",".join(
             size for size in arguments.growth.split(",") if size and int(size) < max(GROWTH)
         )

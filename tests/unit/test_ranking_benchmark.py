@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import ranking_quality
-from benchmarks.ranking_arms import COMMON, all_arms, chosen_arms
+from benchmarks import ranking_arms, ranking_quality
+from benchmarks.ranking_arms import all_arms, chosen_arms
 from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights, weighted_aucs
 from torchrec_models.metrics import auc
 
@@ -136,7 +136,7 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     codes = [[n % 2, n % 5] for n in range(60)]
     third_party = pa.table({"item_id": np.arange(60) + 100, "rq_code": codes})
     pq.write_table(third_party, data / "third_party_codes.parquet")
-    monkeypatch.setitem(COMMON, "batch_size", 64)
+    monkeypatch.setattr(ranking_arms, "SEARCHED", ({"batch_size": 64},))
     page = tmp_path / "page.html"
 
     result = _result(
