@@ -225,6 +225,12 @@ class RankerConfig(Section):
         lt=1,
         description="Share of train rows whose user id, and whose item id, reads as unseen.",
     )
+    embedding_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the embeddings' numbers that read as 0 in training.",
+    )
     enable_centroid_start: bool = Field(
         default=True, description="Start code tables from the codebook's projected centroids."
     )

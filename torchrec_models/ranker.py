@@ -78,16 +78,21 @@ class MultiTaskRanker(nn.Module):
 
 
 class RankerTrainTask(nn.Module):
-    """A ranker with its losses: those of the tasks, and the content-ID term where it is on."""
+    """A ranker with its losses: those of the tasks, and the content-ID term where it is on.
+
+    In training a share of the embeddings' numbers, ``embedding_dropout``, reads as 0.
+    """
 
     def __init__(
         self,
         ranker: MultiTaskRanker,
         task_weights: Sequence[float],
         content_id_loss: ContentIdLoss | None = None,
+        embedding_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.ranker = ranker
+        self.embedding_dropout = nn.Dropout(embedding_dropout)
         self.task_labels = TaskLabels(ranker.task_towers.chain)
         self.task_losses = TaskLosses(task_weights)
         self.content_id_loss = content_id_loss
@@ -98,7 +103,8 @@ class RankerTrainTask(nn.Module):
         A label is NaN where its task has none, see :class:`~torchrec_models.towers.TaskLabels`.
         """
         features_BFE = self.ranker.embeddings(batch.sparse_features, batch.dense_features)
-        logits_BT = self.ranker.logits(features_BFE, batch.dense_features)
+        kept_BFE = self.embedding_dropout(features_BFE)
+        logits_BT = self.ranker.logits(kept_BFE, batch.dense_features)
         labels_BT = self.task_labels(batch.labels)
         loss = self.task_losses(logits_BT, labels_BT)
         if self.content_id_loss is not None:

@@ -141,7 +141,8 @@ class _Run:
         vocabularies, sizes = store.run_vocabularies(config), code_sizes(store.manifest)
         ranker = build_ranker(config, tasks, vocabularies, sizes, torch.device("meta"))
         weights = [task.weight for task in tasks]
-        task = RankerTrainTask(ranker, weights, build_content_id_loss(config, sizes))
+        content_id_loss = build_content_id_loss(config, sizes)
+        task = RankerTrainTask(ranker, weights, content_id_loss, config.embedding_dropout)
         sharded = shard_ranker(task, config)
         _start_code_tables(sharded, config, inputs, vocabularies)
         snapshot = ItemSnapshot(store.snapshot_folder, config.vector_source)

@@ -10,7 +10,7 @@ from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
 from torchrec_models.dataset import RowDataset
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.losses import build_content_id_loss
-from torchrec_models.ranker import RankerTrainTask, build_ranker
+from torchrec_models.ranker import RankerTrainTask, build_ranker, ranker_logits
 from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import Ranks
 
@@ -33,6 +33,23 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks_losses(inputs: TrainInputs) -
     expected = 2.0 * loss_of(logits_BT[:, 0], labels_BT[:, 0])
     expected += 0.5 * loss_of(logits_BT[:, 1], labels_BT[:, 1])
     torch.testing.assert_close(loss, expected.reshape(1))
+
+
+def test_embedding_dropout_changes_scores_in_training_and_never_in_evaluation(
+    inputs: TrainInputs,
+) -> None:
+    config = RankerConfig()
+    tasks = resolve_tasks(config, inputs.store.manifest.label_names)
+    sizes = code_sizes(inputs.store.manifest)
+    ranker = build_ranker(config, tasks, inputs.store.vocabularies(), sizes, torch.device("cpu"))
+    batch = _batch(inputs, config)
+    task = RankerTrainTask(ranker, [1.0, 1.0], embedding_dropout=0.5)
+
+    in_training = task.train()(batch)[1][0]
+    in_evaluation = task.eval()(batch)[1][0]
+
+    assert not torch.equal(in_training, in_evaluation)
+    torch.testing.assert_close(in_evaluation, ranker_logits(ranker, batch))
 
 
 def test_a_ranker_with_vectors_has_a_dense_arch_and_one_without_has_none(
