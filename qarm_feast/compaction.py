@@ -54,6 +54,7 @@ from qarm_feast.log_parts import (
     read_parts,
     read_replaced,
     replaces_path,
+    scan_days,
     set_aside_damaged,
     size_in,
     unpacked_bytes,
@@ -286,7 +287,7 @@ class _LogCompaction:
         self._left_out: set[str] = set()
 
     def run(self, is_full: bool, is_erasing: bool) -> None:
-        for day in self._days():
+        for day in self._days(is_erasing):
             if self.should_stop():
                 return
             self._sweep(day)
@@ -296,9 +297,24 @@ class _LogCompaction:
                 self._erase(day, self._marks)
             self._sweep(day)
 
-    def _days(self) -> list[Place]:
-        days = [place(path) for path in list_days(self._folder)]
+    def _days(self, is_erasing: bool) -> list[Place]:
+        days: list[Place]
+        if isinstance(self._folder, StorePath):
+            # Each look into a prefix is a request, and most days of a long log are done with.
+            scanned = scan_days(self._folder)
+            is_whole = is_erasing and self._marks is not None
+            days = [day for day, found in scanned.items() if is_whole or not self._is_done(found)]
+        else:
+            days = [place(path) for path in list_days(self._folder)]
         return [day for day in days if day != self._folder / SEED_PART.parent]
+
+    def _is_done(self, entries: Sequence[Entry]) -> bool:
+        """Return whether a day holds merged parts alone, and not two that might be merged."""
+        half = self.rules.target_part_bytes / 2
+        num_small = sum(entry.stat().st_size < half for entry in entries)
+        return num_small < 2 and all(
+            is_part(entry.name) and entry.name.startswith(MERGED_PREFIX) for entry in entries
+        )
 
     def _sweep(self, day: Place) -> None:
         visible_since: dict[str, float] = {}

@@ -19,6 +19,7 @@ import errno
 import io
 import logging
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,7 @@ from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.object_store import (
     Entry,
     Place,
+    StoreEntry,
     StoreFile,
     StorePath,
     is_remote,
@@ -42,6 +44,7 @@ from qarm_feast.object_store import (
     place,
     read_many,
     scan,
+    scan_below,
 )
 from qarm_feast.observability import OFFLINE_DAMAGED_PARTS
 
@@ -61,6 +64,7 @@ ROWS_PER_GROUP = 65_536
 """Of a parquet part: what statistics can leave out, and the most that is decoded at a time."""
 _STREAMS_PER_BLOCK = 128
 """So many small parts are read at a time, so that columns not asked for are not held for long."""
+_LONGEST_LISTING_SECONDS = 3600.0
 _PARQUET_MAGIC = b"PAR1"
 _FOOTER_TAIL = 8
 _CRC_DIGITS = 8
@@ -215,7 +219,37 @@ def list_parts(log_dir: Place) -> list[str]:
     Entries that come or go while a folder is listed may be missing or stand in it, either of
     which is right as long as a replaced part outlives the time that one listing takes.
     """
+    if isinstance(log_dir, StorePath):
+        days = scan_days(log_dir)
+        return sorted(path for day, entries in days.items() for path in _counting(day, entries))
     return sorted(path for day in list_days(log_dir) for path in list_day(day))
+
+
+def scan_days(log_dir: StorePath) -> dict[StorePath, list[StoreEntry]]:
+    """Return what each day's prefix holds, oldest day first: no request for each day."""
+    days: dict[StorePath, list[StoreEntry]] = {}
+    for entry in scan_below(log_dir):
+        day, _, name = entry.path.removeprefix(f"{log_dir}/").rpartition("/")
+        if day.startswith(DAY_PREFIX) and "/" not in day and name:
+            days.setdefault(log_dir / day, []).append(entry)
+    return days
+
+
+def _counting(day: StorePath, entries: Sequence[StoreEntry]) -> list[str]:
+    """Return the paths of a day's parts that no other one replaces.
+
+    A list is put before its part, yet a listing of many pages may have missed it; of parts put
+    long before, a listing shows the list, or there is none any more.
+    """
+    listed = {entry.name for entry in entries}
+    found = {entry.name: entry for entry in entries if is_part(entry.name)}
+    long_ago = time.time() - _LONGEST_LISTING_SECONDS
+    may_replace = [
+        name
+        for name, entry in found.items()
+        if replaces_path(day / name).name in listed or entry.stat().st_mtime > long_ago
+    ]
+    return [f"{day}/{name}" for name in found.keys() - _replaced_among(day, may_replace)]
 
 
 def list_days(log_dir: Place) -> list[str]:

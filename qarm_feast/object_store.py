@@ -41,6 +41,7 @@ _REFUSED = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 _UNKNOWN_CONDITION = {"NotImplemented", "501"}
 _NO_BUCKET = "NoSuchBucket"
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError"}
+_ILLEGAL_NAME = "ParamValidationError"
 _CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec")
 _CHANGED_KEYS = ("LastModified", "updated", "created")
 _CREATE_TRIES = 3
@@ -177,10 +178,8 @@ class StorePath:
     def rglob(self, pattern: str) -> "Iterator[StorePath]":
         """Yield every object below this prefix; ``pattern`` is ``*``."""
         assert pattern == "*", pattern
-        with _asked(self):
-            found = self._files.find(str(self))
-        for name in found:
-            yield StorePath(self.scheme, name.strip("/"))
+        for entry in scan_below(self):
+            yield StorePath(self.scheme, entry.path.partition("://")[2])
 
     def read_bytes(self) -> bytes:
         """Return an object; a FileNotFoundError says that there is none."""
@@ -413,6 +412,14 @@ def scan(folder: Place) -> Iterator[Entry]:
             yield StoreEntry(f"{folder}/{name}", _facts(each))
 
 
+def scan_below(folder: StorePath) -> Iterator[StoreEntry]:
+    """Yield every object below a prefix at any depth: a thousand per request, by ascending key."""
+    with _asked(folder):
+        found = file_system(folder.scheme).find(str(folder), detail=True)
+    for name, facts in found.items():
+        yield StoreEntry(f"{folder.scheme}://{name.strip('/')}", _facts(facts))
+
+
 def names_in(folder: Place) -> list[str]:
     """Return the names of a folder's entries, in no particular order; none if it is not there."""
     try:
@@ -539,6 +546,8 @@ def _asked(where: StorePath) -> Iterator[None]:
                 f"no credentials for {where}: {error}; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
             ) from error
+        if type(error).__name__ == _ILLEGAL_NAME:
+            raise ConfigError(f"{where} cannot be the name of an object: {error}") from error
         if not isinstance(error, OSError) and not _is_of_client(error):
             raise
         raise ServiceUnavailableError(

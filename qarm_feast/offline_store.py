@@ -39,7 +39,7 @@ from pydantic import StrictStr
 from qarm_feast import view_tags
 from qarm_feast.code_log import CodeLog, conform
 from qarm_feast.errors import ConfigError, DataError
-from qarm_feast.object_store import Place, StorePath, dataset_files, names_in, place
+from qarm_feast.object_store import Place, StorePath, dataset_files, place
 from qarm_feast.point_in_time import TIME, microseconds
 from qarm_feast.repo_paths import resolve_registry_path_against_repo
 from qarm_feast.schema import CODE_ROWS, VECTOR_ROWS
@@ -623,10 +623,11 @@ def _replace_objects(target: StorePath, table: pa.Table) -> None:
     if target.suffix == ".parquet":
         _replace_file(target, table)
         return
-    others = [name for name in names_in(target) if name != "part-0.parquet"]
-    _replace_file(target / "part-0.parquet", table)
-    for name in others:
-        (target / name).unlink(missing_ok=True)
+    part = target / "part-0.parquet"
+    others = [path for path in target.rglob("*") if path != part]
+    _replace_file(part, table)
+    for path in others:
+        path.unlink(missing_ok=True)
 
 
 def _replace_file(target: Place, table: pa.Table) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from feast.data_source import PushMode
@@ -22,7 +23,7 @@ from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 
 from qarm_feast import artifact as artifact_module
-from qarm_feast import compaction, object_store, registry, rollout, shared_state
+from qarm_feast import compaction, log_parts, object_store, registry, rollout, shared_state
 from qarm_feast.artifact import read_verified
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
@@ -704,6 +705,31 @@ def test_an_append_is_one_request(bucket: str, monkeypatch: pytest.MonkeyPatch) 
     assert requests == ["PutObject", "PutObject"]
 
 
+def test_days_that_are_done_with_cost_neither_readers_nor_compactions_a_request(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CodeLog(bucket)
+    for day in range(5):
+        for item in range(2):
+            log.append(CODES, code_rows((item + 10 * day, 1, "a")), NOON + timedelta(days=day))
+    _compact(log)
+    _compact(log, LATER)
+    # As if these parts had been put long ago.
+    monkeypatch.setattr(log_parts, "_LONGEST_LISTING_SECONDS", -60.0)
+    requests = count_requests()
+
+    parts = log.row_parts(CODES)
+    num_listing = len(requests)
+    counts = _compact(log)
+
+    assert len(parts) == 5
+    assert requests[:num_listing] == ["ListObjectsV2"]
+    assert str(counts).count("=0") == 7
+    # The lock, the logs' names and schema, one listing.
+    assert len(requests) - num_listing <= 20
+    assert requests.count("ListObjectsV2") <= 8
+
+
 # Doors: the command line and Feast
 
 
@@ -757,6 +783,7 @@ def test_feast_joins_pushes_persists_and_materializes_over_an_object_store(
     saved = {}
     for target in (f"{bucket}/saved.parquet", f"{bucket}/saved"):
         job.persist(SavedDatasetFileStorage(target), allow_overwrite=True)
+        _leave_older_rows_below(f"{bucket}/saved")
         job.persist(SavedDatasetFileStorage(target), allow_overwrite=True)
         saved[target] = parquet_dataset(place(target)).to_table()
     store.materialize(NOON - timedelta(hours=1), NOON + timedelta(hours=1), ["item_codes_v1"])
@@ -770,6 +797,13 @@ def test_feast_joins_pushes_persists_and_materializes_over_an_object_store(
     assert status.splitlines()[1].split()[:2] == ["item_codes_v1", "1"]
     with pytest.raises(SavedDatasetLocationAlreadyExists):
         job.persist(SavedDatasetFileStorage(f"{bucket}/saved"))
+
+
+def _leave_older_rows_below(folder: str) -> None:
+    written, _ = object_store.dataset_files([folder])
+    client = object_store.file_system("s3")
+    table = pa.table({"item_id": pa.array([99], pa.int64())})
+    pq.write_table(table, f"{written[0]}/day=1/old.parquet", filesystem=client)
 
 
 def test_training_rows_and_code_vectors_come_from_an_object_store(
@@ -841,6 +875,11 @@ def test_a_store_that_is_away_for_some_seconds_is_told_and_the_next_try_goes_on(
 
     assert _items(log) == [1, 2]
     assert waited < 30
+
+
+def test_a_name_that_no_bucket_can_have_is_told(bucket: str) -> None:
+    with pytest.raises(ConfigError, match=r"s3://a,b/log.* cannot be the name of an object"):
+        CodeLog("s3://a,b/log").append(CODES, code_rows((1, 1, "a")))
 
 
 def test_a_prefix_that_would_be_a_pattern_is_refused() -> None:
