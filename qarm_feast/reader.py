@@ -176,6 +176,17 @@ class CodeReader:
         """Return what the view of this version says of its codebook, see ``view_tags``."""
         return dict(self._view(schema.code_view_name(self.codebook_version)).tags)
 
+    def vector_view_tags(self) -> dict[str, str]:
+        """Return what the view of the version's vectors says of its encoder, see ``view_tags``.
+
+        Returns:
+            Its tags.
+
+        Raises:
+            ConfigError: If the view was not applied, or the code view does not name its encoder.
+        """
+        return dict(self._view(schema.vector_view_name(self._encoder_version())).tags)
+
     def check_reachable(self) -> None:
         """Read one item, there or not, past the serving log.
 

@@ -70,7 +70,8 @@ class TrainedRanker(Protocol):
         ...
 
 
-_READS_VECTORS: tuple[FeatureName, ...] = ("vector", "long_history")
+READS_VECTORS: tuple[FeatureName, ...] = ("vector", "long_history")
+"""Groups for which a request reads `item_vectors_<encoder_version>`."""
 
 
 class OnlineReader(Protocol):
@@ -159,7 +160,7 @@ class OnlineScorer:
     def __init__(self, trained: TrainedRanker, reader: OnlineReader) -> None:
         manifest = trained.manifest
         self._config = manifest.config
-        self._reads_vectors = any(self._config.has(name) for name in _READS_VECTORS)
+        self._reads_vectors = any(self._config.has(name) for name in READS_VECTORS)
         if self._reads_vectors and self._config.vector_source != "aligned":
             raise ConfigError(
                 f"{trained.folder} was trained with ranker.vector_source "

@@ -6,9 +6,9 @@
 
 Scoring runs in threads of its own, so that health and metrics answer while requests are scored;
 torch and the store's client leave Python's lock meanwhile. A fault is answered with
-``{"error": KIND, "detail": TEXT}``: 422 for the request's own, 503 for the store's and for too
-many requests at a time, 500 for ours. Another export is served by another process: models are not
-exchanged within one.
+``{"error": KIND, "detail": TEXT}``: 422, 413 and 408 for the request's content, size and pace, 503
+for the store's and for too many requests at a time, 500 for ours. Another export is served by
+another process: models are not exchanged within one.
 May import: fastapi, uvicorn, prometheus_client, and what scoring does.
 """
 
@@ -30,6 +30,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 
 from qarm_feast.errors import ConfigError, QarmError, ServiceUnavailableError
 from qarm_feast.observability import (
@@ -81,6 +82,7 @@ class RankServer:
         self._workers = ThreadPoolExecutor(config.num_workers, thread_name_prefix="rank")
         # Its own thread: health must answer while every worker waits for a store that hangs.
         self._prober = ThreadPoolExecutor(1, thread_name_prefix="health")
+        self._probe: asyncio.Future[None] | None = None
         self._num_in_hand = 0
 
     def app(self) -> FastAPI:
@@ -114,21 +116,35 @@ class RankServer:
             "step": manifest.step,
             "source": self._served.source,
         }
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._prober, self._served.check_agreement)
-        except QarmError as error:
-            RANK_READY.set(0)
-            return _answer({**answer, "status": "not_ready", "reason": str(error)}, 503)
-        RANK_READY.set(1)
+        reason = await self._fault()
+        RANK_READY.set(not reason)
+        if reason:
+            return _answer({**answer, "status": "not_ready", "reason": reason}, 503)
         return _answer(answer, 200)
 
     async def metrics(self) -> Response:
         """Return Prometheus' text."""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
+    async def _fault(self) -> str:
+        """Return why requests would not be scored; empty if they would.
+
+        One look serves all who ask meanwhile: behind a store that hangs no queue grows.
+        """
+        if self._probe is None or self._probe.done():
+            loop = asyncio.get_running_loop()
+            self._probe = loop.run_in_executor(self._prober, self._served.check_agreement)
+        try:
+            await asyncio.shield(self._probe)
+        except QarmError as error:
+            return str(error)
+        except Exception as error:  # A registry's disk that is away makes not ready, too.
+            logger.exception("health_failed")
+            return repr(error)
+        return ""
+
     async def _score(self, request: Request) -> dict[str, Any]:
-        asked = self._parse(await self._read_body(request))
+        asked = self._parse(await self._receive(request))
         if self._num_in_hand >= self._config.max_waiting_requests:
             raise RequestRefusedError(
                 "overloaded", 503, f"{self._num_in_hand} requests are in hand; try again later"
@@ -162,6 +178,19 @@ class RankServer:
         except Exception as error:  # One request must not end the server.
             logger.exception("request_failed candidates=%d", len(item_ids_B))
             raise RequestRefusedError("internal", 500, type(error).__name__) from error
+
+    async def _receive(self, request: Request) -> bytes:
+        seconds = self._config.body_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read_body(request)
+        except TimeoutError as error:
+            raise RequestRefusedError(
+                "slow_body", 408, f"the body did not come within {seconds} seconds"
+            ) from error
+        except ClientDisconnect as error:
+            # Nobody reads the answer; it is counted.
+            raise RequestRefusedError("client_gone", 400, "the connection was closed") from error
 
     async def _read_body(self, request: Request) -> bytes:
         body = bytearray()

@@ -26,7 +26,7 @@ from torchrec_models.config import RankerConfig
 from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.inputs import resolve_codebook_version
 from torchrec_models.options import TrainedName
-from torchrec_models.score import OnlineScorer, Ranking, open_trained
+from torchrec_models.score import READS_VECTORS, OnlineScorer, Ranking, open_trained
 
 _SERVED_STATES = (VersionState.LIVE, VersionState.DEFAULT)
 
@@ -49,6 +49,9 @@ class ServingConfig(Section):
     )
     num_threads: int = Field(
         default=1, gt=0, description="Compute threads of torch within one request."
+    )
+    body_timeout_seconds: int = Field(
+        default=5, gt=0, description="A request's body has this long to come; else it is refused."
     )
     shutdown_timeout_seconds: int = Field(
         default=10, gt=0, description="After SIGTERM requests in hand have this long to end."
@@ -78,11 +81,12 @@ class Agreement:
         self.reader.check_reachable()
 
     def check_codebook(self) -> None:
-        """Return if the version is one that workers write, and its view fits the model.
+        """Return if the version is one that workers write, and its views fit the model.
 
         Raises:
-            ConfigError: If the version's state is another, or its view is missing.
-            CodebookMismatchError: If the view holds codes of another version.
+            ConfigError: If the version's state is another, or a view is missing.
+            CodebookMismatchError: If a view holds codes of another version, or vectors of another
+                width.
         """
         version = self.manifest.codebook_version
         states = [state.value for state in _SERVED_STATES]
@@ -102,6 +106,20 @@ class Agreement:
                 found=f"{found} of {num_levels} levels",
                 where=f"the code view of service {self.manifest.service!r}",
                 command="feast apply, or train a ranker on these codes",
+            )
+        self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        if not any(self.manifest.config.has(name) for name in READS_VECTORS):
+            return
+        expected = self.manifest.sizes.vector_dim
+        found = int(self.reader.vector_view_tags().get(view_tags.EMBEDDING_DIM, 0))
+        if found != expected:
+            raise CodebookMismatchError(
+                expected=f"{self.manifest.codebook_version} with vectors of {expected} numbers",
+                found=f"vectors of {found} numbers",
+                where=f"the vector view of service {self.manifest.service!r}",
+                command="feast apply, or train a ranker on these vectors",
             )
 
 

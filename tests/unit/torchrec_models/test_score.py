@@ -1,6 +1,8 @@
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ import pytest
 import torch
 from synthetic import VECTOR_DIM
 from test_dataset import make_dataset
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qarm_feast.codebook import ItemCodes
@@ -18,13 +21,17 @@ from qarm_feast.online_stores.codec import Column
 from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import ScoringInputs
 from torchrec_models.batch import Floats, Ints
-from torchrec_models.checkpoint import Checkpoint
-from torchrec_models.config import RankerConfig
+from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, build_trained_ranker
+from torchrec_models.config import FeatureName, RankerConfig, TaskConfig
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.ranker import RankerTrainTask, build_ranker, ranker_logits
+from torchrec_models.row_store import code_sizes
 from torchrec_models.score import OnlineScorer
 from torchrec_models.sharding import Ranks, process_group
+from torchrec_models.side_tables import SideTables
+from torchrec_models.tables import SEARCHED_SEQUENCE
 from torchrec_models.training import train
+from torchrec_models.vocabulary import Vocabularies
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -189,6 +196,76 @@ def test_a_ranker_of_raw_vectors_is_not_served(
 
     with pytest.raises(ConfigError, match=r"vector_source 'raw', whose vectors are in no online"):
         OnlineScorer(trained, stored_reader(inputs))
+
+
+@dataclass(frozen=True)
+class EveryFeature:
+    """A ranker with random weights that reads every group, of histories cut in two places."""
+
+    inputs: TrainInputs
+    folder: Path = Path("made")
+
+    @property
+    def manifest(self) -> CheckpointManifest:
+        rows = self.inputs.store.manifest
+        return CheckpointManifest(
+            service=rows.service,
+            codebook_version=rows.codebook_version,
+            rows_build=rows.build,
+            step=0,
+            world_size=1,
+            config=RankerConfig(
+                features=get_args(FeatureName),
+                embedding_dim=8,
+                history_length=3,
+                long_history_length=5,
+                num_searched=2,
+            ),
+            tasks=tuple(
+                TaskConfig(name=name, label_name=f"is_{name}") for name in ("like", "love")
+            ),
+            sizes=code_sizes(rows),
+            metrics={},
+        )
+
+    def vocabularies(self) -> Vocabularies:
+        return self.inputs.store.run_vocabularies(self.manifest.config)
+
+    def side_tables(self) -> SideTables:
+        return self.inputs.store.side_tables().for_serving()
+
+    def load_ranker(self) -> nn.Module:
+        torch.manual_seed(0)
+        return build_trained_ranker(self.manifest, self.vocabularies(), torch.device("cpu")).eval()
+
+
+def test_every_feature_group_is_served_as_it_was_trained_for_all_candidates_at_once(
+    inputs: TrainInputs,
+) -> None:
+    reader, trained = stored_reader(inputs), EveryFeature(inputs)
+    scorer = OnlineScorer(trained, reader)
+    dataset = make_dataset(inputs, "test", trained.manifest.config, Ranks(0, 1))
+    table = pq.read_table(dataset.path)
+    num_searched = 0
+
+    for row in reader.rows:
+        one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
+        known = dataset.builder.build(dataset._columns(one))
+        served = scorer.batch(row["user_id"], np.array([row["item_id"]]), NOW)
+
+        for name, expected in known.sparse_features.to_dict().items():
+            assert served.sparse_features[name].values().tolist() == expected.values().tolist()
+            assert served.sparse_features[name].lengths().tolist() == expected.lengths().tolist()
+        torch.testing.assert_close(served.dense_features, known.dense_features, rtol=0, atol=3e-3)
+        num_searched += int(known.sparse_features[SEARCHED_SEQUENCE].lengths()[0])
+    # Two of up to five items with two codes each, of most of the forty users.
+    assert num_searched > 80
+
+    user = next(row["user_id"] for row in reader.rows if len(row["history_item_ids"]) > 4)
+    items = [5000, 123456, 5001, 5059]
+    together = scorer.score(user, items, NOW)["love"]
+    alone = [scorer.score(user, [item], NOW)["love"][0] for item in items]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
 def test_an_item_without_a_vector_is_scored_with_zeros(

@@ -2,7 +2,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import SimpleNamespace
@@ -15,10 +15,12 @@ from prometheus_client import REGISTRY
 
 from qarm_feast.errors import CodebookMismatchError, ConfigError, DataError, ServiceUnavailableError
 from torchrec_models.batch import Ints
+from torchrec_models.config import FeatureName, RankerConfig
 from torchrec_models.score import Ranking
 from torchrec_models.server import RankServer
 from torchrec_models.serving import Agreement, Served, ServingConfig
 
+Receive = Callable[[], Awaitable[dict[str, Any]]]
 MANIFEST: Any = SimpleNamespace(service="ranker_v1", codebook_version="v1", step=7)
 
 
@@ -49,7 +51,9 @@ def make_app(
     return RankServer(served, config or ServingConfig()).app()
 
 
-async def ask(app: FastAPI, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+async def ask(
+    app: FastAPI, path: str, body: bytes | None = None, receive: Receive | None = None
+) -> tuple[int, bytes]:
     """Send one request to the application and return status and body."""
     scope = {
         "type": "http",
@@ -61,13 +65,13 @@ async def ask(app: FastAPI, path: str, body: bytes | None = None) -> tuple[int, 
     }
     sent: list[dict[str, Any]] = []
 
-    async def receive() -> dict[str, Any]:
+    async def receive_whole() -> dict[str, Any]:
         return {"type": "http.request", "body": body or b"", "more_body": False}
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await app(scope, receive, send)
+    await app(scope, receive or receive_whole, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 
@@ -181,6 +185,53 @@ def test_more_requests_than_may_wait_are_refused_and_health_answers_meanwhile() 
     assert (health[0], first[0]) == (200, 200)
 
 
+@pytest.mark.parametrize(
+    ("is_gone", "status", "kind"), [(False, 408, "slow_body"), (True, 400, "client_gone")]
+)
+def test_a_client_that_stops_in_the_middle_of_its_body_is_refused_and_counted(
+    is_gone: bool, status: int, kind: str
+) -> None:
+    app = make_app(config=ServingConfig(body_timeout_seconds=1))
+    before = _count("qarm_rank_errors_total", kind=kind)
+    part = {"type": "http.request", "body": b'{"user_id": 1', "more_body": True}
+    messages = [part, {"type": "http.disconnect"}] if is_gone else [part]
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.sleep(10)
+        return messages.pop(0)
+
+    found, answer = asyncio.run(ask(app, "/rank", b"", receive))
+
+    assert (found, json.loads(answer)["error"]) == (status, kind)
+    assert _count("qarm_rank_errors_total", kind=kind) == before + 1
+
+
+def test_health_looks_once_for_all_who_ask_while_a_store_hangs() -> None:
+    looks: list[int] = []
+    come_back = threading.Event()
+
+    def hang() -> None:
+        looks.append(1)
+        assert come_back.wait(10)
+        raise OSError("the registry's disk is away")
+
+    app = make_app(check=hang)
+
+    async def scene() -> list[tuple[int, bytes]]:
+        asked = [asyncio.create_task(ask(app, "/health")) for _ in range(5)]
+        while not looks:
+            await asyncio.sleep(0.001)
+        come_back.set()
+        return await asyncio.gather(*asked)
+
+    answers = asyncio.run(scene())
+
+    assert len(looks) == 1
+    assert [status for status, _ in answers] == [503] * 5
+    assert "disk is away" in json.loads(answers[0][1])["reason"]
+
+
 def test_health_says_what_is_served_or_why_it_is_not() -> None:
     faults: list[Exception] = [ServiceUnavailableError("redis is away")]
 
@@ -213,6 +264,35 @@ def test_metrics_are_prometheus_text() -> None:
     assert b"# TYPE qarm_rank_request_seconds histogram" in text
 
 
+def _manifest(features: tuple[FeatureName, ...] = ("item_id",)) -> Any:
+    return SimpleNamespace(
+        service="ranker_v1",
+        codebook_version="v1",
+        sizes=SimpleNamespace(level_sizes=(8, 8), vector_dim=16),
+        config=RankerConfig(features=features),
+    )
+
+
+@pytest.mark.parametrize("group", ["vector", "long_history"])
+def test_a_ranker_of_vectors_is_not_ready_without_their_view_or_with_one_of_another_width(
+    group: FeatureName,
+) -> None:
+    def missing() -> dict[str, str]:
+        raise ConfigError("no view 'item_vectors_e1'")
+
+    reader: Any = SimpleNamespace(code_view_tags=dict, vector_view_tags=missing)
+    registry: Any = SimpleNamespace(versions=lambda *_: ["v1"])
+    agreement = Agreement(_manifest(("item_id", group)), reader, registry)
+
+    with pytest.raises(ConfigError, match="no view"):
+        agreement.check_codebook()
+    reader.vector_view_tags = lambda: {"qarm.embedding_dim": "12"}
+    with pytest.raises(CodebookMismatchError, match=r"vectors of 12 .*vectors of 16 numbers"):
+        agreement.check_codebook()
+    reader.vector_view_tags = lambda: {"qarm.embedding_dim": "16"}
+    agreement.check_codebook()
+
+
 @pytest.mark.parametrize(
     ("states", "tags", "message"),
     [
@@ -224,9 +304,7 @@ def test_metrics_are_prometheus_text() -> None:
 def test_a_ranker_that_does_not_fit_the_served_codes_is_not_ready(
     states: list[str], tags: dict[str, str], message: str
 ) -> None:
-    manifest: Any = SimpleNamespace(
-        service="ranker_v1", codebook_version="v1", sizes=SimpleNamespace(level_sizes=(8, 8))
-    )
+    manifest = _manifest()
     reader: Any = SimpleNamespace(code_view_tags=lambda: tags, check_reachable=lambda: None)
     registry: Any = SimpleNamespace(versions=lambda *_: states)
 
@@ -238,9 +316,7 @@ def test_a_ranker_whose_codes_are_served_is_ready_unless_the_store_is_away() -> 
     def away() -> None:
         raise ServiceUnavailableError("redis is away")
 
-    manifest: Any = SimpleNamespace(
-        service="ranker_v1", codebook_version="v1", sizes=SimpleNamespace(level_sizes=(8, 8))
-    )
+    manifest = _manifest()
     registry: Any = SimpleNamespace(versions=lambda *_: ["v1"])
     tags = {"qarm.num_levels": "2", "qarm.codebook_version": "v1"}
     reader: Any = SimpleNamespace(code_view_tags=lambda: tags, check_reachable=away)
