@@ -1,7 +1,9 @@
 """Stopping on a signal: SIGTERM or SIGINT asks, all ranks agree on the step, the run saves itself.
 
 torchrun sends the signal to every worker, but not at the same step; a rank that stopped alone
-would leave the others waiting in an exchange.
+would leave the others waiting in an exchange. torchrun kills what has not ended 30 seconds after
+the signal: where eight steps, an evaluation or a checkpoint take longer, set
+``ranker.checkpoint_every_steps``.
 May import: torch.
 """
 
