@@ -392,12 +392,14 @@ class CodebookRegistry:
     @contextmanager
     def _change(self) -> Iterator[dict[str, VersionState]]:
         """Yield the states to edit in place; they are stored when the block ends without error."""
-        with self._lock():
+        with self._lock() as check_held:
             read = self._read()
             before = self._states_in(read)
             states = dict(before)
             yield states
             content = _RegistryContent(versions=states).model_dump_json(indent=2)
+            # Files that were looked at may be gone: a purge of a draft changes no document.
+            check_held()
             if states != before and self._document.replace(read, (content + "\n").encode()) is None:
                 raise CodebookError(
                     f"another process changed {self._document.path} at the same time, and nothing "

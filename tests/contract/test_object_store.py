@@ -470,10 +470,14 @@ def test_a_holder_that_slept_through_its_lease_deletes_merges_and_rolls_out_noth
     monkeypatch.setattr(shared_state._Lease, "_acquire", asleep)
     monkeypatch.setattr(shared_state._Lease, "_release", lambda _: None)
 
+    write_artifact(bucket, *artifact("v2"))
+    with pytest.raises(ServiceUnavailableError, match="could not renew"):
+        CodebookRegistry(bucket).publish("v2")
     with pytest.raises(ServiceUnavailableError, match="could not renew"):
         CodebookRegistry(bucket).purge("v1")
     with pytest.raises(ServiceUnavailableError, match="could not renew"):
         _compact(log)
+    assert names_in(place(bucket) / "registry.json") == []
     assert stored_versions(drafts_uri(bucket)) == ["v1"]
     assert len(log.row_parts(CODES)) == 2
 
