@@ -318,7 +318,7 @@ def _profiles(checked: InputData) -> Mapping[str, pa.ChunkedArray]:
 
 def _check(checked: InputData, coded: CodedItems, rows: pa.Table) -> None:
     check_history_times(rows)
-    check_history_split(rows, checked.train_positives())
+    check_history_split(rows, checked.positives())
     check_learnt_rows(
         rows, has_given_split=checked.has_given_split, cutoff=checked.behaviour_cutoff()
     )

@@ -105,6 +105,10 @@ class InputData:
         """Return the interactions from which anything may learn, in file order."""
         return self.interactions.filter(pc.equal(self.interactions[SPLIT], "train"))
 
+    def positives(self) -> pa.Table:
+        """Return the interactions of every split whose positive label is true, in file order."""
+        return self.interactions.filter(self.interactions[self.positive_label])
+
     def train_positives(self) -> pa.Table:
         """Return the train interactions whose positive label is true, in file order."""
         train = self.train_interactions()

@@ -43,12 +43,15 @@ def check_history_times(rows: pa.Table) -> int:
     return len(events_H)
 
 
-def check_history_split(rows: pa.Table, train_positives: pa.Table) -> None:
-    """Refuse a history event that is not a positive train interaction of the same user.
+def check_history_split(rows: pa.Table, positives: pa.Table) -> None:
+    """Refuse a history event that is no positive of the row's user, or of a split not to be seen.
+
+    The history of a train row holds positives of ``train`` alone: what is held out teaches nothing.
+    That of a valid or test row holds what an online list held at its time, positives of any split.
 
     Args:
-        rows: Columns ``user_id``, ``history_item_ids`` and ``history_timestamps``.
-        train_positives: Columns ``user_id``, ``item_id`` and ``event_timestamp``.
+        rows: Columns ``user_id``, ``split``, ``history_item_ids`` and ``history_timestamps``.
+        positives: Columns ``user_id``, ``item_id``, ``event_timestamp`` and ``split``.
 
     Raises:
         LeakError: Naming one such event and how many there are.
@@ -60,13 +63,15 @@ def check_history_split(rows: pa.Table, train_positives: pa.Table) -> None:
             "user_id": np.repeat(rows["user_id"].to_numpy(), lengths_N),
             "item_id": items_H,
             "time": times_H,
+            "is_of_train": np.repeat(pc.equal(rows["split"], "train").to_numpy(), lengths_N),
         }
     )
     known = pa.table(
         {
-            "user_id": train_positives["user_id"],
-            "item_id": train_positives["item_id"],
-            "time": _microseconds(train_positives),
+            "user_id": positives["user_id"],
+            "item_id": positives["item_id"],
+            "time": _microseconds(positives),
+            "is_train": pc.equal(positives["split"], "train"),
         }
     )
     with duckdb.connect(":memory:") as connection:
@@ -74,15 +79,18 @@ def check_history_split(rows: pa.Table, train_positives: pa.Table) -> None:
         connection.register("known", known)
         found = connection.execute(
             "SELECT count(*), any_value(user_id), any_value(item_id), any_value(time) FROM "
-            "(SELECT * FROM history ANTI JOIN known USING (user_id, item_id, time))"
+            "(SELECT * FROM history h ANTI JOIN known k ON h.user_id = k.user_id AND "
+            "h.item_id = k.item_id AND h.time = k.time AND (k.is_train OR NOT h.is_of_train))"
         ).fetchone()
     assert found is not None, "an aggregate always gives one row"
     count, user_id, item_id, time = found
     if count:
         raise LeakError(
-            f"{count} history events are no positive interactions of split train; one is user "
-            f"{user_id}, item {item_id} at {_shown(time)}; histories come from the view "
-            "user_train_items: check its tag qarm.split and the split that was streamed"
+            f"{count} history events are no positive interactions that their row may see (a train "
+            f"row: of split train; another: of any); one is user {user_id}, item {item_id} at "
+            f"{_shown(time)}; histories come from the views user_train_items and "
+            "user_recent_items: check the tag qarm.split of the first and the splits that were "
+            "streamed"
         )
 
 

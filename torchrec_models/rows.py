@@ -2,7 +2,9 @@
 
     codes and profile   joined at the label's time
     history             joined at the label's time - 1 microsecond: events of one user at one
-                        timestamp do not see each other
+                        timestamp do not see each other. A train row's history holds train
+                        positives only, that of a valid or test row all positives so far, as the
+                        online list of its time did
 
 Labels and history events that an erasure of their user covers are left out.
 The joined rows pass every check of :mod:`torchrec_models.leaks` before they are published.
@@ -40,6 +42,7 @@ from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
     ABSENT_CODE,
     CODES,
+    RECENT_ITEMS_VIEW,
     SPLITS,
     TIMESTAMP,
     TRAIN_ITEMS_VIEW,
@@ -186,23 +189,34 @@ class _Sources:
         code_view = code_view_name(self.facts.version)
         references = [f"{code_view}:rq_code", f"{code_view}:vq_code", f"{code_view}:is_deleted"]
         references += [f"{USER_PROFILE_VIEW}:{name}" for name in self.user_columns]
-        now = self._join(labels, ["user_id", "item_id"], labels["event_timestamp"], references)
-        just_before = pc.subtract(labels["event_timestamp"].cast(pa.int64()), 1).cast(TIMESTAMP)
-        references = [f"{TRAIN_ITEMS_VIEW}:item_ids", f"{TRAIN_ITEMS_VIEW}:item_timestamps"]
-        history = self._join(labels, ["user_id"], just_before, references)
-        return self._assemble(now, history)
-
-    def _join(
-        self, labels: pa.Table, keys: list[str], times: pa.ChunkedArray, references: list[str]
-    ) -> pa.Table:
-        entities = labels.select(keys).append_column("event_timestamp", times)
+        entities = labels.select(["user_id", "item_id", "event_timestamp"])
         entities = entities.append_column(_ROW, pa.array(np.arange(len(labels))))
+        return self._assemble(self._join(entities, references), self._histories(entities))
+
+    def _histories(self, entities: pa.Table) -> pa.Table:
+        """Join each row with the history that it may see, just before its time."""
+        times = pc.subtract(entities["event_timestamp"].cast(pa.int64()), 1).cast(TIMESTAMP)
+        entities = entities.drop_columns(["item_id", "event_timestamp"])
+        entities = entities.append_column("event_timestamp", times)
+        is_train = pc.equal(self.label_rows["split"], "train")
+        parts = []
+        for view, is_chosen in (
+            (TRAIN_ITEMS_VIEW, is_train),
+            (RECENT_ITEMS_VIEW, pc.invert(is_train)),
+        ):
+            chosen = entities.filter(is_chosen)
+            if len(chosen):
+                references = [f"{view}:item_ids", f"{view}:item_timestamps"]
+                parts.append(self._join(chosen, references))
+        return pa.concat_tables(parts, promote_options="default").sort_by(_ROW)
+
+    def _join(self, entities: pa.Table, references: list[str]) -> pa.Table:
         joined = self.store.get_historical_features(
             entity_df=entities.to_pandas(), features=references
         ).to_arrow()
-        if len(joined) != len(labels):
+        if len(joined) != len(entities):
             raise DataError(
-                f"the offline store returned {len(joined)} rows for {len(labels)} labels; use "
+                f"the offline store returned {len(joined)} rows for {len(entities)} labels; use "
                 "offline_store.type qarm_feast.offline_store.CodeLogOfflineStore"
             )
         return joined.sort_by(_ROW)
@@ -248,7 +262,7 @@ class _Sources:
     def check(self, rows: pa.Table, codes: _CodeRows) -> int:
         """Run every leak check; return the number of history events."""
         num_events = check_history_times(rows)
-        check_history_split(rows, self.labels.train_positives())
+        check_history_split(rows, self.labels.positives())
         check_code_times(
             rows, dict(zip(codes.item_ids_I.tolist(), codes.first_times_I.tolist(), strict=True))
         )

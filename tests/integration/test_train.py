@@ -275,25 +275,21 @@ def test_side_tables_are_counted_from_the_train_rows(repository: Repository) -> 
     assert tables.item_columns.rows("shelf", np.arange(NUM_ITEMS) + 100).tolist() == list(expected)
 
 
-def test_histories_are_the_users_train_likes_before_the_label(repository: Repository) -> None:
+def test_histories_are_the_users_likes_before_the_label_and_train_rows_see_train_likes_only(
+    repository: Repository,
+) -> None:
     labels = pq.read_table(repository.path / "data" / "input" / "interactions.parquet")
-    events = labels.filter(pc.and_(labels["is_like"], pc.equal(labels["split"], "train")))
-    liked = list(
-        zip(
-            events["user_id"].to_pylist(),
-            events["event_timestamp"].to_pylist(),
-            events["item_id"].to_pylist(),
-            strict=True,
-        )
-    )
+    likes = labels.filter(labels["is_like"]).to_pylist()
     store = _store(repository)
 
-    for split in ("train", "test"):
+    for split in ("train", "valid", "test"):
         for row in pq.read_table(store.split_path(split)).slice(0, 200).to_pylist():
             before = [
-                item
-                for user, time, item in liked
-                if user == row["user_id"] and time < row["event_timestamp"]
+                like["item_id"]
+                for like in likes
+                if like["user_id"] == row["user_id"]
+                and like["event_timestamp"] < row["event_timestamp"]
+                and (split != "train" or like["split"] == "train")
             ]
             assert row["history_item_ids"] == before[::-1][:8]
 
@@ -315,20 +311,22 @@ def test_an_item_uploaded_after_the_label_stops_the_build(
         build_training_rows(config_path, load_ranker_config(config_path))
 
 
-def test_a_validation_event_streamed_as_train_stops_the_build(
+def test_a_train_event_streamed_with_another_label_stops_the_build(
     repository: Repository, tmp_path: Path
 ) -> None:
     path = tmp_path / "repo"
     shutil.copytree(repository.path, path)
     log = CodeLog(path / "data" / "offline")
     events = log.read(INTERACTION_LOG)
-    is_valid = pc.equal(events["split"], "valid")
-    valid = events.filter(pc.and_(events["is_like"], is_valid)).slice(0, 1)
-    column = valid.schema.get_field_index("split")
-    log.append(INTERACTION_LOG, valid.set_column(column, "split", pa.array(["train"])))
+    is_train = pc.equal(events["split"], "train")
+    disliked = events.filter(pc.and_(pc.invert(events["is_like"]), is_train)).slice(0, 1)
+    column = disliked.schema.get_field_index("is_like")
+    log.append(INTERACTION_LOG, disliked.set_column(column, "is_like", pa.array([True])))
     config_path = str(path / "qarm.yaml")
 
-    with pytest.raises(LeakError, match="history events are no positive interactions of split"):
+    with pytest.raises(
+        LeakError, match="history events are no positive interactions that their row may see"
+    ):
         build_training_rows(config_path, load_ranker_config(config_path))
 
 

@@ -32,12 +32,13 @@ def _rows(**columns: Any) -> pa.Table:
     return pa.table(values | columns)
 
 
-def _train_positives(users: list[int], items: list[int], times: list[int]) -> pa.Table:
+def _positives(users: list[int], items: list[int], times: list[int], splits: list[str]) -> pa.Table:
     return pa.table(
         {
             "user_id": users,
             "item_id": items,
             "event_timestamp": pa.array(times).cast(TIMESTAMP),
+            "split": splits,
         }
     )
 
@@ -53,25 +54,35 @@ def test_a_planted_same_second_positive_is_caught() -> None:
         check_history_times(rows)
 
 
-def test_history_of_train_positives_passes() -> None:
-    check_history_split(_rows(), _train_positives([1, 2], [11, 12], [LABEL - 1, LABEL]))
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_held_out_row_may_see_positives_of_any_split(split: str) -> None:
+    times = [LABEL - 1, LABEL]
+
+    check_history_split(_rows(), _positives([1, 2], [11, 12], times, ["train", split]))
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_held_out_positive_in_a_train_rows_history_is_caught(split: str) -> None:
+    positives = _positives([1, 2], [11, 12], [LABEL - 1, LABEL], [split, "train"])
+
+    with pytest.raises(LeakError, match=r"1 history events are no positive .* user 1, item 11"):
+        check_history_split(_rows(), positives)
 
 
 @pytest.mark.parametrize(
     ("users", "items", "times"),
     [
-        ([1], [11], [LABEL - 1]),
         ([1, 2], [11, 13], [LABEL - 1, LABEL]),
         ([1, 2], [11, 12], [LABEL - 1, LABEL - 1]),
         ([1, 3], [11, 12], [LABEL - 1, LABEL]),
     ],
-    ids=["validation row", "other item", "other time", "other user"],
+    ids=["other item", "other time", "other user"],
 )
-def test_a_history_event_that_is_no_train_positive_is_caught(
+def test_a_history_event_that_is_no_positive_is_caught(
     users: list[int], items: list[int], times: list[int]
 ) -> None:
     with pytest.raises(LeakError, match=r"1 history events are no positive .* user 2, item 12"):
-        check_history_split(_rows(), _train_positives(users, items, times))
+        check_history_split(_rows(), _positives(users, items, times, ["train", "train"]))
 
 
 def test_an_item_uploaded_after_the_label_is_caught() -> None:
