@@ -79,6 +79,7 @@ class ExportManifest(BaseModel):
     checkpoint: CheckpointManifest = Field(
         description="Its manifest: service, codebook version, step, config, tasks, sizes."
     )
+    torch_version: str = Field(description="Major and minor; no other torch need read the model.")
     table_precision: str = Field(default="int8", description="Numbers in tables, row by row.")
     dense_precision: str = Field(default="float32", description="Everything else.")
     error: QuantizationError
@@ -94,7 +95,7 @@ class Export:
         name: Folder name; by default what ``LATEST`` names.
 
     Raises:
-        DataError: If there is no such export.
+        DataError: If there is no such export, or another version of torch made it.
         CodebookMismatchError: If it was made for another feature service.
         CorruptArtifactError: If a file is missing or has another hash than the manifest says.
     """
@@ -115,6 +116,11 @@ class Export:
                 found=self.manifest.service,
                 where=str(self.folder),
                 command="qarm-rank export, from a checkpoint of this service",
+            )
+        if self.facts.torch_version != _torch_version():
+            raise DataError(
+                f"{self.folder} was exported by torch {self.facts.torch_version}, this process has "
+                f"{_torch_version()}, which need not read it; {_REMEDY}"
             )
         self._files = {
             name: read_verified(self.folder, name, self.facts.files, _REMEDY)
@@ -191,6 +197,7 @@ def export_checkpoint(directory: str, checkpoint: Checkpoint, rows: RowDataset, 
     manifest = ExportManifest(
         checkpoint_name=checkpoint.folder.name,
         checkpoint=checkpoint.manifest,
+        torch_version=_torch_version(),
         error=error,
         files={name: sha256(payload) for name, payload in files.items()},
     )
@@ -229,6 +236,10 @@ def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset
         ranks=Ranks(rank=0, world_size=1),
         batch_size=manifest.config.batch_size,
     )
+
+
+def _torch_version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
 
 
 def _program(checkpoint: Checkpoint) -> bytes:

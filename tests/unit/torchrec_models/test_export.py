@@ -233,6 +233,25 @@ def test_a_damaged_file_of_an_export_is_refused(export: Export, tmp_path: Path, 
         Export(str(tmp_path), "ranker_v1", folder.name)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"torch_version": "2.9"}, r"exported by torch 2\.9, .*run `qarm-rank export` again"),
+        ({"torch_version": None}, r"another form than this version reads; run `qarm-rank export`"),
+    ],
+)
+def test_an_export_of_another_torch_or_of_an_older_form_is_refused(
+    export: Export, tmp_path: Path, changed: dict[str, str | None], message: str
+) -> None:
+    folder = tmp_path / "ranker_v1" / export.folder.name
+    shutil.copytree(export.folder, folder)
+    facts = json.loads((folder / "manifest.json").read_text()) | changed
+    (folder / "manifest.json").write_text(json.dumps(facts))
+
+    with pytest.raises(DataError, match=message):
+        Export(str(tmp_path), "ranker_v1", folder.name)
+
+
 def test_a_second_export_leaves_the_first_one_and_becomes_the_newest(
     inputs: TrainInputs, checkpoint: Checkpoint, export: Export, tmp_path: Path
 ) -> None:
