@@ -287,11 +287,15 @@ def test_a_publication_that_is_killed_anywhere_leaves_old_or_new_and_ends_the_sa
     assert num_changes >= 5
 
 
-def test_a_rollout_that_is_killed_again_and_again_ends_the_same(bucket: str) -> None:
+def _world_of_two_versions(uri: str) -> World:
     for version in ("v1", "v2"):
-        write_artifact(bucket, *artifact(version))
-        CodebookRegistry(bucket).publish(version)
-    world = World(bucket, told={"v1": 0}, rows={"v1": set(range(5))}, num_events=5)
+        write_artifact(uri, *artifact(version))
+        CodebookRegistry(uri).publish(version)
+    return World(uri, told={"v1": 0}, rows={"v1": set(range(5))}, num_events=5)
+
+
+def test_a_rollout_that_is_killed_again_and_again_ends_the_same(bucket: str) -> None:
+    world = _world_of_two_versions(bucket)
     num_kills = 0
     for number in range(40):
         with pytest.MonkeyPatch.context() as patch:
@@ -311,10 +315,7 @@ def test_a_rollout_that_is_killed_again_and_again_ends_the_same(bucket: str) -> 
 
 
 def test_of_two_rollouts_at_once_the_second_is_told_who_holds_the_lock(bucket: str) -> None:
-    for version in ("v1", "v2"):
-        write_artifact(bucket, *artifact(version))
-        CodebookRegistry(bucket).publish(version)
-    world = World(bucket, told={"v1": 0}, rows={"v1": set(range(5))}, num_events=5)
+    world = _world_of_two_versions(bucket)
 
     with (
         exclusive(place(bucket) / ".rollout.lock", 0),
@@ -457,12 +458,13 @@ def test_a_lease_whose_renewal_was_done_but_never_answered_goes_on(
         pass
 
 
-def test_a_holder_that_slept_through_its_lease_deletes_merges_and_rolls_out_nothing(
+def test_a_holder_that_slept_through_its_lease_publishes_deletes_merges_and_rolls_out_nothing(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = CodeLog(f"{bucket}/log")
     _append(log, 1, 2)
     draft(bucket)
+    world = _world_of_two_versions(f"{bucket}/rollout")
 
     def asleep(lease: shared_state._Lease, wait_seconds: float) -> None:
         lease._expires = time.time() - 1
@@ -477,6 +479,9 @@ def test_a_holder_that_slept_through_its_lease_deletes_merges_and_rolls_out_noth
         CodebookRegistry(bucket).purge("v1")
     with pytest.raises(ServiceUnavailableError, match="could not renew"):
         _compact(log)
+    with pytest.raises(ServiceUnavailableError, match="could not renew"):
+        world.rollout().start("v2")
+    assert world.states() == {"v1": "default", "v2": "staged"}
     assert names_in(place(bucket) / "registry.json") == []
     assert stored_versions(drafts_uri(bucket)) == ["v1"]
     assert len(log.row_parts(CODES)) == 2
