@@ -41,7 +41,7 @@ COMMON: Mapping[str, Any] = {
     "expert_layer_sizes": (64,),
     "over_arch_layer_sizes": (64, 1),
     "id_dropout": 0.8,
-    "sparse_learning_rate": 0.02,
+    "learning_rate": 1e-3,
     "num_epochs": 8,
     "early_stopping_patience": 3,
     # Runs share the cores: nothing is gained by reading ahead.
@@ -50,9 +50,10 @@ COMMON: Mapping[str, Any] = {
 EVALUATIONS_PER_EPOCH = 2
 SETTINGS_PATH = Path(__file__).with_name("ranking_settings.json")
 SEARCHED: tuple[Mapping[str, Any], ...] = (
-    {"batch_size": 2048, "learning_rate": 1e-3},
-    {"batch_size": 512, "learning_rate": 1e-3},
-    {"batch_size": 1024, "learning_rate": 3e-4},
+    {"batch_size": 2048, "sparse_learning_rate": 0.02, "centroid_scale": 0.1},
+    {"batch_size": 2048, "sparse_learning_rate": 0.02, "centroid_scale": 0.3},
+    {"batch_size": 2048, "sparse_learning_rate": 0.005, "centroid_scale": 0.3},
+    {"batch_size": 512, "sparse_learning_rate": 0.005, "centroid_scale": 0.1},
 )
 """What every arm may choose from, on valid rows; the first one until it has chosen."""
 QUICK_ARMS = ("id", "fixed", "rq_vq", "full")
@@ -84,7 +85,7 @@ def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
     arms = [
         Arm("id", ALIGNED, ID),
         Arm("fixed", ALIGNED, (*ID, "vector"), RAW_VECTOR),
-        Arm("full", ALIGNED, FULL),
+        Arm("full", ALIGNED, FULL, RAW_VECTOR),
         Arm("rq_vq", ALIGNED, coded),
         Arm("raw_codes", RAW, coded),
         Arm("frozen_centroid", ALIGNED, coded, FROZEN),
@@ -103,9 +104,9 @@ def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
         arms.append(Arm("third_party", THIRD_PARTY, (*ID, *RQ)))
     for part, features in FULL_PARTS.items():
         rest = tuple(feature for feature in FULL if feature not in features)
-        arms.append(Arm(f"full_minus_{part}", ALIGNED, rest))
+        arms.append(Arm(f"full_minus_{part}", ALIGNED, rest, RAW_VECTOR))
     for part, features in EXTRA_PARTS.items():
-        arms.append(Arm(f"full_plus_{part}", ALIGNED, (*FULL, *features)))
+        arms.append(Arm(f"full_plus_{part}", ALIGNED, (*FULL, *features), RAW_VECTOR))
     return tuple(arms)
 
 

@@ -1,9 +1,9 @@
 """Rows for ranker benchmarks: one directory of the input contract, coded in several ways.
 
 Everything learns from train rows alone: pairs, encoder, codebooks, vocabularies. Histories are
-point in time: positives of the user's train rows strictly before the label. The rows pass the
-checks of :mod:`torchrec_models.leaks` and are published as the trainer reads them, once per way of
-coding the items.
+point in time: the user's positives strictly before the label, for train rows those of train rows
+alone. The rows pass the checks of :mod:`torchrec_models.leaks` and are published as the trainer
+reads them, once per way of coding the items.
 
 Shape letters in this file: N items, E width of raw vectors (and positive events), D width of
 aligned ones, L levels, V neighbours, P pool rows, R rows.
@@ -28,7 +28,7 @@ from qarm_feast.alignment.pairs import build_pairs
 from qarm_feast.alignment.train import open_backbone, pair_rows, train_head
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.encode import content_hashes
-from qarm_feast.input_data import UPLOAD_TIMESTAMP, InputData
+from qarm_feast.input_data import SPLIT, UPLOAD_TIMESTAMP, InputData
 from qarm_feast.quantizers import RqConfig, VqConfig
 from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
 from qarm_feast.recent_items import PositiveEvents, histories_as_of, newest_first
@@ -283,13 +283,26 @@ def _joined_rows(checked: InputData, coded: CodedItems) -> pa.Table:
 
 
 def _histories(checked: InputData) -> Mapping[str, pa.Array]:
-    positives = checked.train_positives()
+    """Return the lists that rows may see: train rows train positives, others all so far."""
+    labels = checked.interactions
+    is_train_R = pc.equal(labels[SPLIT], "train").to_numpy()
+    order_R = np.argsort(np.concatenate([np.flatnonzero(is_train_R), np.flatnonzero(~is_train_R)]))
+    parts = [
+        _lists_as_of(checked.train_positives(), labels.filter(pa.array(is_train_R))),
+        _lists_as_of(checked.positives(), labels.filter(pa.array(~is_train_R))),
+    ]
+    return {
+        name: pa.concat_arrays([part[name] for part in parts]).take(pa.array(order_R))
+        for name in parts[0]
+    }
+
+
+def _lists_as_of(positives: pa.Table, labels: pa.Table) -> Mapping[str, pa.Array]:
     events = PositiveEvents.sort(
         positives[USER_ID].to_numpy(),
         positives[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy(),
         positives[ITEM_ID].to_numpy(),
     )
-    labels = checked.interactions
     # A microsecond before: events of one time do not see each other.
     times_R = labels[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy() - 1
     slices = histories_as_of(events, labels[USER_ID].to_numpy(), times_R, HISTORY_LENGTH)
