@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from qarm_feast.alignment.encoder import AlignmentHead, EncoderManifest, ItemEncoder
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
 from qarm_feast.feature_views import item_code_view
@@ -156,3 +158,24 @@ def write_catalogue(repo: StreamRepo, **columns: Any) -> Path:
     path = repo.directory / "data" / "input" / "items.parquet"
     pq.write_table(pa.table(given | columns), path)
     return path
+
+
+def save_vector_encoder(uri: Path) -> ItemEncoder:
+    """Encoder e2 of ready vectors of up to 16 numbers."""
+    manifest = EncoderManifest(
+        version="e2",
+        source="embedding",
+        embedding_dim=EMBEDDING_DIM,
+        feature_dim=16,
+        hidden_dim=16,
+        max_tokens=None,
+        backbone_hash=None,
+        behaviour_cutoff=WRITTEN,
+        created=WRITTEN,
+        training={},
+        files={},
+    )
+    torch.manual_seed(0)
+    encoder = ItemEncoder(manifest, AlignmentHead(16, EMBEDDING_DIM, 16).eval(), None)
+    encoder.save(str(uri))
+    return encoder

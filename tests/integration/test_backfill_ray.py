@@ -2,7 +2,11 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from click.testing import CliRunner
@@ -16,8 +20,10 @@ from tests.backfill_repo import (
     newest,
     offline_rows,
     online_codes,
+    save_vector_encoder,
     takedown,
     upload,
+    write_catalogue,
 )
 from tests.stream_repo import build_repo, publish_codebook
 
@@ -75,6 +81,27 @@ def test_ray_writes_the_same_rows_bit_for_bit_and_ends_with_the_command(
     assert again.num_pieces == 0
     assert addresses == ["local"]
     assert not ray.is_initialized()
+
+
+def test_ray_encodes_anew_for_another_encoder_bit_for_bit(tmp_path: Path) -> None:
+    x_NW = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(x_NW.ravel()), 5)
+    rows = {}
+    for engine in ("local", "ray"):
+        repo = build_repo(tmp_path / engine, {"data": {"input_dir": "data/input"}})
+        publish_codebook(repo.directory, "v3", seed=2, encoder_version="e2")
+        repo.apply()
+        save_vector_encoder(repo.directory / "data" / "encoders")
+        path = write_catalogue(repo, item_id=list(range(50)), embedding=embedding)
+        pq.write_table(pq.read_table(path), path, row_group_size=16)
+
+        counts = backfill_codes(repo.config_path, "v3", engine=engine)
+
+        assert (counts.num_pieces, counts.num_reencoded, counts.num_requantized) == (4, 50, 0)
+        rows[engine] = offline_rows(repo, "v3")
+
+    assert len(rows["ray"]) == 50
+    assert rows["ray"] == rows["local"]
 
 
 @pytest.mark.usefixtures("running_ray")

@@ -11,12 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 from click.testing import CliRunner
 from filelock import FileLock
 
 from qarm_feast import backfill, backfill_parts, backfill_writer
-from qarm_feast.alignment.encoder import AlignmentHead, EncoderManifest, ItemEncoder
 from qarm_feast.backfill import backfill_codes
 from qarm_feast.backfill_progress import progress_path
 from qarm_feast.backfill_writer import BackfillCounts, PieceWriter
@@ -45,6 +43,7 @@ from tests.backfill_repo import (
     newest,
     offline_rows,
     online_codes,
+    save_vector_encoder,
     takedown,
     upload,
     write_catalogue,
@@ -484,7 +483,7 @@ def test_catalogue_rows_are_those_that_the_stream_makes_of_the_same_content(
 
 
 def test_an_encoder_of_ready_vectors_reads_those_of_the_catalogue(repo: StreamRepo) -> None:
-    encoder = _save_vector_encoder(repo.directory / "data" / "encoders")
+    encoder = save_vector_encoder(repo.directory / "data" / "encoders")
     x_NW = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(x_NW.ravel()), 5)
     write_catalogue(repo, item_id=[7, 8, 9], embedding=embedding)
@@ -702,27 +701,6 @@ def test_a_bound_of_another_form_is_a_usage_error(repo: StreamRepo, text: str) -
 
 def _codebook(repo: StreamRepo, version: str) -> Codebook:
     return Codebook.load(str(repo.directory / "data" / "codebooks"), version)
-
-
-def _save_vector_encoder(uri: Path) -> ItemEncoder:
-    """Encoder e2 of ready vectors of up to 16 numbers."""
-    manifest = EncoderManifest(
-        version="e2",
-        source="embedding",
-        embedding_dim=EMBEDDING_DIM,
-        feature_dim=16,
-        hidden_dim=16,
-        max_tokens=None,
-        backbone_hash=None,
-        behaviour_cutoff=WRITTEN,
-        created=WRITTEN,
-        training={},
-        files={},
-    )
-    torch.manual_seed(0)
-    encoder = ItemEncoder(manifest, AlignmentHead(16, EMBEDDING_DIM, 16).eval(), None)
-    encoder.save(str(uri))
-    return encoder
 
 
 def _kill_at_second_call(patched: pytest.MonkeyPatch, place: str) -> None:
