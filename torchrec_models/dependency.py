@@ -1,6 +1,7 @@
-"""The one optional package of the ranker. May import: nothing heavy."""
+"""The one optional package of the ranker. May import: nothing heavy before it is asked for."""
 
 import logging
+from importlib import import_module
 from importlib.util import find_spec
 
 from qarm_feast.errors import MissingDependencyError
@@ -9,7 +10,10 @@ TORCHREC_COMMAND = "pip install --no-deps torchrec==1.8.0"
 
 
 def require_torchrec() -> None:
-    """Return if torchrec can be imported.
+    """Import torchrec; call it before Feast is imported.
+
+    Feast has Python show every DeprecationWarning, and torchrec's import gives several that no
+    user of a command can do anything about.
 
     Raises:
         MissingDependencyError: If it cannot; names the command that installs it. TorchRec stands
@@ -19,6 +23,7 @@ def require_torchrec() -> None:
         raise MissingDependencyError(
             package="torchrec", needed_for="the ranker", command=TORCHREC_COMMAND
         )
+    import_module("torchrec")
 
 
 def silence_tracing_notice() -> None:
