@@ -3,7 +3,7 @@
 An export folder appears whole or not at all:
 
     1. ``model.pt2``, ``vocabularies.json``, ``side_tables`` and ``manifest.json``, which holds the
-       SHA-256 of the others, are written into ``<dir>/<service>/.<name>.tmp`` and flushed to disk;
+       SHA-256 of the others, are written into a temporary folder beside it and flushed to disk;
     2. the folder is renamed to ``<dir>/<service>/<name>``, a name that is not taken;
     3. ``<dir>/<service>/LATEST``, which names the newest one, is replaced.
 
@@ -15,7 +15,6 @@ May import: torch, torchrec.
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,7 +36,13 @@ from torchrec_models.metrics import auc, defined_metrics
 from torchrec_models.program import load_program, save_program
 from torchrec_models.quantized import quantize_tables
 from torchrec_models.ranker import ranker_logits
-from torchrec_models.row_store import RowStore, parse_manifest, sync_folder, write_atomically
+from torchrec_models.row_store import (
+    RowStore,
+    parse_manifest,
+    publishing,
+    sync_folder,
+    write_atomically,
+)
 from torchrec_models.sharding import Ranks
 from torchrec_models.side_tables import SIDE_TABLES, SideTables
 from torchrec_models.snapshot import ItemSnapshot
@@ -253,17 +258,16 @@ def _program(checkpoint: Checkpoint) -> bytes:
 
 
 def _publish(folder: Path, manifest: ExportManifest, files: Mapping[str, bytes]) -> Path:
-    name = _free_name(folder, manifest.checkpoint_name)
-    temporary = folder / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / SIDE_TABLES).mkdir(parents=True)
-    for file_name, payload in files.items():
-        (temporary / file_name).write_bytes(payload)
-    (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), "utf-8")
-    sync_folder(temporary)
-    os.replace(temporary, folder / name)
-    write_atomically(folder / _POINTER, name)
-    return folder / name
+    with publishing(folder) as temporary:
+        (temporary / SIDE_TABLES).mkdir()
+        for file_name, payload in files.items():
+            (temporary / file_name).write_bytes(payload)
+        (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2), "utf-8")
+        sync_folder(temporary)
+        final = folder / _free_name(folder, manifest.checkpoint_name)
+        os.replace(temporary, final)
+        write_atomically(folder / _POINTER, final.name)
+    return final
 
 
 def _free_name(folder: Path, name: str) -> str:

@@ -7,12 +7,13 @@
     <rows_uri>/<service>/<build>/side_tables/*
 
 Shape letters: I items, L levels, D aligned embedding width.
-May import: numpy, pydantic, pyarrow; neither feast nor torch.
+May import: filelock, numpy, pydantic, pyarrow; neither feast nor torch.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qarm_feast.errors import DataError
@@ -187,22 +189,42 @@ def publish_rows(
         The store of the new build.
     """
     folder = Path(rows_uri) / manifest.service
-    temporary = folder / f".{manifest.build}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "snapshot").mkdir(parents=True)
     ordered = rows.sort_by([("event_timestamp", "ascending"), ("user_id", "ascending")])
-    for split in SPLITS:
-        part = ordered.filter(pc.equal(ordered["split"], split))
-        pq.write_table(part, temporary / f"{split}.parquet", row_group_size=65536)
-    (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
-    snapshot.write(temporary / "snapshot")
-    side_tables.save(temporary / SIDE_TABLES)
-    sync_folder(temporary)
-    os.replace(temporary, folder / manifest.build)
-    write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=2))
-    for old in sorted(folder.glob("build-*"))[:-2]:
-        shutil.rmtree(old)
+    with publishing(folder) as temporary:
+        (temporary / "snapshot").mkdir()
+        for split in SPLITS:
+            part = ordered.filter(pc.equal(ordered["split"], split))
+            pq.write_table(part, temporary / f"{split}.parquet", row_group_size=65536)
+        (temporary / "vocabularies.json").write_text(vocabularies.to_json(), encoding="utf-8")
+        snapshot.write(temporary / "snapshot")
+        side_tables.save(temporary / SIDE_TABLES)
+        sync_folder(temporary)
+        os.replace(temporary, folder / manifest.build)
+        write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=2))
+        for old in sorted(folder.glob("build-*"))[:-2]:
+            shutil.rmtree(old)
     return RowStore(rows_uri, manifest.service)
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """Let one process at a time put something new into a folder.
+
+    Args:
+        folder: Made where it is missing; its ``.lock`` stays.
+
+    Yields:
+        An empty folder in it to write into and rename; what a killed process left is gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        for leftover in folder.glob(".*.tmp"):
+            # A text file of write_atomically is its writer's, who may not hold this lock.
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+        temporary = folder / f".{os.getpid()}.tmp"
+        temporary.mkdir()
+        yield temporary
 
 
 def row_schema(label_names: tuple[str, ...], user_columns: list[pa.Field]) -> pa.Schema:

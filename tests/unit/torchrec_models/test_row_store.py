@@ -1,4 +1,5 @@
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ from synthetic import write_synthetic_rows
 
 from qarm_feast.errors import DataError
 from torchrec_models import row_store
-from torchrec_models.row_store import RowStore, row_schema
+from torchrec_models.row_store import RowStore, publishing, row_schema
 
 
 def test_without_rows_the_error_names_the_command(tmp_path: Path) -> None:
@@ -50,3 +51,30 @@ def test_a_build_that_dies_before_the_manifest_is_not_seen(
         write_synthetic_rows(tmp_path, num_rows=100, seed=1)
 
     assert RowStore(str(tmp_path), "ranker_v1").manifest.build == "build-0000"
+
+
+def test_what_a_killed_build_left_is_gone_after_the_next_one(tmp_path: Path) -> None:
+    leftover = tmp_path / "ranker_v1" / ".4711.tmp"
+    (leftover / "snapshot").mkdir(parents=True)
+
+    write_synthetic_rows(tmp_path, num_rows=100, seed=0)
+
+    assert not leftover.exists()
+    assert not list((tmp_path / "ranker_v1").glob(".*.tmp"))
+
+
+def test_two_that_publish_into_one_folder_take_turns(tmp_path: Path) -> None:
+    def publish(number: int) -> None:
+        with publishing(tmp_path) as temporary:
+            (temporary / "a").touch()
+            temporary.rename(tmp_path / f"{number}-{len(list(tmp_path.glob('[0-9]*')))}")
+
+    with publishing(tmp_path) as mine:
+        other = Thread(target=publish, args=(2,))
+        other.start()
+        other.join(timeout=0.3)
+        assert other.is_alive()
+        mine.rename(tmp_path / "1-0")
+    other.join()
+
+    assert sorted(path.name for path in tmp_path.glob("[0-9]*")) == ["1-0", "2-1"]
