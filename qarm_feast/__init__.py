@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qarm_feast.codebook import ItemCodes as ItemCodes
     from qarm_feast.config import load_section as load_section
     from qarm_feast.encode import encode_items as encode_items
+    from qarm_feast.errors import AlreadyRunningError as AlreadyRunningError
     from qarm_feast.errors import CodebookError as CodebookError
     from qarm_feast.errors import CodebookMismatchError as CodebookMismatchError
     from qarm_feast.errors import CodebookNotFoundError as CodebookNotFoundError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from qarm_feast.registry import publish_codebook as publish_codebook
 
 _ERRORS = (
+    "AlreadyRunningError",
     "CodebookError",
     "CodebookMismatchError",
     "CodebookNotFoundError",

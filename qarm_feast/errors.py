@@ -12,8 +12,9 @@ QarmError (1)
 │   ├── EventError (4)           one Kafka record that becomes a dead letter
 │   └── LeakError (4)            a training row that has seen the future
 ├── GateRefusedError (5)         a quality gate said no
-└── ServiceUnavailableError (6)  a broker or a store that does not answer
-    └── GpuLostError (6)         a GPU that fails while a process uses it
+├── ServiceUnavailableError (6)  a broker or a store that does not answer
+│   └── GpuLostError (6)         a GPU that fails while a process uses it
+└── AlreadyRunningError (7)      another process is at this very work, and holds its lock
 
 2 or 3: what options, ``qarm.yaml`` and the environment alone decide is 2 (a version name that is
 illegal, sizes that contradict each other); what takes a look at the vectors, an artifact or the
@@ -142,3 +143,9 @@ class ServiceUnavailableError(QarmError):
 
 class GpuLostError(ServiceUnavailableError):
     """A search on a GPU failed, and the processor may not take over."""
+
+
+class AlreadyRunningError(QarmError):
+    """Another process does the same work at this moment; a scheduler need only wait."""
+
+    exit_code = 7

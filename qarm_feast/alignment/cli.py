@@ -39,17 +39,19 @@ def pairs(config_path: str, log_level: str | None) -> None:
 
 @align_group.command("train", epilog="Example: qarm align train --config feature_repo/qarm.yaml")
 @config_option
+@click.option("--parent", help="Encoder version that the new one refreshes, like e1.")
 @log_level_option
-def train(config_path: str, log_level: str | None) -> None:
+def train(config_path: str, parent: str | None, log_level: str | None) -> None:
     """Train the encoder on the pairs and store it as an immutable artifact."""
-    from qarm_feast.alignment.encoder import check_version_is_free
+    from qarm_feast.alignment.encoder import check_version_is_free, load_encoder
     from qarm_feast.alignment.pairs import read_pairs
     from qarm_feast.alignment.train import train_encoder
 
     start_logging(config_path, log_level)
     checked, config = _read_sections(config_path)
     check_version_is_free(config.encoder_uri, config.encoder_version)
-    encoder = train_encoder(checked, read_pairs(checked, config), config, datetime.now(UTC))
+    known = None if parent is None else load_encoder(config.encoder_uri, parent)
+    encoder = train_encoder(checked, read_pairs(checked, config), config, datetime.now(UTC), known)
     path = encoder.save(config.encoder_uri)
     click.echo(f"encoder {encoder.version}: {json.dumps(encoder.manifest.training)} -> {path}")
 

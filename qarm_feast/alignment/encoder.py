@@ -50,6 +50,9 @@ class EncoderManifest(Section):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str = Field(description="Name of the encoder.")
+    parent: str | None = Field(
+        default=None, description="The encoder that this one refreshes; null: trained from nothing."
+    )
     source: Literal["text", "embedding"] = Field(description="What is encoded.")
     embedding_dim: int = Field(description="Width of aligned embeddings.")
     feature_dim: int = Field(description="Width of what the head reads.")

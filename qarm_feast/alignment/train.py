@@ -80,7 +80,11 @@ class TrainingRun:
 
 
 def train_encoder(
-    checked: InputData, pairs: pa.Table, config: AlignmentConfig, created: datetime
+    checked: InputData,
+    pairs: pa.Table,
+    config: AlignmentConfig,
+    created: datetime,
+    parent: ItemEncoder | None = None,
 ) -> ItemEncoder:
     """Return an encoder trained on pairs of train rows.
 
@@ -89,6 +93,7 @@ def train_encoder(
         pairs: Rows of ``pairs.PAIR_ROWS``.
         config: Section ``alignment``.
         created: Time that the manifest says, aware UTC.
+        parent: The encoder that the new one refreshes; the manifest names it.
 
     Returns:
         The encoder, not yet saved.
@@ -108,6 +113,7 @@ def train_encoder(
     head, run = train_head(features_ME, rows, config)
     manifest = EncoderManifest(
         version=config.encoder_version,
+        parent=None if parent is None else parent.version,
         source=source,
         embedding_dim=head.linear.out_features,
         feature_dim=head.linear.in_features,

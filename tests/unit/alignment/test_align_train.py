@@ -83,6 +83,19 @@ def test_training_twice_gives_the_same_head(clustered: InputData) -> None:
     assert torch.equal(first.head.correction.weight, second.head.correction.weight)
 
 
+def test_a_refreshed_encoder_names_its_parent(clustered: InputData) -> None:
+    pairs = build_pairs(clustered, PairConfig(), seed=0)
+    config = SMALL.model_copy(update={"num_epochs": 1})
+    parent = train_encoder(clustered, pairs, config, CREATED)
+
+    refreshed = train_encoder(
+        clustered, pairs, config.model_copy(update={"encoder_version": "e2"}), CREATED, parent
+    )
+
+    assert parent.manifest.parent is None
+    assert (refreshed.version, refreshed.manifest.parent) == ("e2", "e1")
+
+
 def test_a_heavy_geometry_weight_keeps_content_cosines() -> None:
     generator = np.random.default_rng(0)
     features_ME = generator.normal(size=(40, 16)).astype(np.float32)
