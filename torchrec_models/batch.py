@@ -7,7 +7,6 @@ K neighbours, D aligned embedding width, W dense width, T tasks.
 May import: numpy, pyarrow, torch, torchrec; does no I/O.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol
@@ -46,6 +45,12 @@ from torchrec_models.tables import (
     rq_feature,
     user_column_feature,
 )
+from torchrec_models.vector_inputs import (
+    NamedVectors,
+    VectorLookup,
+    searched_cosines,
+    vector_features,
+)
 from torchrec_models.vocabulary import DEFAULT_ROW, Vocabularies
 
 _READS_HISTORY_CODES: tuple[FeatureName, ...] = (
@@ -56,9 +61,6 @@ _READS_HISTORY_CODES: tuple[FeatureName, ...] = (
     "code_cf",
     "history_prefix",
 )
-_SEARCH_ITEMS = 1 << 16
-"""Vectors of history items that a search holds at a time."""
-_COSINE_SCALE = 5.0
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -148,14 +150,6 @@ class CodeLookup(Protocol):
 
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
         """Return the codes of items as known at the time of the row that lists them."""
-        ...
-
-
-class VectorLookup(Protocol):
-    """Where vectors of items come from."""
-
-    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        """Return ``[N, D]`` float32 unit vectors, zero where there is none at that time."""
         ...
 
 
@@ -324,29 +318,20 @@ class BatchBuilder:
         if not self.config.has("long_history"):
             return None
         rows = _cut_histories(rows, self.config.long_history_length)
-        similarities_H = self._similarities(rows)
+        assert self.vector_lookup is not None
         lengths_B = rows.history_lengths_B
+        similarities_H = searched_cosines(
+            self.vector_lookup,
+            rows.item_ids_B,
+            rows.label_times_B,
+            rows.history_item_ids_H,
+            lengths_B,
+        )
         places_S = most_similar_places(similarities_H, lengths_B, self.config.num_searched)
         label_times_H = np.repeat(rows.label_times_B, lengths_B)
         item_ids_S = rows.history_item_ids_H[places_S]
         codes = self.code_lookup.history_codes(item_ids_S, label_times_H[places_S])
         return PickedItems(item_ids_S, codes.masked(), picked_lengths(places_S, lengths_B))
-
-    def _similarities(self, rows: RowColumns) -> Floats:
-        """Return each item's inner product with its target, ``-inf`` where a vector is absent."""
-        assert self.vector_lookup is not None
-        targets_BD = self.vector_lookup.vectors(rows.item_ids_B, rows.label_times_B)
-        row_of_H = np.repeat(np.arange(len(rows.item_ids_B)), rows.history_lengths_B)
-        similarities_H = np.full(len(row_of_H), -np.inf, dtype=np.float32)
-        for start in range(0, len(row_of_H), _SEARCH_ITEMS):
-            part = slice(start, start + _SEARCH_ITEMS)
-            item_ids, row_of = rows.history_item_ids_H[part], row_of_H[part]
-            vectors = self.vector_lookup.vectors(item_ids, rows.label_times_B[row_of])
-            targets = targets_BD[torch.from_numpy(row_of)]
-            is_known = vectors.any(dim=1) & targets.any(dim=1)
-            dots = torch.linalg.vecdot(vectors, targets)
-            similarities_H[part] = torch.where(is_known, dots, -torch.inf).numpy()
-        return similarities_H
 
     def _dense_features(
         self, rows: RowColumns, history: HistoryCodes | None, hidden: _HiddenIds
@@ -397,54 +382,13 @@ class BatchBuilder:
 
     def _vector_inputs(self, rows: RowColumns) -> torch.Tensor:
         assert self.vector_lookup is not None
-        targets_BD = self.vector_lookup.vectors(rows.item_ids_B, rows.label_times_B)
         item_ids_H, label_times_H, _ = rows.one_history()
-        history_HD = self.vector_lookup.vectors(item_ids_H, label_times_H)
-        if rows.has_one_history:
-            features_BW = _vector_features_of_one_history(targets_BD, history_HD)
-        else:
-            lengths_B = torch.from_numpy(rows.history_lengths_B)
-            features_BW = _vector_features(targets_BD, history_HD, lengths_B)
-        return features_BW * _vector_scales(targets_BD.shape[1])
-
-
-def _vector_scales(vector_dim: int) -> torch.Tensor:
-    """Return the factors ``[2 D + 2]`` that bring vectors and cosines to about unit variance.
-
-    The parts of a unit vector have a variance of 1 / D, and a net that learns at one rate for all
-    inputs would hardly read them.
-    """
-    scales = torch.full((2 * vector_dim + 2,), math.sqrt(vector_dim))
-    scales[-2:] = _COSINE_SCALE
-    return scales
-
-
-def _vector_features_of_one_history(
-    targets_BD: torch.Tensor, history_HD: torch.Tensor
-) -> torch.Tensor:
-    """Return what :func:`_vector_features` does where every row has these H history items."""
-    num_rows, num_items = len(targets_BD), len(history_HD)
-    mean_D = history_HD.sum(dim=0) / max(num_items, 1)
-    # Without items the cosine is 0, as there.
-    cosines_BH = targets_BD @ history_HD.T if num_items else torch.zeros(num_rows, 1)
-    largest_B = cosines_BH.amax(dim=1)
-    mean_B = targets_BD @ mean_D
-    means_BD = mean_D.expand(num_rows, -1)
-    return torch.cat([targets_BD, means_BD, mean_B[:, None], largest_B[:, None]], dim=1)
-
-
-def _vector_features(
-    targets_BD: torch.Tensor, history_HD: torch.Tensor, lengths_B: torch.Tensor
-) -> torch.Tensor:
-    """Return target, mean history vector, mean and largest cosine; zeros for an empty history."""
-    row_of_H = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
-    sums_BD = torch.zeros_like(targets_BD).index_add_(0, row_of_H, history_HD)
-    means_BD = sums_BD / lengths_B.clamp(min=1)[:, None]
-    cosines_H = torch.linalg.vecdot(history_HD, targets_BD.index_select(0, row_of_H))
-    largest_B = torch.full((len(lengths_B),), -1.0).scatter_reduce_(0, row_of_H, cosines_H, "amax")
-    largest_B = torch.where(lengths_B > 0, largest_B, 0.0)
-    mean_B = (means_BD * targets_BD).sum(dim=1)
-    return torch.cat([targets_BD, means_BD, mean_B[:, None], largest_B[:, None]], dim=1)
+        return vector_features(
+            NamedVectors.of(self.vector_lookup, rows.item_ids_B, rows.label_times_B),
+            NamedVectors.of(self.vector_lookup, item_ids_H, label_times_H),
+            rows.history_lengths_B,
+            is_one_history=rows.has_one_history,
+        )
 
 
 def _one_each(rows_B: Ints) -> tuple[Ints, Ints]:

@@ -125,10 +125,14 @@ class ReadVectors:
         vectors_ND, _ = reader.read_vectors(distinct)
         return ReadVectors(distinct, torch.from_numpy(vectors_ND))
 
-    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        """Return the vectors of items of the request, zero where the store has none."""
-        places_N = torch.from_numpy(np.searchsorted(self.item_ids_N, item_ids_N))
-        return self.vectors_ND.index_select(0, places_N)
+    def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Return the places of items of the request; the store gives zeros where it has none."""
+        places_N = np.searchsorted(self.item_ids_N, item_ids_N)
+        return places_N, np.ones(len(places_N), dtype=np.bool_)
+
+    def take(self, places_U: Ints) -> torch.Tensor:
+        """Return the vectors of places."""
+        return self.vectors_ND.index_select(0, torch.from_numpy(places_U))
 
 
 @dataclass(frozen=True)

@@ -63,15 +63,27 @@ class ItemSnapshot:
         present_H = is_known_H & is_in_time_H & (rq_HL[:, 0] != ABSENT_CODE)
         return HistoryCodes(rq_HL=rq_HL, present_H=present_H)
 
-    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        """Return the vectors of items as known at given times.
+    def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Return the places of items, and which are known at given times.
 
         Args:
             item_ids_N: Items.
             label_times_N: Times of the rows that name them, microseconds.
 
         Returns:
-            ``[N, D]`` float32, zero where the item has no vector at that time.
+            Places, 0 for an unknown item, and what is known.
+        """
+        positions_N, is_known_N, is_in_time_N = self._find(item_ids_N, label_times_N)
+        return positions_N, is_known_N & is_in_time_N
+
+    def take(self, places_U: Ints) -> torch.Tensor:
+        """Return the vectors of places.
+
+        Args:
+            places_U: What :meth:`find` gave.
+
+        Returns:
+            ``[U, D]`` float32, zero where the item has no vector.
 
         Raises:
             ConfigError: If the snapshot was built without exported vectors.
@@ -81,12 +93,7 @@ class ItemSnapshot:
                 f"{self._folder} holds no {self._vector_source} vectors, but ranker.features asks "
                 "for `vector`; run `qarm align export` (raw: with --raw), then `qarm-rank rows`"
             )
-        positions_N, is_known_N, is_in_time_N = self._find(item_ids_N, label_times_N)
-        vectors_ND = self._vectors_ID.index_select(0, torch.from_numpy(positions_N))
-        is_absent_N = ~(is_known_N & is_in_time_N)
-        if is_absent_N.any():
-            vectors_ND[torch.from_numpy(is_absent_N)] = 0.0
-        return vectors_ND
+        return self._vectors_ID.index_select(0, torch.from_numpy(places_U))
 
     def _find(
         self, item_ids_N: Ints, label_times_N: Ints

@@ -7,6 +7,7 @@ import torch
 
 from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RowColumns
 from torchrec_models.config import FeatureName, RankerConfig
+from torchrec_models.vector_inputs import Bools
 from torchrec_models.vocabulary import IdVocabulary, Vocabularies
 
 VOCABULARIES = Vocabularies(
@@ -25,9 +26,12 @@ class _Lookup:
         rq_HL = np.array([codes.get(item, (4, 5)) for item in item_ids_H.tolist()])
         return HistoryCodes(rq_HL.reshape(-1, 2), np.isin(item_ids_H, list(codes)))
 
-    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        known = {10: (1.0, 0.0), 11: (0.0, 1.0)}
-        found = [known.get(item, (0.0, 0.0)) for item in item_ids_N.tolist()]
+    def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, Bools]:
+        return item_ids_N, np.isin(item_ids_N, [10, 11])
+
+    def take(self, places_U: Ints) -> torch.Tensor:
+        vectors = {10: (1.0, 0.0), 11: (0.0, 1.0)}
+        found = [vectors.get(item, (0.5, 0.5)) for item in places_U.tolist()]
         return torch.tensor(found).reshape(-1, 2)
 
 

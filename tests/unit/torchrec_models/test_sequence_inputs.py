@@ -12,6 +12,7 @@ from torchrec_models.sequence_inputs import (
     sequence_features,
     shared_history,
 )
+from torchrec_models.vector_inputs import Bools
 from torchrec_models.vocabulary import IdVocabulary, Vocabularies
 
 CODES = {10: (4, 5), 11: (4, 7), 12: (2, 5), 13: (4, 5)}
@@ -25,8 +26,11 @@ class _Lookup:
         rq_HL = np.array([CODES.get(item, (0, 0)) for item in item_ids_H.tolist()])
         return HistoryCodes(rq_HL.reshape(-1, 2), np.isin(item_ids_H, list(CODES)))
 
-    def vectors(self, item_ids_N: Ints, label_times_N: Ints) -> torch.Tensor:
-        found = [VECTORS.get(item, (0.0, 0.0)) for item in item_ids_N.tolist()]
+    def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, Bools]:
+        return item_ids_N, np.isin(item_ids_N, list(VECTORS))
+
+    def take(self, places_U: Ints) -> torch.Tensor:
+        found = [VECTORS.get(item, (0.5, 0.5)) for item in places_U.tolist()]
         return torch.tensor(found).reshape(-1, 2)
 
 

@@ -6,6 +6,7 @@ import pytest
 from qarm_feast.errors import ConfigError
 from torchrec_models.row_store import SnapshotArrays
 from torchrec_models.snapshot import ItemSnapshot
+from torchrec_models.vector_inputs import NamedVectors
 
 
 def _snapshot(folder: Path, vectors_ID: np.ndarray | None = None) -> ItemSnapshot:
@@ -37,14 +38,14 @@ def test_a_deleted_item_has_no_code(tmp_path: Path) -> None:
 def test_vectors_are_zero_where_unknown_or_later(tmp_path: Path) -> None:
     snapshot = _snapshot(tmp_path, np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32))
 
-    vectors_ND = snapshot.vectors(np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
+    named = NamedVectors.of(snapshot, np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
 
-    assert vectors_ND.tolist() == [[1, 0], [0, 0], [0, 3], [0, 0]]
+    assert named.rows().tolist() == [[1, 0], [0, 0], [0, 3], [0, 0]]
 
 
 def test_a_snapshot_without_vectors_says_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="qarm align export"):
-        _snapshot(tmp_path).vectors(np.array([10]), np.array([100]))
+        _snapshot(tmp_path).take(np.array([0]))
 
 
 def test_vectors_come_from_the_source_that_is_asked_for(tmp_path: Path) -> None:
@@ -57,14 +58,14 @@ def test_vectors_come_from_the_source_that_is_asked_for(tmp_path: Path) -> None:
         raw_vectors_IE=np.array([[3, 3, 3], [1, 1, 1], [2, 2, 2]], dtype=np.float32),
     ).write(tmp_path)
 
-    vectors = ItemSnapshot(tmp_path, "raw").vectors(np.array([10, 30]), np.array([999, 999]))
+    vectors = ItemSnapshot(tmp_path, "raw").take(np.array([0, 2]))
 
     assert vectors.tolist() == [[1, 1, 1], [3, 3, 3]]
-    assert ItemSnapshot(tmp_path).vectors(np.array([10]), np.array([999])).tolist() == [[1, 0]]
+    assert ItemSnapshot(tmp_path).take(np.array([0])).tolist() == [[1, 0]]
 
 
 def test_a_snapshot_without_raw_vectors_names_them(tmp_path: Path) -> None:
     _snapshot(tmp_path, np.zeros((3, 2), dtype=np.float32))
 
     with pytest.raises(ConfigError, match="holds no raw vectors"):
-        ItemSnapshot(tmp_path, "raw").vectors(np.array([10]), np.array([100]))
+        ItemSnapshot(tmp_path, "raw").take(np.array([0]))

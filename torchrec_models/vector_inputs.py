@@ -1,0 +1,213 @@
+"""What the ranker reads of vectors: those of candidates, histories' means, and their cosines.
+
+A batch names the same items over and over: each vector is fetched once. Where the distinct
+candidates and history items make few pairs against those that the rows ask for, one matrix
+product finds all their cosines; else vectors are gathered pair by pair, a part at a time.
+Shape letters: B rows, H history items of all rows, N named items, U distinct ones, D vector width.
+May import: numpy, torch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+_COSINE_SCALE = 5.0
+_GATHERED_PAIRS = 1 << 16
+"""Pairs whose vectors are held at a time, and named items of a search."""
+_TABLE_CELLS_PER_PAIR = 32
+"""A cell of a matrix product costs that much less than a pair of gathered vectors."""
+_MOST_TABLE_CELLS = 1 << 24
+
+
+class VectorLookup(Protocol):
+    """Where vectors of items come from."""
+
+    def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, Bools]:
+        """Return the places of items' vectors, any where there is none, and which have one then."""
+        ...
+
+    def take(self, places_U: Ints) -> torch.Tensor:
+        """Return ``[U, D]`` float32 unit vectors, or zeros, of places."""
+        ...
+
+
+@dataclass(frozen=True)
+class NamedVectors:
+    """Vectors of named items, each held once.
+
+    Attributes:
+        vectors_UD: Distinct vectors, float32.
+        numbers_N: Which of them each named item has.
+        is_known_N: False where an item has none at that time; its vector reads as zeros.
+    """
+
+    vectors_UD: torch.Tensor
+    numbers_N: Ints
+    is_known_N: Bools
+
+    @staticmethod
+    def of(lookup: VectorLookup, item_ids_N: Ints, label_times_N: Ints) -> "NamedVectors":
+        """Look up the vectors of items as known at given times, microseconds."""
+        places_N, is_found_N = lookup.find(item_ids_N, label_times_N)
+        places_U, numbers_N = np.unique(places_N, return_inverse=True)
+        vectors_UD = lookup.take(places_U)
+        has_vector_U = vectors_UD.any(dim=1).numpy()
+        return NamedVectors(vectors_UD, numbers_N, is_found_N & has_vector_U[numbers_N])
+
+    def part(self, first: int, last: int) -> "NamedVectors":
+        """Return the named items from one place to before another."""
+        part = slice(first, last)
+        return NamedVectors(self.vectors_UD, self.numbers_N[part], self.is_known_N[part])
+
+    def rows(self) -> torch.Tensor:
+        """Return ``[N, D]``: the vector of each named item, zeros where there is none."""
+        vectors_ND = self.vectors_UD.index_select(0, torch.from_numpy(self.numbers_N))
+        if not self.is_known_N.all():
+            vectors_ND[torch.from_numpy(~self.is_known_N)] = 0.0
+        return vectors_ND
+
+    def sums(self, lengths_B: Ints) -> torch.Tensor:
+        """Return ``[B, D]``: the sums over rows of ``lengths_B`` successive items."""
+        starts_B = np.cumsum(lengths_B) - lengths_B
+        sums_BD: torch.Tensor = torch.nn.functional.embedding_bag(
+            torch.from_numpy(self.numbers_N),
+            self.vectors_UD,
+            torch.from_numpy(starts_B),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(self.is_known_N.astype(np.float32)),
+        )
+        return sums_BD
+
+
+def pair_cosines(
+    targets: NamedVectors, history: NamedVectors, lengths_B: Ints, absent: float = 0.0
+) -> Floats:
+    """Return the cosine of each history item with its row's target.
+
+    Args:
+        targets: One per row.
+        history: ``lengths_B`` items per row, row after row.
+        lengths_B: Items of each row.
+        absent: Stands where one of both vectors is absent.
+
+    Returns:
+        Float32 ``[H]``.
+    """
+    row_of_H = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    targets_H, items_H = targets.numbers_N[row_of_H], history.numbers_N
+    num_cells = len(targets.vectors_UD) * len(history.vectors_UD)
+    if num_cells <= min(_MOST_TABLE_CELLS, _TABLE_CELLS_PER_PAIR * len(items_H)):
+        cosines_UU = (targets.vectors_UD @ history.vectors_UD.T).numpy()
+        cosines_H = cosines_UU[targets_H, items_H]
+    else:
+        cosines_H = _gathered_cosines(targets, history, targets_H)
+    cosines_H[~(targets.is_known_N[row_of_H] & history.is_known_N)] = absent
+    return cosines_H
+
+
+def searched_cosines(
+    lookup: VectorLookup,
+    target_ids_B: Ints,
+    label_times_B: Ints,
+    item_ids_H: Ints,
+    lengths_B: Ints,
+) -> Floats:
+    """Return what :func:`pair_cosines` does for long histories, ``-inf`` where one is absent.
+
+    Args:
+        lookup: Where vectors come from.
+        target_ids_B: One per row.
+        label_times_B: Times as of which vectors are known, microseconds.
+        item_ids_H: ``lengths_B`` items per row, row after row.
+        lengths_B: Items of each row.
+
+    Returns:
+        Float32 ``[H]``.
+    """
+    targets = NamedVectors.of(lookup, target_ids_B, label_times_B)
+    rows_at_once = max(1, _GATHERED_PAIRS // max(1, int(lengths_B.max(initial=0))))
+    ends_B = np.append(0, np.cumsum(lengths_B))
+    parts = [np.empty(0, dtype=np.float32)]
+    for first in range(0, len(lengths_B), rows_at_once):
+        last = min(first + rows_at_once, len(lengths_B))
+        part_B = lengths_B[first:last]
+        times = np.repeat(label_times_B[first:last], part_B)
+        history = NamedVectors.of(lookup, item_ids_H[ends_B[first] : ends_B[last]], times)
+        parts.append(pair_cosines(targets.part(first, last), history, part_B, absent=-np.inf))
+    return np.concatenate(parts)
+
+
+def _gathered_cosines(targets: NamedVectors, history: NamedVectors, targets_H: Ints) -> Floats:
+    cosines_H = np.empty(len(targets_H), dtype=np.float32)
+    for start in range(0, len(targets_H), _GATHERED_PAIRS):
+        part = slice(start, start + _GATHERED_PAIRS)
+        vectors = [
+            side.vectors_UD.index_select(0, torch.from_numpy(numbers))
+            for side, numbers in (
+                (targets, targets_H[part]),
+                (history, history.numbers_N[part]),
+            )
+        ]
+        cosines_H[part] = torch.linalg.vecdot(*vectors).numpy()
+    return cosines_H
+
+
+def vector_features(
+    targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
+) -> torch.Tensor:
+    """Return target, mean history vector, mean and largest cosine, at about unit variance.
+
+    Args:
+        targets: One per row.
+        history: Items of all rows, row after row; with ``is_one_history`` those of the first row,
+            which every row has.
+        lengths_B: Items of each row.
+        is_one_history: Whether all rows share one history.
+
+    Returns:
+        Float32 ``[B, 2 D + 2]``; history's part is zeros for an empty one.
+    """
+    targets_BD = targets.rows()
+    if is_one_history:
+        history_HD = history.rows()
+        means_BD = (history_HD.sum(dim=0) / max(len(history_HD), 1)).expand(len(targets_BD), -1)
+        # Without items the cosine is 0.
+        has_items = len(history_HD) > 0
+        cosines_BH = targets_BD @ history_HD.T if has_items else torch.zeros(len(targets_BD), 1)
+        largest_B = cosines_BH.amax(dim=1)
+    else:
+        counts_B1 = torch.from_numpy(np.maximum(lengths_B, 1))[:, None]
+        means_BD = history.sums(lengths_B) / counts_B1
+        cosines_H = pair_cosines(targets, history, lengths_B)
+        largest_B = torch.from_numpy(_segment_maxima(cosines_H, lengths_B))
+    mean_B = torch.linalg.vecdot(means_BD, targets_BD)
+    features_BW = torch.cat([targets_BD, means_BD, mean_B[:, None], largest_B[:, None]], dim=1)
+    return features_BW.mul_(_vector_scales(targets_BD.shape[1]))
+
+
+def _vector_scales(vector_dim: int) -> torch.Tensor:
+    """Return the factors ``[2 D + 2]`` that bring vectors and cosines to about unit variance.
+
+    The parts of a unit vector have a variance of 1 / D, and a net that learns at one rate for all
+    inputs would hardly read them.
+    """
+    scales = torch.full((2 * vector_dim + 2,), math.sqrt(vector_dim))
+    scales[-2:] = _COSINE_SCALE
+    return scales
+
+
+def _segment_maxima(values_H: Floats, lengths_B: Ints) -> Floats:
+    maxima_B = np.zeros(len(lengths_B), dtype=np.float32)
+    filled = np.flatnonzero(lengths_B)
+    if len(filled):
+        starts = (np.cumsum(lengths_B) - lengths_B)[filled]
+        maxima_B[filled] = np.maximum.reduceat(values_H, starts)
+    return maxima_B
