@@ -60,19 +60,20 @@ def train(config_path: str, parent: str | None, log_level: str | None) -> None:
     "evaluate", epilog="Example: qarm align evaluate --config feature_repo/qarm.yaml"
 )
 @config_option
+@click.option("--codebook-version", help="Codebook to decode codes of; default: the newest.")
 @log_level_option
-def evaluate(config_path: str, log_level: str | None) -> None:
-    """Compare raw and aligned vectors on validation rows; the last line is JSON."""
-    from qarm_feast.alignment.encoder import load_encoder
-    from qarm_feast.alignment.evaluate import evaluate_vectors, format_report
-    from qarm_feast.alignment.export import raw_and_aligned_vectors
+def evaluate(config_path: str, codebook_version: str | None, log_level: str | None) -> None:
+    """Compare raw, aligned and decoded vectors on validation rows; the last line is JSON."""
+    from qarm_feast.alignment.evaluate import format_report
+    from qarm_feast.alignment.evaluation_job import evaluate_encoder
 
     start_logging(config_path, log_level)
-    checked, config = _read_sections(config_path)
-    encoder = load_encoder(config.encoder_uri, config.encoder_version)
-    report = evaluate_vectors(checked, raw_and_aligned_vectors(checked.items, encoder, config))
-    click.echo(format_report(report))
-    click.echo(json.dumps(report))
+    evaluation = evaluate_encoder(config_path, codebook_version)
+    click.echo(format_report(evaluation.report))
+    for reading in evaluation.readings:
+        click.echo(f"gate {reading}")
+    click.echo(f"written to {evaluation.report_path} and {evaluation.page_path}")
+    click.echo(json.dumps(evaluation.report))
 
 
 @align_group.command("export", epilog="Example: qarm align export --config feature_repo/qarm.yaml")

@@ -32,6 +32,48 @@ class PairConfig(Section):
     )
 
 
+class EvaluationConfig(Section):
+    """How `qarm align evaluate` measures."""
+
+    num_draws: int = Field(
+        default=1000, ge=100, description="Bootstrap draws of items and users, for intervals."
+    )
+    max_queries: int = Field(
+        default=10_000, gt=0, description="Most items and most users that are looked at."
+    )
+
+
+class EncoderGateConfig(Section):
+    """Limits that aligned vectors must keep against raw ones; null switches a gate off.
+
+    A gate refuses when even the upper end of the 95 % interval of the paired difference lies
+    below its limit: at 0, an encoder that is worse than raw vectors beyond noise.
+    """
+
+    min_neighbor_auc_gain: float | None = Field(
+        default=0.0, ge=-1, le=1, description="Neighbour AUC, aligned less raw."
+    )
+    min_neighbor_auc_gain_warm: float | None = Field(
+        default=0.0, ge=-1, le=1, description="The same for items with a train row."
+    )
+    min_neighbor_auc_gain_cold: float | None = Field(
+        default=0.0, ge=-1, le=1, description="The same for items without a train row."
+    )
+    min_zero_shot_gain: float | None = Field(
+        default=0.0, ge=-1, le=1, description="Zero-shot Recall@10, aligned less raw."
+    )
+    min_item_cf_gain: float | None = Field(
+        default=0.0, ge=-1, le=1, description="Item-CF Recall@10, aligned less raw."
+    )
+    min_num_samples: int = Field(
+        default=20, gt=0, description="Fewest items or users from which a gate is read."
+    )
+    allow_unmeasured: bool = Field(
+        default=False,
+        description="Whether an encoder passes of which no gate can be read (no validation rows).",
+    )
+
+
 class AlignmentConfig(Section):
     """How the encoder is trained and where it and its vectors are stored."""
 
@@ -81,3 +123,9 @@ class AlignmentConfig(Section):
     )
     seed: int = Field(default=0, ge=0, description="Seed of sampling, shuffling and the SVD.")
     pairs: PairConfig = Field(default=PairConfig(), description="Item pairs from behaviour.")
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="How `qarm align evaluate` measures."
+    )
+    gates: EncoderGateConfig = Field(
+        default=EncoderGateConfig(), description="What `qarm align export` asks of the figures."
+    )

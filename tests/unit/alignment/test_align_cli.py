@@ -31,7 +31,9 @@ def test_the_four_steps_end_in_vectors_that_the_stored_encoder_repeats(
 
     assert "i2i" in outputs["pairs"]
     report = json.loads(outputs["evaluate"].splitlines()[-1])
-    assert report.keys() == {"counts", "raw", "aligned"}
+    assert report["gains"].keys() == {"aligned"}
+    stored = tmp_path / "data/encoders/.reports/e7/evaluation.json"
+    assert json.loads(stored.read_text()) == report
     table = pq.read_table(tmp_path / "data/vectors/e7/part-00000.parquet")
     assert table.column_names == ["item_id", "embedding", "content_hash", "upload_timestamp"]
     assert table["item_id"].equals(clustered.items["item_id"])
@@ -41,4 +43,4 @@ def test_the_four_steps_end_in_vectors_that_the_stored_encoder_repeats(
     assert np.array_equal(stored_ND, encoder.encode(clustered.items))
     # Nothing but finished files: no temporary one is left, and no pickle anywhere.
     suffixes = {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()}
-    assert suffixes == {".parquet", ".safetensors", ".json"}
+    assert suffixes == {".parquet", ".safetensors", ".json", ".html"}

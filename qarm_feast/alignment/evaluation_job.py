@@ -1,0 +1,197 @@
+"""The job behind `qarm align evaluate`, and what `qarm align export` asks before it writes.
+
+Shape letters in this file: N items.
+May import: the configuration, the encoder, the codebook, the input data.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.encoder import load_encoder, read_encoder_manifest
+from qarm_feast.alignment.evaluate import evaluate_vectors
+from qarm_feast.alignment.evaluation_page import evaluation_page
+from qarm_feast.alignment.export import raw_and_aligned_vectors
+from qarm_feast.alignment.gates import EncoderGateReading, check_gates, gate_readings
+from qarm_feast.artifact import MANIFEST_NAME, remove_file, replace_file, sha256
+from qarm_feast.codebook import Codebook
+from qarm_feast.codebook_config import CodebookConfig
+from qarm_feast.config import load_section
+from qarm_feast.encode import content_hashes
+from qarm_feast.errors import CodebookMismatchError, CodebookNotFoundError, GateRefusedError
+from qarm_feast.input_data import DataConfig, InputData, load_input_data
+from qarm_feast.quantizers.base import Embeddings
+from qarm_feast.registry import drafts_uri, read_manifest, stored_versions, trained_uri
+from qarm_feast.schema import ITEM_ID
+
+_REPORTS_NAME = ".reports"
+_REPORT_NAME = "evaluation.json"
+_PAGE_NAME = "evaluation.html"
+
+
+class Evaluation(NamedTuple):
+    """Figures and gates of an encoder, and where they were written: as JSON and as a page."""
+
+    report: dict[str, Any]
+    readings: list[EncoderGateReading]
+    report_path: Path
+    page_path: Path
+
+
+def evaluate_encoder(config_path: str, codebook_version: str | None = None) -> Evaluation:
+    """Measure the encoder of ``qarm.yaml`` on validation rows; store figures and page.
+
+    1. The page of the evaluation before is removed.
+    2. The figures are put in place of those before.
+    3. The page is written.
+
+    Killed at any point, a page that is there is of the figures beside it.
+
+    Args:
+        config_path: Path of ``qarm.yaml``.
+        codebook_version: The codebook whose codes are decoded; None takes the newest one that was
+            trained on this encoder's vectors, if there is any.
+
+    Returns:
+        The report of :func:`qarm_feast.alignment.evaluate.report_of`, with ``encoder_version``,
+        ``encoder_hash``, ``codebook_version`` and ``data``; what each gate says of it; the files
+        ``<encoder_uri>/.reports/<version>/evaluation.json`` and ``.html``.
+
+    Raises:
+        DataError: If data or encoder are missing or broken.
+        CodebookError: If the codebook is missing, or of another encoder.
+    """
+    config = load_section(config_path, "alignment", AlignmentConfig)
+    checked = load_input_data(load_section(config_path, "data", DataConfig))
+    encoder = load_encoder(config.encoder_uri, config.encoder_version)
+    vectors = raw_and_aligned_vectors(checked.items, encoder, config)
+    codebook = _codebook_of(
+        load_section(config_path, "codebook", CodebookConfig), config, codebook_version
+    )
+    if codebook is not None:
+        vectors |= decoded_vectors(checked.items, vectors["aligned"], codebook)
+    report = {
+        "encoder_version": encoder.version,
+        "encoder_hash": _encoder_hash(config),
+        "codebook_version": None if codebook is None else codebook.version,
+        "data": _data_facts(checked),
+        **evaluate_vectors(checked, vectors, config.evaluation),
+    }
+    readings = gate_readings(report, config.gates)
+    report_path = evaluation_path(config)
+    page_path = report_path.with_name(_PAGE_NAME)
+    remove_file(page_path)
+    replace_file(report_path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    replace_file(page_path, evaluation_page(report, readings).encode())
+    return Evaluation(report, readings, report_path, page_path)
+
+
+def check_accepted(config: AlignmentConfig) -> list[EncoderGateReading]:
+    """Return what each gate says of the encoder's last evaluation; refuse it if one is missed.
+
+    Args:
+        config: Section ``alignment``.
+
+    Returns:
+        One reading per gate.
+
+    Raises:
+        DataError: If there is no such encoder.
+        GateRefusedError: If exactly this encoder was not evaluated, or see :func:`check_gates`.
+    """
+    read_encoder_manifest(config.encoder_uri, config.encoder_version)
+    path = evaluation_path(config)
+    report: Mapping[str, Any] = {}
+    if path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("encoder_hash") != _encoder_hash(config):
+        raise GateRefusedError(
+            f"encoder {config.encoder_version!r} was not evaluated as it is ({path} holds "
+            f"{report.get('encoder_hash', 'nothing')}, the encoder is {_encoder_hash(config)}); "
+            "run `qarm align evaluate` first"
+        )
+    return check_gates(report, config.gates)
+
+
+def evaluation_path(config: AlignmentConfig) -> Path:
+    """Return the file that holds the last evaluation of the configured encoder."""
+    return Path(config.encoder_uri) / _REPORTS_NAME / config.encoder_version / _REPORT_NAME
+
+
+def decoded_vectors(
+    items: pa.Table, aligned_ND: Embeddings, codebook: Codebook
+) -> dict[str, Embeddings]:
+    """Return what the codes of items stand for, scaled to length 1.
+
+    Args:
+        items: Items with their content.
+        aligned_ND: Their aligned vectors.
+        codebook: A codebook of the same encoder.
+
+    Returns:
+        ``decoded_rq``: the sums of centroids; ``decoded_vq``: the means of the listed pool vectors.
+    """
+    codes = codebook.encode(items[ITEM_ID].to_numpy(), content_hashes(items), aligned_ND)
+    return {
+        "decoded_rq": _unit_or_zero(codebook.decode_rq(codes.rq_NL)),
+        "decoded_vq": _unit_or_zero(codebook.vq.decode(codes.vq_NV)),
+    }
+
+
+def _unit_or_zero(x_ND: Embeddings) -> Embeddings:
+    # Pool vectors that cancel out leave a mean without a direction: it is near to nothing.
+    norms_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
+    unit_ND: Embeddings = x_ND / np.maximum(norms_N1, np.finfo(np.float32).tiny)
+    return unit_ND
+
+
+def _codebook_of(
+    config: CodebookConfig, alignment: AlignmentConfig, codebook_version: str | None
+) -> Codebook | None:
+    encoder_hash = _encoder_hash(alignment)
+    if codebook_version is None:
+        codebook_version = _newest_version(config.uri, encoder_hash)
+        if codebook_version is None:
+            return None
+    codebook = Codebook.load(trained_uri(config.uri, codebook_version), codebook_version)
+    if codebook.manifest.encoder_hash != encoder_hash:
+        raise CodebookMismatchError(
+            expected=alignment.encoder_version,
+            found=codebook.manifest.encoder_version,
+            where=f"codebook version {codebook_version!r} (by the hash of its encoder)",
+            command="qarm align evaluate` without --codebook-version, or `qarm codebook train",
+        )
+    return codebook
+
+
+def _newest_version(uri: str, encoder_hash: str) -> str | None:
+    """Return the codebook of exactly this encoder that was created last, draft or published."""
+    manifests = []
+    for folder in (uri, drafts_uri(uri)):
+        for version in stored_versions(folder):
+            try:
+                manifests.append(read_manifest(folder, version))
+            except CodebookNotFoundError:
+                # Published or purged by another process since it was listed.
+                continue
+    own = [found for found in manifests if found.encoder_hash == encoder_hash]
+    return max(own, key=lambda found: found.created).version if own else None
+
+
+def _encoder_hash(config: AlignmentConfig) -> str:
+    manifest = Path(config.encoder_uri) / config.encoder_version / MANIFEST_NAME
+    return sha256(manifest.read_bytes())
+
+
+def _data_facts(checked: InputData) -> dict[str, Any]:
+    return {
+        "directory": checked.directory.name,
+        "positive_label": checked.positive_label,
+        "num_items": checked.items.num_rows,
+        "behaviour_cutoff": checked.behaviour_cutoff().isoformat(),
+    }
