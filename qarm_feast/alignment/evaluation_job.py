@@ -43,8 +43,10 @@ class Evaluation(NamedTuple):
     page_path: Path
 
 
-def evaluate_encoder(config_path: str, codebook_version: str | None = None) -> Evaluation:
-    """Measure the encoder of ``qarm.yaml`` on validation rows; store figures and page.
+def evaluate_encoder(
+    config_path: str, codebook_version: str | None = None, encoder_version: str | None = None
+) -> Evaluation:
+    """Measure an encoder on validation rows; store figures and page.
 
     1. The page of the evaluation before is removed.
     2. The figures are put in place of those before.
@@ -56,6 +58,7 @@ def evaluate_encoder(config_path: str, codebook_version: str | None = None) -> E
         config_path: Path of ``qarm.yaml``.
         codebook_version: The codebook whose codes are decoded; None takes the newest one that was
             trained on this encoder's vectors, if there is any.
+        encoder_version: The encoder; None takes that of ``qarm.yaml``.
 
     Returns:
         The report of :func:`qarm_feast.alignment.evaluate.report_of`, with ``encoder_version``,
@@ -67,6 +70,8 @@ def evaluate_encoder(config_path: str, codebook_version: str | None = None) -> E
         CodebookError: If the codebook is missing, or of another encoder.
     """
     config = load_section(config_path, "alignment", AlignmentConfig)
+    if encoder_version is not None:
+        config = config.model_copy(update={"encoder_version": encoder_version})
     checked = load_input_data(load_section(config_path, "data", DataConfig))
     encoder = load_encoder(config.encoder_uri, config.encoder_version)
     vectors = raw_and_aligned_vectors(checked.items, encoder, config)

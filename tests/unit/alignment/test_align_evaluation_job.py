@@ -84,6 +84,17 @@ def test_an_evaluation_is_stored_with_the_hash_of_its_encoder(config_path: Path)
     assert check_accepted(settings(config_path)) == evaluation.readings
 
 
+def test_another_encoder_than_that_of_the_configuration_can_be_evaluated(config_path: Path) -> None:
+    text = config_path.read_text()
+    config_path.write_text(text.replace("e7", "e8"))
+
+    evaluation = evaluate_encoder(str(config_path), encoder_version="e7")
+
+    assert evaluation.report["encoder_version"] == "e7"
+    assert evaluation.report_path.parent.name == "e7"
+    assert check_accepted(settings(config_path).model_copy(update={"encoder_version": "e7"}))
+
+
 def test_codes_of_the_newest_codebook_of_the_encoder_are_decoded_beside_the_vectors(
     config_path: Path, clustered: InputData
 ) -> None:
