@@ -39,9 +39,9 @@ from peer_quantizers import NUM_LEVELS, OURS, PEERS, Coded
 from benchmarks.data import data_dir
 from examples.quickstart.layout import BACKBONE
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.encoder import content_features
+from qarm_feast.alignment.features import content_features
 from qarm_feast.alignment.pairs import build_pairs
-from qarm_feast.alignment.train import open_backbone, pair_rows, train_head
+from qarm_feast.alignment.train import pair_rows, train_head
 from qarm_feast.behaviour import BehaviourPairs, behaviour_figures, follow_up_pairs
 from qarm_feast.caps import capped_codes
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
@@ -133,16 +133,16 @@ def _vectors(
 ) -> tuple[Embeddings, Embeddings]:
     """Return the text model's vectors, and those of a head aligned on train rows."""
     config = AlignmentConfig(backbone=arguments.backbone, features_uri=arguments.features or folder)
-    backbone, _, cache = open_backbone(config)
-    features_NE = content_features(checked.items, backbone, cache)
+    features = content_features(checked.items, config, checked.directory)
+    raw_NE = features.raw_vectors()
     if arguments.quick:
-        return features_NE, features_NE
+        return raw_NE, raw_NE
     item_ids_N = checked.items[ITEM_ID].to_numpy()
     is_train_N = np.isin(item_ids_N, checked.train_item_ids())
     rows = pair_rows(build_pairs(checked, config.pairs, config.seed), item_ids_N[is_train_N])
-    head, _ = train_head(features_NE[is_train_N], rows, config)
+    head, _ = train_head(features.take(is_train_N), rows, config)
     with torch.no_grad():
-        return features_NE, head(torch.from_numpy(features_NE)).numpy()
+        return raw_NE, head(*features.tensors()).numpy()
 
 
 def _items(checked: InputData, x_ND: Embeddings) -> Items:

@@ -28,9 +28,9 @@ import torch
 from benchmarks.data import data_dir
 from examples.quickstart.layout import BACKBONE
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.encoder import content_features
+from qarm_feast.alignment.features import ItemFeatures, content_features
 from qarm_feast.alignment.pairs import build_pairs
-from qarm_feast.alignment.train import open_backbone, pair_rows, train_head
+from qarm_feast.alignment.train import pair_rows, train_head
 from qarm_feast.codebook import Codebook, EncoderFacts, ItemVectors, QuantizerConfig
 from qarm_feast.codebook_config import ContinuityConfig
 from qarm_feast.continuity import NO_CODE, ParentCodes, codes_churn, match_labels, refresh_codebook
@@ -117,15 +117,14 @@ def _arguments() -> argparse.Namespace:
 
 def _steps(directory: Path, config: AlignmentConfig, shares: tuple[float, ...]) -> list[Step]:
     checked = load_input_data(DataConfig(input_dir=str(directory)))
-    backbone, _, cache = open_backbone(config)
-    features_NE = content_features(checked.items, backbone, cache)
+    features = content_features(checked.items, config, checked.directory)
     hashes = content_hashes(checked.items)
     item_ids_N = checked.items[ITEM_ID].to_numpy()
     times = checked.train_interactions()[EVENT_TIMESTAMP].to_numpy()
     steps = []
     for share in shares:
         part = _until(checked, np.quantile(times.astype(np.int64), share))
-        x_ND = _train_vectors(part, features_NE, item_ids_N, config)
+        x_ND = _train_vectors(part, features, item_ids_N, config)
         steps.append(Step(ItemVectors(item_ids_N, hashes, x_ND), part.train_item_ids()))
         _say(f"encoder of {share:.0%} of the train rows: {len(steps[-1].train_item_ids)} items")
     return steps
@@ -140,14 +139,14 @@ def _until(checked: InputData, last_microsecond: float) -> InputData:
 
 
 def _train_vectors(
-    checked: InputData, features_NE: np.ndarray, item_ids_N: np.ndarray, config: AlignmentConfig
+    checked: InputData, features: ItemFeatures, item_ids_N: np.ndarray, config: AlignmentConfig
 ) -> Embeddings:
     pairs = build_pairs(checked, config.pairs, config.seed)
     is_train_N = np.isin(item_ids_N, checked.train_item_ids())
     rows = pair_rows(pairs, item_ids_N[is_train_N])
-    head, _ = train_head(features_NE[is_train_N], rows, config)
+    head, _ = train_head(features.take(is_train_N), rows, config)
     with torch.no_grad():
-        x_ND: Embeddings = head(torch.from_numpy(features_NE)).numpy()
+        x_ND: Embeddings = head(*features.tensors()).numpy()
     return x_ND
 
 

@@ -63,17 +63,16 @@ def main() -> None:
     # Imported here: a benchmark that only wants vectors needs no text model.
     from examples.quickstart.layout import BACKBONE
     from qarm_feast.alignment.config import AlignmentConfig
-    from qarm_feast.alignment.encoder import content_features
-    from qarm_feast.alignment.train import open_backbone
+    from qarm_feast.alignment.features import content_features
     from qarm_feast.input_data import DataConfig, load_input_data
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="Folder in the input contract.")
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     arguments = parser.parse_args()
-    backbone = open_backbone(AlignmentConfig(backbone=arguments.backbone))[0]
+    config = AlignmentConfig(backbone=arguments.backbone)
     items = load_input_data(DataConfig(input_dir=str(Path(arguments.data)))).items
-    real_ND = _unit(content_features(items, backbone))
+    real_ND = content_features(items, config).raw_vectors()
     made_ND = low_rank(len(real_ND), real_ND.shape[1], seed=0)
     print(f"mean length: real {_mean_length(real_ND):.3f}, made {_mean_length(made_ND):.3f}")
     ranks = [1, 2, 4, 8, 16, 32, 64, 128]

@@ -23,14 +23,14 @@ import pyarrow.parquet as pq
 import torch
 
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.encoder import content_features, source_of
+from qarm_feast.alignment.features import content_features
 from qarm_feast.alignment.pairs import build_pairs
-from qarm_feast.alignment.train import open_backbone, pair_rows, train_head
+from qarm_feast.alignment.train import pair_rows, train_head
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.encode import content_hashes
 from qarm_feast.input_data import SPLIT, UPLOAD_TIMESTAMP, InputData
 from qarm_feast.quantizers import RqConfig, VqConfig
-from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
+from qarm_feast.quantizers.base import Codes, Embeddings
 from qarm_feast.recent_items import PositiveEvents, histories_as_of, newest_first
 from qarm_feast.schema import CODES, EVENT_TIMESTAMP, ITEM_ID, SPLITS, USER_ID
 from torchrec_models.inputs import CodebookVectors, TrainInputs
@@ -98,20 +98,17 @@ def item_vectors(checked: InputData, backbone_folder: str, features_uri: str) ->
         features_uri: Folder where its outputs are kept.
     """
     config = AlignmentConfig(backbone=backbone_folder, features_uri=features_uri)
-    backbone, cache = None, None
-    if source_of(checked.items) == "text":
-        backbone, _, cache = open_backbone(config)
-    features_NE = content_features(checked.items, backbone, cache)
-    say(f"vectors of {len(features_NE)} items")
+    features = content_features(checked.items, config, checked.directory)
+    say(f"vectors of {len(features)} items")
     item_ids_N = checked.items[ITEM_ID].to_numpy()
     is_train_N = np.isin(item_ids_N, checked.train_item_ids())
     pairs = build_pairs(checked, config.pairs, config.seed)
     rows = pair_rows(pairs, item_ids_N[is_train_N])
-    head, run = train_head(features_NE[is_train_N], rows, config)
+    head, run = train_head(features.take(is_train_N), rows, config)
     say(f"head aligned on {run.num_train_pairs} pairs, best epoch {run.best_epoch}")
     with torch.no_grad():
-        aligned_ND: Embeddings = head(torch.from_numpy(features_NE)).numpy()
-    return Vectors(unit_rows(features_NE), aligned_ND)
+        aligned_ND: Embeddings = head(*features.tensors()).numpy()
+    return Vectors(features.raw_vectors(), aligned_ND)
 
 
 def train_codebook(

@@ -285,7 +285,7 @@ class PieceWriter:
     def _reads_text(self) -> bool:
         version = self._codebook.manifest.encoder_version
         with _naming_the_need(self._job):
-            return read_encoder_manifest(self._encoder_uri, version).source == "text"
+            return "text" in read_encoder_manifest(self._encoder_uri, version).modalities
 
     def _load_encoder(self, version: str) -> Encoder:
         if self._encoder is None:

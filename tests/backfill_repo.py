@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from qarm_feast.alignment.encoder import AlignmentHead, EncoderManifest, ItemEncoder
+from qarm_feast.alignment.backbones.ready import ReadyVectors
+from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_manifests
+from qarm_feast.alignment.fusion import AlignmentHead, FusionSizes
 from qarm_feast.code_log import CodeLog
 from qarm_feast.codebook import Codebook
 from qarm_feast.feature_views import item_code_view
@@ -162,20 +164,20 @@ def write_catalogue(repo: StreamRepo, **columns: Any) -> Path:
 
 def save_vector_encoder(uri: Path) -> ItemEncoder:
     """Encoder e2 of ready vectors of up to 16 numbers."""
+    backbones = {"embedding": ReadyVectors(16)}
     manifest = EncoderManifest(
         version="e2",
-        source="embedding",
         embedding_dim=EMBEDDING_DIM,
-        feature_dim=16,
-        hidden_dim=16,
-        max_tokens=None,
-        backbone_hash=None,
+        backbones=backbone_manifests(backbones),
+        fusion=FusionSizes(hidden_dim=16),
         behaviour_cutoff=WRITTEN,
         created=WRITTEN,
         training={},
         files={},
     )
     torch.manual_seed(0)
-    encoder = ItemEncoder(manifest, AlignmentHead(16, EMBEDDING_DIM, 16).eval(), None)
+    encoder = ItemEncoder(
+        manifest, AlignmentHead({"embedding": (1, 16)}, EMBEDDING_DIM, 16).eval(), backbones
+    )
     encoder.save(str(uri))
     return encoder

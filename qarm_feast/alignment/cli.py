@@ -87,6 +87,6 @@ def export(config_path: str, include_raw: bool, log_level: str | None) -> None:
 
     start_logging(config_path, log_level)
     checked, config = _read_sections(config_path)
-    encoder = load_encoder(config.encoder_uri, config.encoder_version)
+    encoder = load_encoder(config.encoder_uri, config.encoder_version, checked.directory)
     path = export_vectors(checked.items, encoder, config, include_raw=include_raw)
     click.echo(f"{checked.items.num_rows:,} vectors of {encoder.embedding_dim} -> {path}")

@@ -1,7 +1,10 @@
 """Section ``alignment`` of ``qarm.yaml``."""
 
+from typing import Literal
+
 from pydantic import Field
 
+from qarm_feast.alignment.modalities import Modality
 from qarm_feast.config import ConfigPath, Section
 
 
@@ -79,7 +82,12 @@ class AlignmentConfig(Section):
 
     backbone: ConfigPath = Field(
         default="minilm",
-        description="Name of an installed backbone (minilm), or a folder with a text model.",
+        description="Text: name of an installed backbone (minilm), or a folder with a model.",
+    )
+    modalities: Literal["auto"] | tuple[Modality, ...] = Field(
+        default="auto",
+        description="What is read of items (text, image, audio, embedding); auto = what they have, "
+        "embedding only where they have nothing else.",
     )
     encoder_version: str = Field(
         default="e1", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="Name of the encoder artifact."

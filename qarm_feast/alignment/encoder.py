@@ -1,16 +1,14 @@
-"""The item encoder: frozen backbone, trained head, and the artifact that holds both.
+"""The item encoder: a backbone per modality, a trained fusion, and the artifact that holds them.
 
-Items with text columns are encoded from text. Items without any, but with an ``embedding`` column,
-are encoded from that ready vector: the head then starts as its PCA.
-
-Shape letters in this file: N items, E feature width, W width of a ready vector, D embedding
-width, H hidden width.
-May import: torch, safetensors; transformers only through the backbone.
+Shape letters in this file: N items, D embedding width.
+May import: torch, safetensors; what backbones need only through these.
 """
 
+import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,28 +18,35 @@ import numpy as np
 import pyarrow as pa
 import safetensors.torch
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qarm_feast.alignment.backbone import BACKBONE_FILES, FeatureCache, TextBackbone
+from qarm_feast.alignment.backbones.base import Backbone
+from qarm_feast.alignment.backbones.opening import open_stored
+from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
+from qarm_feast.alignment.fusion import FusionSizes, build_fusion
 from qarm_feast.artifact import MANIFEST_NAME, read_verified, replace_file, sha256
 from qarm_feast.config import Section
-from qarm_feast.encode import content_hashes
 from qarm_feast.errors import ConfigError, DataError
-from qarm_feast.input_data import EMBEDDING, embedding_matrix
-from qarm_feast.schema import CONTENT_BINARY_COLUMNS, CONTENT_TEXT_COLUMNS
 
 logger = logging.getLogger(__name__)
 
 HEAD_FILE = "head.safetensors"
-BACKBONE_FOLDER = "backbone"
+MANIFEST_FORMAT = 2
+"""Format 1, of text or ready vectors alone, is still read."""
 HEAD_ROWS = 64
-"""Rows of every pass through the head: like the backbone's, its shape never varies."""
-WIDTH_MULTIPLE = 16
-"""Ready vectors are filled up with zeros to a multiple of this. In the product of narrow or odd
-matrices the last bits of a row depend on its place among the others (seen with MKL below 12
-columns), and the encoder promises that they do not."""
+"""Rows of every pass through the head: like the backbones', its shape never varies."""
+
+
+class BackboneManifest(Section):
+    """A backbone in ``manifest.json``."""
+
+    folder: str | None = Field(description="Folder of its files in the artifact; null: none.")
+    hash: str = Field(description="SHA-256 over its files and settings.")
+    num_tokens: int = Field(description="Feature tokens per item.")
+    width: int = Field(description="Width of a feature token.")
+    settings: dict[str, Any] = Field(description="Settings that alter its features.")
 
 
 class EncoderManifest(Section):
@@ -49,134 +54,23 @@ class EncoderManifest(Section):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    format: Literal[2] = Field(default=2, description="Form of this manifest.")
     version: str = Field(description="Name of the encoder.")
     parent: str | None = Field(
         default=None, description="The encoder that this one refreshes; null: trained from nothing."
     )
-    source: Literal["text", "embedding"] = Field(description="What is encoded.")
     embedding_dim: int = Field(description="Width of aligned embeddings.")
-    feature_dim: int = Field(description="Width of what the head reads.")
-    hidden_dim: int = Field(description="Width of the head's hidden layer.")
-    max_tokens: int | None = Field(description="Tokens of a text that are read; null: no text.")
-    backbone_hash: str | None = Field(description="Hash over the backbone's files; null: none.")
+    backbones: dict[str, BackboneManifest] = Field(description="What is read, by modality.")
+    fusion: FusionSizes = Field(description="Kind and sizes of the fusion.")
     behaviour_cutoff: datetime = Field(description="Newest train interaction that it has seen.")
     created: datetime = Field(description="When training ended.")
     training: dict[str, Any] = Field(description="Figures of the training run.")
     files: dict[str, str] = Field(description="SHA-256 by file name.")
 
-
-class AlignmentHead(nn.Module):
-    """Features to aligned embeddings: a linear map plus a correction by one hidden layer.
-
-    It starts as the content geometry itself: the linear map is the PCA of the training items'
-    centred unit features and the correction is zero.
-    """
-
-    mean_E: Tensor
-
-    def __init__(self, feature_dim: int, embedding_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean_E", torch.zeros(feature_dim))
-        self.linear = nn.Linear(feature_dim, embedding_dim, bias=False)
-        self.hidden = nn.Linear(feature_dim, hidden_dim)
-        self.correction = nn.Linear(hidden_dim, embedding_dim, bias=False)
-        nn.init.zeros_(self.correction.weight)
-
-    @torch.no_grad()
-    def start_from_content(self, features_NE: Tensor) -> None:
-        """Set mean and linear map from the features of the training items."""
-        unit_NE = functional.normalize(features_NE.double(), dim=1)
-        mean_E = unit_NE.mean(dim=0)
-        centred_NE = unit_NE - mean_E
-        _, directions_EE = torch.linalg.eigh(centred_NE.T @ centred_NE)
-        # eigh sorts by rising variance; the map keeps the directions of most.
-        top_DE = directions_EE.T.flip(0)[: self.linear.out_features]
-        self.mean_E.copy_(mean_E)
-        self.linear.weight.copy_(top_DE)
-
-    def forward(self, features_NE: Tensor) -> Tensor:
-        """Return L2-normalised embeddings ``[N, D]``."""
-        centred_NE = functional.normalize(features_NE, dim=1) - self.mean_E
-        # Components of unit vectors are small; the hidden layer gets them near unit variance.
-        hidden_NH = functional.gelu(self.hidden(centred_NE * centred_NE.shape[1] ** 0.5))
-        return functional.normalize(self.linear(centred_NE) + self.correction(hidden_NH), dim=1)
-
-
-def source_of(items: pa.Table) -> Literal["text", "embedding"]:
-    """Return what an encoder for these items reads: text where there is any, else ready vectors.
-
-    Args:
-        items: Input items; only the names of the columns matter.
-
-    Returns:
-        ``text`` or ``embedding``.
-
-    Raises:
-        DataError: If the only content is of a kind that no encoder here reads.
-    """
-    if any(name in items.column_names for name in CONTENT_TEXT_COLUMNS):
-        return "text"
-    if EMBEDDING in items.column_names:
-        return "embedding"
-    found = [name for name in CONTENT_BINARY_COLUMNS if name in items.column_names]
-    raise DataError(
-        f"the only content of the items is {' and '.join(found) or 'absent'}, which the encoder "
-        f"does not read; add a text column ({', '.join(CONTENT_TEXT_COLUMNS)}), or vectors of a "
-        f"model of yours as the column {EMBEDDING!r}"
-    )
-
-
-def item_texts(items: pa.Table) -> list[str]:
-    """Return one text per item: its text columns in a fixed order, empty where all are null."""
-    names = [name for name in CONTENT_TEXT_COLUMNS if name in items.column_names]
-    if not names:
-        return [""] * items.num_rows
-    columns = [items[name].to_pylist() for name in names]
-    return [". ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
-
-
-def content_features(
-    items: pa.Table, backbone: TextBackbone | None, cache: FeatureCache | None = None
-) -> np.ndarray:
-    """Return what the head reads: backbone features of the texts, or the ready vectors.
-
-    Args:
-        items: Content columns; without a backbone ``embedding`` has no null.
-        backbone: The text model; None for ready vectors.
-        cache: Looked up first and completed; only for texts.
-
-    Returns:
-        Float32 ``[N, E]``, one row per item, not normalised; ready vectors are filled up with
-        zeros to a multiple of ``WIDTH_MULTIPLE``.
-
-    Raises:
-        DataError: If ready vectors are needed and missing or null.
-    """
-    if backbone is None:
-        return _ready_vectors(items)
-    if cache is None:
-        return backbone.encode(item_texts(items))
-    hashes = content_hashes(items)
-    known = cache.read()
-    # The same text may stand in many items; the first of each is read.
-    wanted = {text_hash: row for row, text_hash in reversed(list(enumerate(hashes)))}
-    rows = sorted(row for text_hash, row in wanted.items() if text_hash not in known)
-    logger.info("features reused=%d to_encode=%d", items.num_rows - len(rows), len(rows))
-    if rows:
-        fresh_NE = backbone.encode(item_texts(items.take(rows)))
-        known |= {hashes[row]: vector for row, vector in zip(rows, fresh_NE, strict=True)}
-        cache.write(list(known), np.stack(list(known.values())))
-    return np.stack([known[text_hash] for text_hash in hashes])
-
-
-def _ready_vectors(items: pa.Table) -> np.ndarray:
-    if EMBEDDING not in items.column_names or items[EMBEDDING].null_count:
-        raise DataError(
-            f"this encoder reads ready vectors, and an item has no {EMBEDDING!r}; "
-            "give every item one, or train an encoder on text"
-        )
-    vectors_NW = embedding_matrix(items[EMBEDDING])
-    return np.pad(vectors_NW, ((0, 0), (0, -vectors_NW.shape[1] % WIDTH_MULTIPLE)))
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the encoder reads."""
+        return tuple(self.backbones)
 
 
 @dataclass(frozen=True)
@@ -185,13 +79,16 @@ class ItemEncoder:
 
     Attributes:
         manifest: Facts of the artifact; ``files`` is empty until it is saved.
-        head: The trained head, in evaluation mode.
-        backbone: The text model; None if ready vectors are read.
+        head: The trained fusion, in evaluation mode.
+        backbones: By modality, in the order in which the head reads them.
+        media_dir: Folder at which relative paths of pictures and sounds start; None: what is given
+            as text is never opened.
     """
 
     manifest: EncoderManifest
-    head: AlignmentHead
-    backbone: TextBackbone | None
+    head: nn.Module
+    backbones: Mapping[str, Backbone]
+    media_dir: Path | None = None
 
     @property
     def version(self) -> str:
@@ -203,31 +100,44 @@ class ItemEncoder:
         """Width of aligned embeddings."""
         return self.manifest.embedding_dim
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the encoder reads."""
+        return self.manifest.modalities
+
     def encode(self, items: pa.Table) -> np.ndarray:
         """Return the aligned embeddings of the items: float32 ``[N, D]``, L2-normalised.
 
         Args:
-            items: Any of the text columns (a null or an absent one counts as empty), or
-                ``embedding`` where the encoder reads ready vectors.
+            items: Any content columns; a null, an absent column, and a picture or sound that cannot
+                be read count as absent. All items with nothing at all get the same vector.
 
         Returns:
             One row per item; the same bits whatever other items came with it.
 
         Raises:
-            DataError: If ready vectors are needed and missing.
+            DataError: If the encoder reads ready vectors alone, and one is missing.
         """
-        return self.project(content_features(items, self.backbone))
+        return self.project(self.read_features(items))
 
-    def project(self, features_NE: np.ndarray) -> np.ndarray:
+    def read_features(self, items: pa.Table, cache: FeatureCache | None = None) -> ItemFeatures:
+        """Return what the head reads of the items.
+
+        Args:
+            items: Any content columns.
+            cache: Looked up first and completed.
+
+        Returns:
+            One row per item.
+
+        Raises:
+            DataError: If the encoder reads ready vectors alone, and one is missing.
+        """
+        return read_features(items, self.backbones, cache, self.media_dir)
+
+    def project(self, features: ItemFeatures) -> np.ndarray:
         """Return the head's output for given features: float32 ``[N, D]``, L2-normalised."""
-        embeddings_ND = np.empty((len(features_NE), self.embedding_dim), dtype=np.float32)
-        for begin in range(0, len(features_NE), HEAD_ROWS):
-            part_NE = torch.from_numpy(np.array(features_NE[begin : begin + HEAD_ROWS]))
-            padding = (0, 0, 0, HEAD_ROWS - len(part_NE))
-            with torch.inference_mode():
-                block_ND = self.head(functional.pad(part_NE, padding))[: len(part_NE)]
-            embeddings_ND[begin : begin + HEAD_ROWS] = block_ND.numpy()
-        return embeddings_ND
+        return project_features(self.head, features, self.embedding_dim)
 
     def save(self, uri: str) -> Path:
         """Write the artifact ``<uri>/<version>/``: all of it or nothing.
@@ -260,11 +170,56 @@ class ItemEncoder:
 
     def _payloads(self) -> list[tuple[str, bytes]]:
         payloads = [(HEAD_FILE, safetensors.torch.save(self.head.state_dict()))]
-        if self.backbone is not None:
-            folder = self.backbone.folder
-            for name in BACKBONE_FILES:
-                payloads.append((f"{BACKBONE_FOLDER}/{name}", (folder / name).read_bytes()))
+        for modality, backbone in self.backbones.items():
+            payloads += [(f"{modality}/{name}", file) for name, file in backbone.payloads().items()]
         return payloads
+
+
+def project_features(head: nn.Module, features: ItemFeatures, embedding_dim: int) -> np.ndarray:
+    """Return a head's output in passes of one shape, so that no item alters another's bits.
+
+    Args:
+        head: A fusion, in evaluation mode.
+        features: What it reads.
+        embedding_dim: D.
+
+    Returns:
+        Float32 ``[N, D]``, L2-normalised.
+    """
+    embeddings_ND = np.empty((len(features), embedding_dim), dtype=np.float32)
+    for begin in range(0, len(features), HEAD_ROWS):
+        part = features.take(slice(begin, begin + HEAD_ROWS))
+        with torch.inference_mode():
+            block_ND = head(*_padded_tensors(part))[: len(part)]
+        embeddings_ND[begin : begin + HEAD_ROWS] = block_ND.numpy()
+    return embeddings_ND
+
+
+def _padded_tensors(part: ItemFeatures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    num_dummies = HEAD_ROWS - len(part)
+    features = {
+        name: functional.pad(torch.from_numpy(np.array(tokens)), (0, 0, 0, 0, 0, num_dummies))
+        for name, tokens in part.by_modality.items()
+    }
+    present = {
+        name: functional.pad(torch.from_numpy(np.array(is_present)), (0, num_dummies))
+        for name, is_present in part.present.items()
+    }
+    return features, present
+
+
+def backbone_manifests(backbones: Mapping[str, Backbone]) -> dict[str, BackboneManifest]:
+    """Return what a manifest says of the backbones that an encoder is saved with."""
+    return {
+        modality: BackboneManifest(
+            folder=modality if backbone.payloads() else None,
+            hash=backbone.hash,
+            num_tokens=backbone.num_tokens,
+            width=backbone.width,
+            settings=backbone.settings,
+        )
+        for modality, backbone in backbones.items()
+    }
 
 
 def check_version_is_free(uri: str, version: str) -> None:
@@ -302,17 +257,39 @@ def read_encoder_manifest(uri: str, version: str) -> EncoderManifest:
     if not path.is_file():
         raise DataError(f"there is no encoder at {path.parent}; run `qarm align train` first")
     try:
-        return EncoderManifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        return EncoderManifest.model_validate(_current_form(json.loads(path.read_bytes())))
+    except (ValueError, KeyError) as error:
         raise DataError(f"{path} is no manifest of an encoder: {error}") from error
 
 
-def load_encoder(uri: str, version: str) -> ItemEncoder:
+def _current_form(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest of format 1, which had one modality and no ``format``, as format 2."""
+    if "format" in manifest:
+        return manifest
+    kept = dict(manifest)
+    modality, width = kept.pop("source"), kept.pop("feature_dim")
+    settings = {"vector_width": width}
+    if (max_tokens := kept.pop("max_tokens")) is not None:
+        settings = {"max_tokens": max_tokens, "num_tokens": 1}
+    backbone = {
+        "folder": "backbone" if modality == "text" else None,
+        "hash": kept.pop("backbone_hash") or "",
+        "num_tokens": 1,
+        "width": width,
+        "settings": settings,
+    }
+    fusion = {"kind": "concat", "hidden_dim": kept.pop("hidden_dim")}
+    return {**kept, "format": MANIFEST_FORMAT, "backbones": {modality: backbone}, "fusion": fusion}
+
+
+def load_encoder(uri: str, version: str, media_dir: Path | None = None) -> ItemEncoder:
     """Return a stored encoder after verifying the hash of each of its files.
 
     Args:
         uri: Folder of encoder artifacts.
         version: Name of the encoder.
+        media_dir: Folder at which relative paths of pictures and sounds start; None: what is given
+            as text is never opened.
 
     Returns:
         The encoder, ready to encode; nothing is fetched from a network.
@@ -327,9 +304,13 @@ def load_encoder(uri: str, version: str) -> ItemEncoder:
     payloads = {
         name: read_verified(folder, name, manifest.files, remedy) for name in manifest.files
     }
-    head = AlignmentHead(manifest.feature_dim, manifest.embedding_dim, manifest.hidden_dim)
+    shapes: dict[str, tuple[int, int]] = {
+        name: (one.num_tokens, one.width) for name, one in manifest.backbones.items()
+    }
+    head = build_fusion(shapes, manifest.embedding_dim, manifest.fusion)
     head.load_state_dict(safetensors.torch.load(payloads[HEAD_FILE]))
-    backbone = None
-    if manifest.max_tokens is not None:
-        backbone = TextBackbone(folder / BACKBONE_FOLDER, manifest.max_tokens)
-    return ItemEncoder(manifest=manifest, head=head.eval(), backbone=backbone)
+    backbones: dict[str, Backbone] = {
+        name: open_stored(name, folder / (one.folder or ""), one.settings)
+        for name, one in manifest.backbones.items()
+    }
+    return ItemEncoder(manifest, head.eval(), backbones, media_dir)

@@ -73,7 +73,7 @@ def evaluate_encoder(
     if encoder_version is not None:
         config = config.model_copy(update={"encoder_version": encoder_version})
     checked = load_input_data(load_section(config_path, "data", DataConfig))
-    encoder = load_encoder(config.encoder_uri, config.encoder_version)
+    encoder = load_encoder(config.encoder_uri, config.encoder_version, checked.directory)
     vectors = raw_and_aligned_vectors(checked.items, encoder, config)
     codebook = _codebook_of(
         load_section(config_path, "codebook", CodebookConfig), config, codebook_version

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qarm_feast.alignment.backbone import FeatureCache
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.encoder import ItemEncoder, content_features, item_texts
+from qarm_feast.alignment.encoder import ItemEncoder
+from qarm_feast.alignment.features import FeatureCache, ItemFeatures
 from qarm_feast.artifact import replace_file
 from qarm_feast.encode import content_hashes
 from qarm_feast.input_data import UPLOAD_TIMESTAMP
@@ -54,7 +54,7 @@ def vector_table(items: pa.Table, vectors_ND: np.ndarray) -> pa.Table:
 
 def catalogue_features(
     items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig
-) -> np.ndarray:
+) -> ItemFeatures:
     """Return the content features of all items, from the cache where it holds them.
 
     Args:
@@ -63,13 +63,13 @@ def catalogue_features(
         config: Section ``alignment``; says where the cache lies.
 
     Returns:
-        Float32, one row per item, not normalised.
+        One row per item.
     """
-    cache = None
-    if encoder.manifest.backbone_hash is not None and encoder.manifest.max_tokens is not None:
-        hash_and_length = encoder.manifest.backbone_hash, encoder.manifest.max_tokens
-        cache = FeatureCache(config.features_uri, *hash_and_length)
-    return content_features(items, encoder.backbone, cache)
+    features = encoder.read_features(items, FeatureCache(config.features_uri))
+    for modality, counts in features.counts.items():
+        logger.info("content_read modality=%s %s", modality,
+                    " ".join(f"{name}={count}" for name, count in counts.items()))  # fmt: skip
+    return features
 
 
 def raw_and_aligned_vectors(
@@ -85,10 +85,8 @@ def raw_and_aligned_vectors(
     Returns:
         Matrices with one row per item; raw ones are the content features as they are.
     """
-    features_NE = catalogue_features(items, encoder, config)
-    norms_N1 = np.linalg.norm(features_NE, axis=1, keepdims=True)
-    raw_NE = features_NE / np.maximum(norms_N1, np.finfo(np.float32).tiny)
-    return {"raw": raw_NE, "aligned": encoder.project(features_NE)}
+    features = catalogue_features(items, encoder, config)
+    return {"raw": features.raw_vectors(), "aligned": encoder.project(features)}
 
 
 def export_vectors(
@@ -106,11 +104,6 @@ def export_vectors(
     Returns:
         The parquet file ``<vectors_uri>/<encoder version>/part-00000.parquet``.
     """
-    if encoder.backbone is not None:
-        num_empty = sum(not text for text in item_texts(items))
-        if num_empty:
-            # All of them get the same vector, that of the empty text.
-            logger.warning("export_items_without_text count=%d", num_empty)
     vectors = raw_and_aligned_vectors(items, encoder, config)
     if include_raw:
         _write_vectors(

@@ -19,21 +19,13 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from qarm_feast.alignment.backbone import (
-    FeatureCache,
-    TextBackbone,
-    find_backbone,
-    hash_backbone,
-)
+from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.encoder import (
-    AlignmentHead,
-    EncoderManifest,
-    ItemEncoder,
-    content_features,
-    source_of,
-)
+from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_manifests
+from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
+from qarm_feast.alignment.fusion import AlignmentHead, build_fusion, content_width, fusion_sizes
 from qarm_feast.alignment.losses import geometry_loss, info_nce, negatives_mask
+from qarm_feast.alignment.modalities import choose_modalities
 from qarm_feast.errors import DataError
 from qarm_feast.input_data import InputData
 from qarm_feast.schema import ITEM_ID
@@ -104,36 +96,28 @@ def train_encoder(
     items = checked.items.filter(
         pc.is_in(checked.items[ITEM_ID], pa.array(checked.train_item_ids()))
     )
-    source = source_of(items)
-    backbone, backbone_hash, cache = None, None, None
-    if source == "text":
-        backbone, backbone_hash, cache = open_backbone(config)
-    features_ME = content_features(items, backbone, cache)
+    backbones = open_backbones(choose_modalities(items, config.modalities), items, config)
+    cache = FeatureCache(config.features_uri)
+    features = read_features(items, backbones, cache, checked.directory)
     rows = pair_rows(pairs, items[ITEM_ID].to_numpy())
-    head, run = train_head(features_ME, rows, config)
+    head, run = train_head(features, rows, config)
     manifest = EncoderManifest(
         version=config.encoder_version,
         parent=None if parent is None else parent.version,
-        source=source,
         embedding_dim=head.linear.out_features,
-        feature_dim=head.linear.in_features,
-        hidden_dim=head.hidden.out_features,
-        max_tokens=None if backbone is None else config.max_tokens,
-        backbone_hash=backbone_hash,
+        backbones=backbone_manifests(backbones),
+        fusion=fusion_sizes(config),
         behaviour_cutoff=checked.behaviour_cutoff(),
         created=created,
-        training={**vars(run), "num_train_items": items.num_rows, "seed": config.seed},
+        training={
+            **vars(run),
+            "num_train_items": items.num_rows,
+            "content": features.counts,
+            "seed": config.seed,
+        },
         files={},
     )
-    return ItemEncoder(manifest=manifest, head=head, backbone=backbone)
-
-
-def open_backbone(config: AlignmentConfig) -> tuple[TextBackbone, str, FeatureCache]:
-    """Return the configured backbone, its hash, and the cache of its features."""
-    folder = find_backbone(config.backbone)
-    backbone_hash = hash_backbone(folder)
-    cache = FeatureCache(config.features_uri, backbone_hash, config.max_tokens)
-    return TextBackbone(folder, config.max_tokens), backbone_hash, cache
+    return ItemEncoder(manifest, head, backbones, checked.directory)
 
 
 def pair_rows(pairs: pa.Table, item_ids_M: np.ndarray) -> PairRows:
@@ -167,7 +151,7 @@ def pair_rows(pairs: pa.Table, item_ids_M: np.ndarray) -> PairRows:
 
 
 def train_head(
-    features_ME: np.ndarray, pairs: PairRows, config: AlignmentConfig
+    features: ItemFeatures, pairs: PairRows, config: AlignmentConfig
 ) -> tuple[AlignmentHead, TrainingRun]:
     """Train the head until the loss on held-out items stops falling.
 
@@ -175,7 +159,7 @@ def train_head(
     only learnt its training items by heart does not lower the loss of new ones.
 
     Args:
-        features_ME: Content features of the train items.
+        features: Content features of the train items.
         pairs: Pairs as rows of these items.
         config: Sizes, weights, schedule and seed.
 
@@ -184,13 +168,12 @@ def train_head(
     """
     started = time.monotonic()
     generator = np.random.default_rng(config.seed)
-    train_pairs, valid_pairs = _hold_items_out(pairs, len(features_ME), config, generator)
-    features = torch.from_numpy(np.ascontiguousarray(features_ME))
+    train_pairs, valid_pairs = _hold_items_out(pairs, len(features), config, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        width = min(config.embedding_dim, features.shape[1])
-        head = AlignmentHead(features.shape[1], width, config.hidden_dim)
-    head.start_from_content(features)
+        width = min(config.embedding_dim, content_width(features.shapes))
+        head = build_fusion(features.shapes, width, fusion_sizes(config))
+    head.start_from_content(*features.tensors())
     trainer = _HeadTrainer(head, features, pairs, config)
     best, losses, best_epoch = copy.deepcopy(head), [trainer.loss(valid_pairs)], 0
     for epoch in range(1, config.num_epochs + 1):
@@ -230,23 +213,24 @@ class _HeadTrainer:
     """Head, features and optimizer of one run."""
 
     def __init__(
-        self, head: AlignmentHead, features: Tensor, pairs: PairRows, config: AlignmentConfig
+        self, head: AlignmentHead, features: ItemFeatures, pairs: PairRows, config: AlignmentConfig
     ) -> None:
         self._head = head
-        self._features = features
+        self._tensors = features.tensors()
+        self._num_items = len(features)
         self._config = config
         self._is_pair = _known_pairs(pairs, len(features))
         self._optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
         with torch.no_grad():
-            self._content = head(features)
+            self._content = head(*self._tensors)
 
     def train_epoch(self, pairs: PairRows, generator: np.random.Generator) -> float:
         """Take one pass over the pairs and return the mean loss."""
         total = 0.0
-        num_drawn = min(_GEOMETRY_ITEMS, len(self._features))
+        num_drawn = min(_GEOMETRY_ITEMS, self._num_items)
         for rows in _batches(generator.permutation(len(pairs)), self._config.batch_size):
             batch = pairs.take(rows)
-            drawn = generator.choice(len(self._features), num_drawn, replace=False)
+            drawn = generator.choice(self._num_items, num_drawn, replace=False)
             loss = self._step_loss(batch, drawn)
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -257,7 +241,7 @@ class _HeadTrainer:
     @torch.no_grad()
     def loss(self, pairs: PairRows) -> float:
         """Return the pair loss, without the geometry term."""
-        embeddings_MD = self._head(self._features)
+        embeddings_MD = self._head(*self._tensors)
         # One fixed shuffle: pairs lie sorted by item, and neighbours are poor negatives.
         order = np.random.default_rng(self._config.seed).permutation(len(pairs))
         total = 0.0
@@ -272,12 +256,21 @@ class _HeadTrainer:
         wanted = np.concatenate([batch.triggers, batch.targets, drawn])
         # An item stands in many pairs of a batch; the head sees it once.
         items, places = np.unique(wanted, return_inverse=True)
-        embeddings = self._head(self._features[torch.from_numpy(items)])[torch.from_numpy(places)]
-        triggers_BD, targets_BD, drawn_SD = embeddings.split([len(batch), len(batch), len(drawn)])
+        embeddings = self._embed(torch.from_numpy(items))[torch.from_numpy(places)]
+        sizes = [len(batch), len(batch), len(drawn)]
+        triggers_BD, targets_BD, drawn_SD = torch.split(embeddings, sizes)
         content_SD = self._content[torch.from_numpy(drawn)]
         geometry = geometry_loss(drawn_SD, content_SD @ content_SD.T)
         pair_loss = self._pair_loss(batch, triggers_BD, targets_BD)
         return pair_loss + self._config.geometry_weight * geometry
+
+    def _embed(self, rows: Tensor) -> Tensor:
+        features, present = self._tensors
+        embeddings: Tensor = self._head(
+            {name: tokens[rows] for name, tokens in features.items()},
+            {name: is_present[rows] for name, is_present in present.items()},
+        )
+        return embeddings
 
     def _pair_loss(self, batch: PairRows, triggers_BD: Tensor, targets_BD: Tensor) -> Tensor:
         is_pair_BB = self._is_pair[batch.triggers][:, batch.targets].toarray()

@@ -1,21 +1,25 @@
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from qarm_feast.alignment.backbone import FeatureCache, TextBackbone, find_backbone
+from qarm_feast.alignment.backbones.base import Backbone, Encoded
+from qarm_feast.alignment.backbones.ready import ReadyVectors
+from qarm_feast.alignment.backbones.text import TextBackbone, find_text_backbone
 from qarm_feast.alignment.encoder import (
-    AlignmentHead,
     EncoderManifest,
     ItemEncoder,
-    content_features,
-    item_texts,
+    backbone_manifests,
     load_encoder,
-    source_of,
 )
+from qarm_feast.alignment.features import FeatureCache, read_features
+from qarm_feast.alignment.fusion import AlignmentHead, FusionSizes
+from qarm_feast.alignment.modalities import choose_modalities, item_texts
 from qarm_feast.errors import ConfigError, CorruptArtifactError, DataError
 
 WIDTH = 6
@@ -27,24 +31,25 @@ def ready_vectors(num_items: int, seed: int = 0) -> pa.Table:
     return pa.table({"item_id": np.arange(num_items), "embedding": vectors})
 
 
-def new_encoder(backbone: TextBackbone | None = None, feature_dim: int = 16) -> ItemEncoder:
+def new_encoder(text: TextBackbone | None = None) -> ItemEncoder:
+    backbones: dict[str, Backbone] = {"embedding": ReadyVectors(WIDTH)}
+    if text is not None:
+        backbones = {"text": text}
+    shapes = {name: (one.num_tokens, one.width) for name, one in backbones.items()}
     torch.manual_seed(0)
-    head = AlignmentHead(feature_dim, embedding_dim=16, hidden_dim=24)
+    head = AlignmentHead(shapes, embedding_dim=16, hidden_dim=24)
     torch.nn.init.normal_(head.correction.weight)
     manifest = EncoderManifest(
         version="e1",
-        source="embedding" if backbone is None else "text",
         embedding_dim=16,
-        feature_dim=feature_dim,
-        hidden_dim=24,
-        max_tokens=None if backbone is None else backbone.max_tokens,
-        backbone_hash=None,
+        backbones=backbone_manifests(backbones),
+        fusion=FusionSizes(hidden_dim=24),
         behaviour_cutoff=datetime(2024, 1, 1, tzinfo=UTC),
         created=datetime(2024, 1, 2, tzinfo=UTC),
         training={"seed": 0},
         files={},
     )
-    return ItemEncoder(manifest=manifest, head=head.eval(), backbone=backbone)
+    return ItemEncoder(manifest, head.eval(), backbones)
 
 
 def test_ready_vectors_are_encoded_alike_one_by_one_and_all_at_once() -> None:
@@ -117,22 +122,37 @@ def test_an_item_without_its_ready_vector_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "source"),
+    ("columns", "wanted", "chosen"),
     [
-        (["embedding"], "embedding"),
-        (["brand"], "text"),
-        (["embedding", "title"], "text"),
-        (["image", "title"], "text"),
+        ({"embedding": [[1.0]]}, "auto", ("embedding",)),
+        ({"brand": ["a"]}, "auto", ("text",)),
+        ({"embedding": [[1.0]], "title": ["a"]}, "auto", ("text",)),
+        ({"embedding": [[1.0]], "title": ["a"]}, ("embedding", "text"), ("text", "embedding")),
+        ({"image": [b"x"], "title": ["a"]}, "auto", ("text", "image")),
+        ({"image": ["https://host/a.png"], "title": ["a"]}, "auto", ("text",)),
+        ({"image": ["a.png"], "title": [None]}, "auto", ("image",)),
+        ({"audio": [b"x"], "title": ["a"]}, ("audio",), ("audio",)),
     ],
 )
-def test_text_wins_over_ready_vectors(columns: list[str], source: str) -> None:
-    assert source_of(pa.table({name: [None] for name in columns})) == source
+def test_an_encoder_reads_what_items_have_and_ready_vectors_where_they_have_nothing_else(
+    columns: dict[str, list[object]], wanted: Literal["auto"], chosen: tuple[str, ...]
+) -> None:
+    assert choose_modalities(pa.table(columns), wanted) == chosen
 
 
-@pytest.mark.parametrize("column", ["image", "audio"])
-def test_items_with_only_an_image_or_audio_get_an_error_that_says_so(column: str) -> None:
-    with pytest.raises(DataError, match=f"only content of the items is {column}"):
-        source_of(pa.table({"item_id": [1], column: [b"x"]}))
+@pytest.mark.parametrize(
+    ("columns", "wanted", "message"),
+    [
+        ({"item_id": [1]}, "auto", "no item has a value for any modality"),
+        ({"title": ["a"]}, ("text", "image"), "no item has a value for image: the items have text"),
+        ({"image": ["https://host/a"]}, "auto", "the items have no content"),
+    ],
+)
+def test_items_without_the_content_that_is_wanted_get_an_error_that_says_so(
+    columns: dict[str, list[object]], wanted: Literal["auto"], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        choose_modalities(pa.table(columns), wanted)
 
 
 def test_item_texts_skip_what_is_missing() -> None:
@@ -144,7 +164,7 @@ def test_item_texts_skip_what_is_missing() -> None:
 
 def test_a_backbone_that_is_neither_name_nor_folder_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json.*minilm"):
-        find_backbone(str(tmp_path / "nothing"))
+        find_text_backbone(str(tmp_path / "nothing"))
 
 
 LONG = "stainless steel hex bolt for outdoor use " * 40
@@ -160,7 +180,7 @@ TEXTS = [
 
 
 def test_texts_are_encoded_alike_one_by_one_and_all_at_once(minilm_folder: Path) -> None:
-    encoder = new_encoder(TextBackbone(minilm_folder, max_tokens=32), feature_dim=384)
+    encoder = new_encoder(TextBackbone(minilm_folder, max_tokens=32))
     items = pa.table({"title": TEXTS})
 
     whole_ND = encoder.encode(items)
@@ -182,45 +202,58 @@ def test_features_are_the_mean_of_the_last_layer_without_padding(minilm_folder: 
     with torch.no_grad():
         expected = model(**tokens).last_hidden_state.mean(dim=1).numpy()
 
-    features = TextBackbone(minilm_folder, max_tokens=32).encode(["a hex nut"])
+    features = TextBackbone(minilm_folder, max_tokens=32).encode(["a hex nut"]).features_NTE
 
-    np.testing.assert_allclose(features, expected, atol=1e-5)
+    np.testing.assert_allclose(features[:, 0], expected, atol=1e-5)
 
 
 def test_a_loaded_text_encoder_reads_the_copied_backbone(
     minilm_folder: Path, tmp_path: Path
 ) -> None:
-    encoder = new_encoder(TextBackbone(minilm_folder, max_tokens=16), feature_dim=384)
+    encoder = new_encoder(TextBackbone(minilm_folder, max_tokens=16))
     items = pa.table({"title": ["a hex nut", None]})
 
     encoder.save(str(tmp_path))
     loaded = load_encoder(str(tmp_path), "e1")
 
-    assert loaded.backbone is not None
-    assert loaded.backbone.folder == tmp_path / "e1" / "backbone"
+    backbone = loaded.backbones["text"]
+    assert isinstance(backbone, TextBackbone)
+    assert backbone.folder == tmp_path / "e1" / "text"
+    assert backbone.hash == loaded.manifest.backbones["text"].hash
     assert np.array_equal(loaded.encode(items), encoder.encode(items))
 
 
 class CountingBackbone(TextBackbone):
     """Encodes a text as its length and remembers what it was asked for."""
 
+    hash = "f" * 64
+    width = 2
+
     def __init__(self) -> None:
+        self.num_tokens = 1
         self.asked: list[str] = []
 
-    def encode(self, texts: list[str]) -> np.ndarray:  # type: ignore[override]
-        self.asked += texts
-        return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+    def encode(self, values: Sequence[str]) -> Encoded:
+        self.asked += values
+        rows = [[[len(text), 1.0]] for text in values]
+        features = np.array(rows, dtype=np.float32).reshape(-1, 1, 2)
+        return Encoded(features, np.array([bool(t) for t in values], bool), [None] * len(values))
 
 
 def test_cached_features_are_computed_once_per_content(tmp_path: Path) -> None:
     backbone = CountingBackbone()
-    cache = FeatureCache(str(tmp_path), backbone_hash="f" * 64, max_tokens=8)
-    first = pa.table({"title": ["aa", "b", "aa"]})
+    cache = FeatureCache(str(tmp_path))
+    first = pa.table({"title": ["aa", "b", "aa", None]})
     second = pa.table({"title": ["ccc", "b"]})
 
-    first_NE = content_features(first, backbone, cache)
-    second_NE = content_features(second, backbone, cache)
+    features = read_features(first, {"text": backbone}, cache)
+    later = read_features(second, {"text": backbone}, cache)
 
-    assert first_NE.tolist() == [[2, 1], [1, 1], [2, 1]]
-    assert second_NE.tolist() == [[3, 1], [1, 1]]
-    assert backbone.asked == ["aa", "b", "ccc"]
+    assert features.by_modality["text"].tolist() == [[[2, 1]], [[1, 1]], [[2, 1]], [[0, 1]]]
+    assert features.present["text"].tolist() == [True, True, True, True]
+    assert later.by_modality["text"].tolist() == [[[3, 1]], [[1, 1]]]
+    assert backbone.asked == ["aa", "b", "", "ccc"]
+    assert features.counts == {
+        "text": {"repeated": 1, "encoded": 3, "absent": 1, "present": 3},
+        "all": {"items": 4, "without_content": 1},
+    }

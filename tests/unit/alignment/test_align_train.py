@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from qarm_feast.alignment.config import AlignmentConfig, PairConfig
-from qarm_feast.alignment.encoder import AlignmentHead
 from qarm_feast.alignment.evaluate import evaluate_vectors
 from qarm_feast.alignment.export import (
     export_vectors,
     raw_and_aligned_vectors,
     raw_vectors_folder,
 )
+from qarm_feast.alignment.features import features_of_vectors
+from qarm_feast.alignment.fusion import AlignmentHead
 from qarm_feast.alignment.pairs import PAIR_ROWS, build_pairs
 from qarm_feast.alignment.train import PairRows, pair_rows, train_encoder, train_head
 from qarm_feast.errors import DataError
@@ -26,14 +27,15 @@ SMALL = AlignmentConfig(embedding_dim=16, hidden_dim=16, batch_size=64, learning
 
 def test_a_new_head_keeps_the_cosines_of_centred_content() -> None:
     features_NE = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    head = AlignmentHead(feature_dim=6, embedding_dim=6, hidden_dim=3)
+    head = AlignmentHead({"embedding": (1, 6)}, embedding_dim=6, hidden_dim=3)
+    tensors = features_of_vectors(features_NE.numpy()).tensors()
 
-    head.start_from_content(features_NE)
+    head.start_from_content(*tensors)
 
     unit_NE = torch.nn.functional.normalize(features_NE, dim=1)
     centred_NE = torch.nn.functional.normalize(unit_NE - unit_NE.mean(dim=0), dim=1)
     with torch.no_grad():
-        embeddings_ND = head(features_NE)
+        embeddings_ND = head(*tensors)
     torch.testing.assert_close(embeddings_ND @ embeddings_ND.T, centred_NE @ centred_NE.T)
 
 
@@ -103,16 +105,17 @@ def test_a_heavy_geometry_weight_keeps_content_cosines() -> None:
     # Pairs that the content says nothing about.
     targets = (triggers + 1 + 10 * generator.integers(0, 3, size=400)) % 40
     pairs = PairRows(triggers, targets, np.full(400, -1), np.ones(400, dtype=np.float32))
-    start = AlignmentHead(16, 16, 16)
-    start.start_from_content(torch.from_numpy(features_ME))
+    features = features_of_vectors(features_ME)
+    start = AlignmentHead(features.shapes, 16, 16)
+    start.start_from_content(*features.tensors())
 
     def drift(weight: float) -> float:
         # With no item held out the training pairs choose the epoch, and that is the last one.
         changed = {"geometry_weight": weight, "num_epochs": 10, "valid_item_share": 1e-9}
-        head, run = train_head(features_ME, pairs, SMALL.model_copy(update=changed))
+        head, run = train_head(features, pairs, SMALL.model_copy(update=changed))
         assert run.best_epoch == 10
         with torch.no_grad():
-            old_MD, new_MD = (net(torch.from_numpy(features_ME)) for net in (start, head))
+            old_MD, new_MD = (net(*features.tensors()) for net in (start, head))
         return float(((old_MD @ old_MD.T) - (new_MD @ new_MD.T)).square().mean())
 
     assert drift(100.0) < drift(0.0) / 4
@@ -125,7 +128,7 @@ def test_too_few_pairs_to_hold_any_out_still_train(caplog: pytest.LogCaptureFixt
     )
 
     with caplog.at_level("WARNING", logger="qarm_feast"):
-        _, run = train_head(features, pair_rows(one, np.arange(3)), SMALL)
+        _, run = train_head(features_of_vectors(features), pair_rows(one, np.arange(3)), SMALL)
 
     assert (run.num_train_pairs, run.num_valid_pairs) == (1, 1)
     assert "too few to hold any out" in caplog.text

@@ -1,0 +1,93 @@
+"""What every backbone can do, and what an artifact says of it.
+
+Shape letters in this file: N items, T feature tokens, E feature width.
+May import: torch, numpy.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from qarm_feast.artifact import sha256
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Encoded(NamedTuple):
+    """Feature tokens of some values.
+
+    Attributes:
+        features_NTE: Float32; a row that is not present holds what the backbone gives for nothing:
+            the features of an empty text, zeros for the others.
+        is_present_N: Which values there were and could be read.
+        faults: Per row, why a value that there is cannot be read; else None.
+    """
+
+    features_NTE: np.ndarray
+    is_present_N: np.ndarray
+    faults: Sequence[str | None]
+
+
+class Backbone(Protocol):
+    """A model of one modality."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over weights and every setting that alters features."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Feature tokens per item, T."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Feature width, E."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that alter features, as an artifact's manifest holds them."""
+        ...
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The network, for tuning; None if there are no weights."""
+        ...
+
+    def encode(self, values: Sequence[Any]) -> Encoded:
+        """Return the features of the values; the same bits whatever else is among them.
+
+        Args:
+            values: What ``modalities.content_values`` gives for this modality.
+
+        Returns:
+            One row per value.
+        """
+        ...
+
+    def forward(self, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`encode` does, with gradients, on the module's device.
+
+        Args:
+            values: As for :meth:`encode`.
+
+        Returns:
+            Features float32 ``[N, T, E]``, and which are present, bool ``[N]``.
+        """
+        ...
+
+    def payloads(self) -> dict[str, bytes]:
+        """Return the files from which the same backbone can be opened again, by name."""
+        ...
+
+
+def hash_files(payloads: Mapping[str, bytes], settings: Mapping[str, Any]) -> str:
+    """Return one SHA-256 over files and settings, as hex text."""
+    hashes = [f"{name} {sha256(payload)}" for name, payload in sorted(payloads.items())]
+    lines = [*hashes, *(f"{key}={settings[key]}" for key in sorted(settings))]
+    return sha256("\n".join(lines).encode())

@@ -1,0 +1,251 @@
+"""Text backbones: a folder with a transformers model becomes feature tokens per text.
+
+Every forward pass has one of a few fixed shapes (padding buckets of length, a fixed number of rows
+each, dummy rows where texts run out), so a text's vector does not depend on which other texts came
+with it: the same bits one by one, in a stream's small batches, and over a whole catalogue.
+
+Shape letters in this file: N texts, F feature tokens, E feature width, R rows of a forward pass,
+T tokens of a row.
+May import: torch; transformers is imported on first use.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from qarm_feast.alignment.backbones.base import WEIGHTS_FILE, Encoded, hash_files
+from qarm_feast.alignment.backbones.packages import packaged_file
+from qarm_feast.errors import ConfigError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+MINILM = "minilm"
+BACKBONE_FILES = ("config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
+"""What a backbone folder must hold, and all that an encoder artifact copies from it."""
+BUCKET_LENGTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 65_536}
+"""Rows of a forward pass times its padded length, by kind of device. Throughput on a CPU is flat
+above this, and one item costs a stream a whole pass."""
+_CHARACTERS_PER_TOKEN = 32
+_PROGRESS_PASSES = 100
+
+
+def find_text_backbone(name: str) -> Path:
+    """Return the folder of a text backbone.
+
+    Args:
+        name: ``minilm`` (from its installed package), or a folder. A configured relative path
+            arrives absolute, so the last part alone decides whether a name is meant.
+
+    Returns:
+        A folder that holds ``BACKBONE_FILES``.
+
+    Raises:
+        MissingDependencyError: If the package of a named backbone is not installed.
+        ConfigError: If there is no such folder, or a file is missing in it.
+    """
+    folder = Path(name)
+    if not folder.is_dir() and folder.name == MINILM:
+        folder = packaged_file("alignment.backbone", MINILM, "model")
+    missing = [file for file in BACKBONE_FILES if not (folder / file).is_file()]
+    if missing:
+        raise ConfigError(
+            f"alignment.backbone: {folder} holds no {', '.join(missing)}; "
+            f"name an installed backbone ({MINILM}) or a folder with a transformers text model"
+        )
+    return folder
+
+
+def _load_transformer(folder: Path) -> tuple[Any, Any]:
+    """Return tokenizer and model from a folder, never from a network."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            package="transformers",
+            needed_for="a text encoder",
+            command='pip install "qarm-feast[text]"',
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModel.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32
+    )
+    return tokenizer, model.eval()
+
+
+class TextBackbone:
+    """A text model with mean pooling over its last layer (as sentence-transformers does).
+
+    The model is read when it is first needed.
+
+    Args:
+        folder: A backbone folder, see :func:`find_text_backbone`.
+        max_tokens: Tokens of a text that are read; the rest is cut off.
+        num_tokens: Parts of equal length into which a text is cut for pooling; 1: the whole of it.
+    """
+
+    def __init__(self, folder: Path, max_tokens: int, num_tokens: int = 1) -> None:
+        self.folder = folder
+        self.max_tokens = max_tokens
+        self.num_tokens = num_tokens
+        self._lengths = [n for n in BUCKET_LENGTHS if n < max_tokens] + [max_tokens]
+        self._tuned: nn.Module | None = None
+
+    @cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        return _load_transformer(self.folder)
+
+    @property
+    def module(self) -> nn.Module:
+        """The transformer."""
+        module: nn.Module = self._parts[1] if self._tuned is None else self._tuned
+        return module
+
+    def replace_module(self, module: nn.Module) -> None:
+        """Put a tuned model of the same architecture in place."""
+        self._tuned = module
+
+    @property
+    def width(self) -> int:
+        """Width of the last layer."""
+        return int(self._parts[1].config.hidden_size)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a manifest says beside the files."""
+        return {"max_tokens": self.max_tokens, "num_tokens": self.num_tokens}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over files and settings."""
+        if self._tuned is None:
+            return self._file_hash
+        return hash_files(self.payloads(), self.settings)
+
+    @cached_property
+    def _file_hash(self) -> str:
+        return hash_files(self.payloads(), self.settings)
+
+    def payloads(self) -> dict[str, bytes]:
+        """Return the folder's files, the weights as they are now."""
+        payloads = {name: (self.folder / name).read_bytes() for name in BACKBONE_FILES}
+        if self._tuned is not None:
+            weights = {name: value.cpu() for name, value in self._tuned.state_dict().items()}
+            payloads[WEIGHTS_FILE] = safetensors.torch.save(weights, {"format": "pt"})
+        return payloads
+
+    def encode(self, values: Sequence[str]) -> Encoded:
+        """Return the features of the texts, not normalised.
+
+        Args:
+            values: Any texts; an empty one gets the features of the bare start and end tokens.
+
+        Returns:
+            One row per text; the same bits whatever else is in ``values``.
+        """
+        features_NFE = np.empty((len(values), self.num_tokens, self.width), dtype=np.float32)
+        token_ids = self._tokenize(values)
+        passes = list(self._passes(token_ids))
+        for index, (rows_R, length) in enumerate(passes, start=1):
+            ids_RT, is_token_RT = self._padded(
+                [token_ids[row] for row in rows_R], self._rows_per_forward(length), length
+            )
+            with torch.inference_mode():
+                pooled_RFE = self._pooled(ids_RT, is_token_RT)
+            features_NFE[rows_R] = pooled_RFE[: len(rows_R)].cpu().numpy()
+            if index % _PROGRESS_PASSES == 0:
+                logger.info("backbone_progress passes=%d of=%d", index, len(passes))
+        is_present_N = np.array([bool(text) for text in values], dtype=bool)
+        return Encoded(features_NFE, is_present_N, [None] * len(values))
+
+    def forward(self, values: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the features with gradients, all texts in one pass, and which are not empty."""
+        token_ids = self._tokenize(values)
+        longest = max(len(ids) for ids in token_ids)
+        length = next(length for length in self._lengths if length >= longest)
+        ids_RT, is_token_RT = self._padded(token_ids, len(token_ids), length)
+        is_present_N = torch.tensor([bool(text) for text in values], device=ids_RT.device)
+        return self._pooled(ids_RT, is_token_RT), is_present_N
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        # Cut first: the tokenizer would read a text of 100 kB to its end.
+        limit = self.max_tokens * _CHARACTERS_PER_TOKEN
+        cut_texts = [text[:limit] for text in texts]
+        if not cut_texts:
+            return []
+        tokenizer, _ = self._parts
+        tokens = tokenizer(cut_texts, truncation=True, max_length=self.max_tokens)
+        token_ids: list[list[int]] = tokens["input_ids"]
+        return token_ids
+
+    def _passes(self, token_ids: list[list[int]]) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield the texts of each forward pass and its padded length."""
+        lengths_N = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+        buckets_N = np.searchsorted(self._lengths, lengths_N)
+        for bucket, length in enumerate(self._lengths):
+            members = np.flatnonzero(buckets_N == bucket)
+            num_rows = self._rows_per_forward(length)
+            for begin in range(0, len(members), num_rows):
+                yield members[begin : begin + num_rows], length
+
+    def _rows_per_forward(self, length: int) -> int:
+        return max(1, TOKENS_PER_FORWARD[self._device.type] // length)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _padded(
+        self, token_ids: list[list[int]], num_rows: int, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return token ids and mask ``[R, T]``; rows that are left over are dummies."""
+        tokenizer, _ = self._parts
+        ids_RT = torch.full((num_rows, length), tokenizer.pad_token_id, dtype=torch.int64)
+        is_token_RT = torch.zeros((num_rows, length), dtype=torch.bool)
+        # A dummy row attends to one token: a row that attends to none is not a number.
+        is_token_RT[:, 0] = True
+        for row, ids in enumerate(token_ids):
+            ids_RT[row, : len(ids)] = torch.tensor(ids)
+            is_token_RT[row, : len(ids)] = True
+        return ids_RT.to(self._device), is_token_RT.to(self._device)
+
+    def _pooled(self, ids_RT: Tensor, is_token_RT: Tensor) -> Tensor:
+        num_rows, length = ids_RT.shape
+        # The mask is given per query: transformers drops a flat mask without padding, and the
+        # attention kernel would then depend on which texts share the pass.
+        mask_R1TT = is_token_RT[:, None, None, :].expand(num_rows, 1, length, length)
+        hidden_RTE = self.module(input_ids=ids_RT, attention_mask=mask_R1TT).last_hidden_state
+        return pool_tokens(hidden_RTE, is_token_RT, self.num_tokens)
+
+
+def pool_tokens(hidden_RTE: Tensor, is_token_RT: Tensor, num_parts: int) -> Tensor:
+    """Return the means over parts of equal length of each row's tokens.
+
+    Args:
+        hidden_RTE: One vector per token.
+        is_token_RT: Which are no padding; these come first.
+        num_parts: Parts, F; a row of fewer tokens has some of them in several parts.
+
+    Returns:
+        Float32 ``[R, F, E]``.
+    """
+    if num_parts == 1:
+        kept_RTE = hidden_RTE * is_token_RT[:, :, None]
+        pooled_RE: Tensor = kept_RTE.sum(dim=1) / is_token_RT.sum(dim=1, keepdim=True)
+        return pooled_RE[:, None]
+    places_T = torch.arange(hidden_RTE.shape[1], device=hidden_RTE.device)
+    lengths_R1 = is_token_RT.sum(dim=1, keepdim=True)
+    parts_F = torch.arange(num_parts, device=hidden_RTE.device)
+    begins_RF = parts_F * lengths_R1 // num_parts
+    ends_RF = torch.maximum((parts_F + 1) * lengths_R1 // num_parts, begins_RF + 1)
+    is_in_RFT = (places_T >= begins_RF[:, :, None]) & (places_T < ends_RF[:, :, None])
+    weights_RFT = is_in_RFT / is_in_RFT.sum(dim=2, keepdim=True)
+    return weights_RFT @ hidden_RTE
