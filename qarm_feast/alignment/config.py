@@ -1,8 +1,8 @@
 """Section ``alignment`` of ``qarm.yaml``."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qarm_feast.alignment.modalities import Modality
 from qarm_feast.config import ConfigPath, Section
@@ -77,6 +77,23 @@ class EncoderGateConfig(Section):
     )
 
 
+class QFormerConfig(Section):
+    """Sizes of the Fusion-Q-Former."""
+
+    num_queries: int = Field(default=4, gt=0, description="Learned queries.")
+    num_layers: int = Field(default=1, ge=1, le=4, description="Self-attention layers.")
+    num_heads: int = Field(default=4, gt=0, description="Attention heads; they divide the width.")
+    width: int = Field(default=128, ge=16, multiple_of=16, description="Width of a token inside.")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which does not divide the width {self.width}"
+            )
+        return self
+
+
 class AlignmentConfig(Section):
     """How the encoder is trained and where it and its vectors are stored."""
 
@@ -88,6 +105,14 @@ class AlignmentConfig(Section):
         default="auto",
         description="What is read of items (text, image, audio, embedding); auto = what they have, "
         "embedding only where they have nothing else.",
+    )
+    fusion: Literal["concat", "q_former"] = Field(
+        default="concat",
+        description="How modalities are fused: concatenation and a hidden layer, or queries that "
+        "attend to the tokens of all (q_former).",
+    )
+    q_former: QFormerConfig = Field(
+        default=QFormerConfig(), description="Sizes of the fusion q_former."
     )
     encoder_version: str = Field(
         default="e1", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="Name of the encoder artifact."

@@ -4,7 +4,8 @@ They start as the content geometry itself: a linear map holds the PCA of the tra
 unit features, and what is added to it is zero before any training.
 
 Shape letters in this file: N items, T feature tokens of a modality, E their width, C width of all
-modalities side by side, D embedding width, H hidden width.
+modalities side by side, D embedding width, H hidden width, Q queries, S tokens of all modalities,
+W their width inside the Q-Former, A attention heads, L rows of a sequence (Q + S).
 May import: torch.
 """
 
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.config import AlignmentConfig, QFormerConfig
 from qarm_feast.config import Section
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -30,16 +31,19 @@ Present = Mapping[str, Tensor]
 class FusionSizes(Section):
     """Kind and sizes of a fusion, as an encoder's manifest holds them."""
 
-    kind: Literal["concat"] = Field(default="concat", description="How modalities are fused.")
-    hidden_dim: int = Field(default=256, description="Width of the hidden layer.")
+    kind: Literal["concat", "q_former"] = Field(
+        default="concat", description="How modalities are fused."
+    )
+    hidden_dim: int = Field(default=256, description="concat: width of the hidden layer.")
+    q_former: QFormerConfig = Field(default=QFormerConfig(), description="q_former: its sizes.")
 
 
 def fusion_sizes(config: AlignmentConfig) -> FusionSizes:
     """Return what the configuration says of the fusion."""
-    return FusionSizes(hidden_dim=config.hidden_dim)
+    return FusionSizes(kind=config.fusion, hidden_dim=config.hidden_dim, q_former=config.q_former)
 
 
-def build_fusion(shapes: Shapes, embedding_dim: int, sizes: FusionSizes) -> "AlignmentHead":
+def build_fusion(shapes: Shapes, embedding_dim: int, sizes: FusionSizes) -> "ContentFusion":
     """Return an untrained fusion.
 
     Args:
@@ -48,18 +52,19 @@ def build_fusion(shapes: Shapes, embedding_dim: int, sizes: FusionSizes) -> "Ali
         sizes: Its kind and sizes.
 
     Returns:
-        A module with :meth:`AlignmentHead.forward` and :meth:`AlignmentHead.start_from_content`.
+        The fusion, its linear map still random: see :meth:`ContentFusion.start_from_content`.
     """
+    if sizes.kind == "q_former":
+        return FusionQFormer(shapes, embedding_dim, sizes.q_former)
     return AlignmentHead(shapes, embedding_dim, sizes.hidden_dim)
 
 
-class AlignmentHead(nn.Module):
-    """Concatenation and a multilayer perceptron: a linear map plus a correction by a hidden layer.
+class ContentFusion(nn.Module):
+    """A linear map of the centred content, to which a subclass adds a correction.
 
     Args:
-        shapes: What is read; of several tokens of a modality the mean.
+        shapes: What is read.
         embedding_dim: D.
-        hidden_dim: H.
 
     Attributes:
         mean_E: Means of the training items' unit features, modalities side by side.
@@ -67,14 +72,11 @@ class AlignmentHead(nn.Module):
 
     mean_E: Tensor
 
-    def __init__(self, shapes: Shapes, embedding_dim: int, hidden_dim: int) -> None:
+    def __init__(self, shapes: Shapes, embedding_dim: int) -> None:
         super().__init__()
         width = content_width(shapes)
         self.register_buffer("mean_E", torch.zeros(width))
         self.linear = nn.Linear(width, embedding_dim, bias=False)
-        self.hidden = nn.Linear(width, hidden_dim)
-        self.correction = nn.Linear(hidden_dim, embedding_dim, bias=False)
-        nn.init.zeros_(self.correction.weight)
 
     @torch.no_grad()
     def start_from_content(self, features: Features, present: Present) -> None:
@@ -86,9 +88,114 @@ class AlignmentHead(nn.Module):
     def forward(self, features: Features, present: Present) -> Tensor:
         """Return L2-normalised embeddings ``[N, D]``."""
         centred_NC = centred_content(features, present, self.mean_E)
+        corrected_ND = self.linear(centred_NC) + self.correct(centred_NC, features, present)
+        return functional.normalize(corrected_ND, dim=1)
+
+    def correct(self, centred_NC: Tensor, features: Features, present: Present) -> Tensor:
+        """Return what is added to the linear map: ``[N, D]``, zero before any training."""
+        raise NotImplementedError
+
+
+class AlignmentHead(ContentFusion):
+    """Concatenation and a multilayer perceptron; of several tokens of a modality it sees the mean.
+
+    Args:
+        shapes: What is read.
+        embedding_dim: D.
+        hidden_dim: H.
+    """
+
+    def __init__(self, shapes: Shapes, embedding_dim: int, hidden_dim: int) -> None:
+        super().__init__(shapes, embedding_dim)
+        self.hidden = nn.Linear(content_width(shapes), hidden_dim)
+        self.correction = nn.Linear(hidden_dim, embedding_dim, bias=False)
+        nn.init.zeros_(self.correction.weight)
+
+    def correct(self, centred_NC: Tensor, features: Features, present: Present) -> Tensor:
+        """Return the hidden layer's output ``[N, D]``."""
         # Components of unit vectors are small; the hidden layer gets them near unit variance.
         hidden_NH = functional.gelu(self.hidden(centred_NC * centred_NC.shape[1] ** 0.5))
-        return functional.normalize(self.linear(centred_NC) + self.correction(hidden_NH), dim=1)
+        corrected_ND: Tensor = self.correction(hidden_NH)
+        return corrected_ND
+
+
+class FusionQFormer(ContentFusion):
+    """Learned queries attend to the tokens of all modalities (EM3's Fusion-Q-Former).
+
+    The queries stand before the tokens in one sequence; after the self-attention layers their
+    outputs are flattened and projected. Tokens of an absent modality are no keys. Unlike the
+    paper's, the projection starts at zero and is added to the content's linear map, so that
+    training starts from the content geometry.
+
+    Args:
+        shapes: What is read.
+        embedding_dim: D.
+        sizes: Sizes of the Q-Former.
+    """
+
+    def __init__(self, shapes: Shapes, embedding_dim: int, sizes: QFormerConfig) -> None:
+        super().__init__(shapes, embedding_dim)
+        width = sizes.width
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(token_width, width) for name, (_, token_width) in shapes.items()}
+        )
+        # One learned vector per token tells both its modality and its place in it.
+        self.places = nn.ParameterDict(
+            {name: 0.02 * torch.randn(count, width) for name, (count, _) in shapes.items()}
+        )
+        self.queries = nn.Parameter(torch.randn(sizes.num_queries, width))
+        self.layers = nn.ModuleList(
+            [_AttentionLayer(width, sizes.num_heads) for _ in range(sizes.num_layers)]
+        )
+        self.norm = nn.LayerNorm(width)
+        self.correction = nn.Linear(sizes.num_queries * width, embedding_dim, bias=False)
+        nn.init.zeros_(self.correction.weight)
+
+    def correct(self, centred_NC: Tensor, features: Features, present: Present) -> Tensor:
+        """Return the projected outputs of the queries ``[N, D]``."""
+        num_items, num_queries = len(centred_NC), len(self.queries)
+        rows = [self.queries.expand(num_items, -1, -1)]
+        is_key = [torch.ones(num_items, num_queries, dtype=torch.bool, device=centred_NC.device)]
+        for name, tokens_NTE in features.items():
+            scaled_NTE = functional.normalize(tokens_NTE, dim=2) * tokens_NTE.shape[2] ** 0.5
+            rows.append(self.projections[name](scaled_NTE) + self.places[name])
+            is_key.append(present[name][:, None].expand(-1, tokens_NTE.shape[1]))
+        x_NLW, is_key_NL = torch.cat(rows, dim=1), torch.cat(is_key, dim=1)
+        for layer in self.layers:
+            x_NLW = layer(x_NLW, is_key_NL)
+        corrected_ND: Tensor = self.correction(self.norm(x_NLW[:, :num_queries]).flatten(1))
+        return corrected_ND
+
+
+class _AttentionLayer(nn.Module):
+    """Self-attention and a two-layer perceptron, each after a normalisation and with a residual."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self._num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.hidden_norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 2 * width)
+        self.hidden_output = nn.Linear(2 * width, width)
+
+    def forward(self, x_NLW: Tensor, is_key_NL: Tensor) -> Tensor:
+        x_NLW = x_NLW + self.output(self._attend(self.attention_norm(x_NLW), is_key_NL))
+        hidden_NLH = functional.gelu(self.hidden(self.hidden_norm(x_NLW)))
+        mixed_NLW: Tensor = x_NLW + self.hidden_output(hidden_NLH)
+        return mixed_NLW
+
+    def _attend(self, x_NLW: Tensor, is_key_NL: Tensor) -> Tensor:
+        num_items, length, width = x_NLW.shape
+        parts = self.queries_keys_values(x_NLW).view(num_items, length, 3, self._num_heads, -1)
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)
+        # Always given, also where every token is present: else the kernel would depend on it.
+        mask_N1LL = is_key_NL[:, None, None, :].expand(num_items, 1, length, length)
+        attended_NALV = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask_N1LL
+        )
+        return attended_NALV.transpose(1, 2).reshape(num_items, length, width)
 
 
 def content_width(shapes: Shapes) -> int:

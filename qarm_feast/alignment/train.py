@@ -23,7 +23,7 @@ from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_manifests
 from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
-from qarm_feast.alignment.fusion import AlignmentHead, build_fusion, content_width, fusion_sizes
+from qarm_feast.alignment.fusion import ContentFusion, build_fusion, content_width, fusion_sizes
 from qarm_feast.alignment.losses import geometry_loss, info_nce, negatives_mask
 from qarm_feast.alignment.modalities import choose_modalities
 from qarm_feast.errors import DataError
@@ -152,7 +152,7 @@ def pair_rows(pairs: pa.Table, item_ids_M: np.ndarray) -> PairRows:
 
 def train_head(
     features: ItemFeatures, pairs: PairRows, config: AlignmentConfig
-) -> tuple[AlignmentHead, TrainingRun]:
+) -> tuple[ContentFusion, TrainingRun]:
     """Train the head until the loss on held-out items stops falling.
 
     A share of the items is held out, and with it every pair that names one of them: a head that
@@ -213,7 +213,7 @@ class _HeadTrainer:
     """Head, features and optimizer of one run."""
 
     def __init__(
-        self, head: AlignmentHead, features: ItemFeatures, pairs: PairRows, config: AlignmentConfig
+        self, head: ContentFusion, features: ItemFeatures, pairs: PairRows, config: AlignmentConfig
     ) -> None:
         self._head = head
         self._tensors = features.tensors()
