@@ -160,6 +160,12 @@ def sha256(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex text, read a piece at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_folder(folder: Place) -> None:
     """Make the folder's entries survive a power cut: new names, and renames in it."""
     if isinstance(folder, StorePath):

@@ -38,7 +38,7 @@ UPLOAD_TIMESTAMP = "upload_timestamp"
 SPLIT = "split"
 EMBEDDING = "embedding"
 CONTENT_COLUMNS = (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS, EMBEDDING)
-_ITEMS_FILE = "items.parquet"
+ITEMS_FILE = "items.parquet"
 TRAIN_QUANTILE = 0.8
 """Share of event times before the automatic cut-off."""
 
@@ -262,17 +262,17 @@ def read_catalogue_times(config: DataConfig) -> pa.Table | None:
         ContractError: Listing every breach in these columns, and in the types of the others.
     """
     problems = _Problems(Path(config.input_dir))
-    path = problems.directory / _ITEMS_FILE
+    path = problems.directory / ITEMS_FILE
     if not path.is_file():
         return None
     try:
         schema = pq.read_schema(path)
-        wanted = [name for name in _FILE_COLUMNS[_ITEMS_FILE] if name in schema.names]
+        wanted = [name for name in _FILE_COLUMNS[ITEMS_FILE] if name in schema.names]
         times = pq.read_table(path, columns=wanted)
     except (pa.ArrowException, OSError) as error:
         problems.add(path.name, None, f"cannot be read as parquet: {error}")
         raise ContractError(str(problems.directory), problems.lines) from error
-    _check_table(_ITEMS_FILE, times, problems)
+    _check_table(ITEMS_FILE, times, problems)
     _check_content(plain_strings(schema.remove_metadata().empty_table()), problems)
     problems.raise_if_any()
     return times

@@ -4,6 +4,7 @@ Shape letters in this file: N items, D embedding width, B items of a batch.
 May import: pyarrow, the codebook.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from qarm_feast.errors import DataError
 from qarm_feast.quantizers.base import Embeddings
 from qarm_feast.schema import ITEM_ID
 
+EXPORT_MANIFEST = "_manifest.json"
+"""What an export puts beside its parts; programs that read a folder of parquet files pass over
+names with an underscore in front."""
 _EMBEDDING = "embedding"
 _CONTENT_HASH = "content_hash"
 _COLUMNS = (ITEM_ID, _EMBEDDING, _CONTENT_HASH)
@@ -55,12 +59,13 @@ class VectorFiles:
             All rows, files in name order.
 
         Raises:
-            DataError: If there are no rows, a column is missing or of another type, an id is
-                null, or files hold vectors of unequal width.
+            DataError: If there are no rows, a file that the export names or a column is missing,
+                a column is of another type, an id is null, or files hold vectors of unequal width.
         """
         paths = sorted(folder.glob("*.parquet"))
         if not paths:
             raise DataError(f"{folder} holds no parquet file; run `qarm align export` first")
+        _check_parts(folder, paths)
         embedding_dim = _common_width(paths)
         ids = [_column_batches(path, (ITEM_ID,)) for path in paths]
         parts = [batch[ITEM_ID].to_numpy() for batches in ids for batch in batches]
@@ -119,6 +124,20 @@ class VectorFiles:
         )
 
 
+def _check_parts(folder: Path, paths: Sequence[Path]) -> None:
+    """Refuse a folder that is not as its export left it."""
+    try:
+        named = set(json.loads((folder / EXPORT_MANIFEST).read_bytes())["parts"])
+    except FileNotFoundError:
+        # Vectors of a user's own making have no manifest.
+        return
+    if odd := sorted(named ^ {path.name for path in paths}):
+        raise DataError(
+            f"{folder} holds {len(paths)} parquet files, its {EXPORT_MANIFEST} names {len(named)}; "
+            f"the first that only one of them has is {odd[0]}; run `qarm align export` again"
+        )
+
+
 def _common_width(paths: Sequence[Path]) -> int:
     widths = [_width(path) for path in paths]
     for path, width in zip(paths, widths, strict=True):
@@ -149,8 +168,15 @@ def _width(path: Path) -> int:
 
 
 def _column_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    # Not read ahead: a row group may be larger than what a job may hold.
-    with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
+    try:
+        # Not read ahead: a row group may be larger than what a job may hold.
+        opened = pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is gone: another export took its place while it was read; run the same "
+            "command again"
+        ) from error
+    with opened as file:
         for batch in file.iter_batches(_ROWS_PER_BATCH, columns=list(columns), use_threads=False):
             for name in columns:
                 if batch[name].null_count:

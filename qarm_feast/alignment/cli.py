@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from typing import Literal
 
 import click
 
@@ -76,17 +77,46 @@ def evaluate(config_path: str, codebook_version: str | None, log_level: str | No
     click.echo(json.dumps(evaluation.report))
 
 
-@align_group.command("export", epilog="Example: qarm align export --config feature_repo/qarm.yaml")
+@align_group.command(
+    "export", epilog="Example: qarm align export --config feature_repo/qarm.yaml --raw"
+)
 @config_option
 @click.option("--raw", "include_raw", is_flag=True, help="Also write what the head reads.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: Ray Data, on this machine's cores or the cluster of RAY_ADDRESS.",
+)
+@click.option(
+    "--ignore-gates", is_flag=True, help="Export against the gates; the manifest keeps which."
+)
 @log_level_option
-def export(config_path: str, include_raw: bool, log_level: str | None) -> None:
-    """Write the aligned vectors of the whole catalogue."""
-    from qarm_feast.alignment.encoder import load_encoder
-    from qarm_feast.alignment.export import export_vectors
+def export(
+    config_path: str,
+    include_raw: bool,
+    engine: Literal["local", "ray"],
+    ignore_gates: bool,
+    log_level: str | None,
+) -> None:
+    """Write the aligned vectors of the whole catalogue, as parquet parts.
+
+    An encoder that is worse than the raw vectors by the gates of alignment.gates is refused; it
+    is evaluated first (`qarm align evaluate`). An export that was stopped goes on with the parts
+    that are missing. Readers see the old export or the new one; where the vectors of this encoder
+    and catalogue stand, nothing is done.
+    """
+    from qarm_feast.alignment.export_job import export_accepted
 
     start_logging(config_path, log_level)
-    checked, config = _read_sections(config_path)
-    encoder = load_encoder(config.encoder_uri, config.encoder_version, checked.directory)
-    path = export_vectors(checked.items, encoder, config, include_raw=include_raw)
-    click.echo(f"{checked.items.num_rows:,} vectors of {encoder.embedding_dim} -> {path}")
+    summary = export_accepted(
+        config_path, include_raw=include_raw, engine=engine, ignore_gates=ignore_gates
+    )
+    click.echo(
+        f"{summary.num_items:,} vectors in {summary.num_parts} part(s), {summary.num_written} of "
+        f"them written now -> {summary.folder}"
+    )
+    click.echo(json.dumps(summary.counts))
+    for refusal in summary.ignored_gates:
+        click.echo(f"exported AGAINST THE GATES: {refusal}", err=True)

@@ -123,6 +123,9 @@ class AlignmentConfig(Section):
     vectors_uri: ConfigPath = Field(
         default="data/vectors", description="Folder of exported vectors, one per version."
     )
+    export_rows_per_part: int = Field(
+        default=50_000, gt=0, description="Items per parquet file of an export."
+    )
     pairs_uri: ConfigPath = Field(
         default="data/pairs", description="Folder of item pairs, one file per encoder version."
     )

@@ -1,4 +1,4 @@
-"""Vectors of the whole catalogue, as the codebook job reads them.
+"""Vectors of items in memory, raw and aligned, and as the rows that an export writes.
 
 Shape letters in this file: N items, D embedding width.
 May import: numpy, pyarrow.
@@ -9,19 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import ItemEncoder
 from qarm_feast.alignment.features import FeatureCache, ItemFeatures
-from qarm_feast.artifact import replace_file
 from qarm_feast.encode import content_hashes
 from qarm_feast.input_data import UPLOAD_TIMESTAMP
 from qarm_feast.schema import ITEM_ID, TIMESTAMP
 
 logger = logging.getLogger(__name__)
-
-VECTORS_FILE = "part-00000.parquet"
 
 
 def raw_vectors_folder(vectors_uri: str, encoder_version: str) -> Path:
@@ -87,35 +83,3 @@ def raw_and_aligned_vectors(
     """
     features = catalogue_features(items, encoder, config)
     return {"raw": features.raw_vectors(), "aligned": encoder.project(features)}
-
-
-def export_vectors(
-    items: pa.Table, encoder: ItemEncoder, config: AlignmentConfig, *, include_raw: bool = False
-) -> Path:
-    """Encode every item and put the vectors in place of an earlier export.
-
-    Args:
-        items: Items with their content.
-        encoder: A loaded encoder.
-        config: Section ``alignment``.
-        include_raw: Also write what the encoder's head reads, L2-normalised, into
-            ``<vectors_uri>/<encoder version>.raw``.
-
-    Returns:
-        The parquet file ``<vectors_uri>/<encoder version>/part-00000.parquet``.
-    """
-    vectors = raw_and_aligned_vectors(items, encoder, config)
-    if include_raw:
-        _write_vectors(
-            items, vectors["raw"], raw_vectors_folder(config.vectors_uri, encoder.version)
-        )
-    return _write_vectors(items, vectors["aligned"], Path(config.vectors_uri) / encoder.version)
-
-
-def _write_vectors(items: pa.Table, vectors_ND: np.ndarray, folder: Path) -> Path:
-    sink = pa.BufferOutputStream()
-    pq.write_table(vector_table(items, vectors_ND), sink)
-    path = folder / VECTORS_FILE
-    replace_file(path, sink.getvalue().to_pybytes())
-    logger.info("vectors_exported items=%d dim=%d path=%s", *vectors_ND.shape, path)
-    return path

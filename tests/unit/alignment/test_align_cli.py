@@ -34,7 +34,7 @@ def test_the_four_steps_end_in_vectors_that_the_stored_encoder_repeats(
     assert report["gains"].keys() == {"aligned"}
     stored = tmp_path / "data/encoders/.reports/e7/evaluation.json"
     assert json.loads(stored.read_text()) == report
-    table = pq.read_table(tmp_path / "data/vectors/e7/part-00000.parquet")
+    table = pq.read_table(tmp_path / "data/vectors/e7")
     assert table.column_names == ["item_id", "embedding", "content_hash", "upload_timestamp"]
     assert table["item_id"].equals(clustered.items["item_id"])
     assert table["content_hash"].to_pylist() == content_hashes(clustered.items)
@@ -43,4 +43,4 @@ def test_the_four_steps_end_in_vectors_that_the_stored_encoder_repeats(
     assert np.array_equal(stored_ND, encoder.encode(clustered.items))
     # Nothing but finished files: no temporary one is left, and no pickle anywhere.
     suffixes = {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()}
-    assert suffixes == {".parquet", ".safetensors", ".json", ".html"}
+    assert suffixes == {".parquet", ".safetensors", ".json", ".html", ".lock"}

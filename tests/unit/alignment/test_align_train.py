@@ -1,5 +1,4 @@
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,18 +7,13 @@ import torch
 
 from qarm_feast.alignment.config import AlignmentConfig, PairConfig
 from qarm_feast.alignment.evaluate import evaluate_vectors
-from qarm_feast.alignment.export import (
-    export_vectors,
-    raw_and_aligned_vectors,
-    raw_vectors_folder,
-)
+from qarm_feast.alignment.export import raw_and_aligned_vectors
 from qarm_feast.alignment.features import features_of_vectors
 from qarm_feast.alignment.fusion import AlignmentHead
 from qarm_feast.alignment.pairs import PAIR_ROWS, build_pairs
 from qarm_feast.alignment.train import PairRows, pair_rows, train_encoder, train_head
 from qarm_feast.errors import DataError
 from qarm_feast.input_data import InputData
-from qarm_feast.vector_files import VectorFiles
 
 CREATED = datetime(2024, 2, 1, tzinfo=UTC)
 SMALL = AlignmentConfig(embedding_dim=16, hidden_dim=16, batch_size=64, learning_rate=3e-3)
@@ -54,25 +48,6 @@ def test_training_brings_the_neighbors_of_later_behaviour_nearer_warm_and_cold(
         assert report["aligned"][key] > report["raw"][key] + 0.03
     assert encoder.manifest.behaviour_cutoff == clustered.behaviour_cutoff()
     assert encoder.manifest.training["num_train_items"] == 36
-
-
-def test_an_export_holds_raw_vectors_beside_the_aligned_ones_when_asked(
-    clustered: InputData, tmp_path: Path
-) -> None:
-    config = SMALL.model_copy(update={"num_epochs": 1, "vectors_uri": str(tmp_path)})
-    encoder = train_encoder(
-        clustered, build_pairs(clustered, PairConfig(), seed=0), config, CREATED
-    )
-    vectors = raw_and_aligned_vectors(clustered.items, encoder, config)
-
-    aligned_path = export_vectors(clustered.items, encoder, config)
-    folder = raw_vectors_folder(str(tmp_path), encoder.version)
-    assert not folder.exists()
-    export_vectors(clustered.items, encoder, config, include_raw=True)
-
-    np.testing.assert_array_equal(VectorFiles.open(folder).read().x_ND, vectors["raw"])
-    aligned = VectorFiles.open(aligned_path.parent).read()
-    np.testing.assert_array_equal(aligned.x_ND, vectors["aligned"])
 
 
 def test_training_twice_gives_the_same_head(clustered: InputData) -> None:
