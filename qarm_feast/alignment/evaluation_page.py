@@ -80,6 +80,7 @@ def _style() -> str:
     template = files("qarm_feast.quality_page").joinpath("template.html").read_text("utf-8")
     shared = template[template.index("<style>") : template.index("</style>")]
     own = (
+        ".cards { grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); } "
         ".zero { stroke: var(--soft); stroke-width: 1.5; } .whisker { stroke: var(--c); "
         "stroke-width: 2; } .dot { fill: var(--c); } .plot { padding: 10px 14px; }"
     )
@@ -88,12 +89,13 @@ def _style() -> str:
 
 def _head(report: Mapping[str, Any]) -> str:
     counts, facts = report["counts"], report["data"]
+    cutoff = facts["behaviour_cutoff"][:16].replace("T", " ")
     codebook = report["codebook_version"]
     codes = f"; codes of codebook {escape(codebook)}" if codebook else "; no codebook of it yet"
     return (
         f"<h1>Encoder {escape(report['encoder_version'])}: evaluation</h1>"
         f"<p>Data {escape(facts['directory'])}, {facts['num_items']:,} items, positives "
-        f"{escape(facts['positive_label'])}, trained up to {escape(facts['behaviour_cutoff'])}"
+        f"{escape(facts['positive_label'])}, trained up to {cutoff}"
         f"{codes}.</p>"
         f"<p>Measured on validation rows: {counts['num_queries_all']:,} items "
         f"({counts['num_queries_cold']:,} cold: without a train row) and "
@@ -140,14 +142,17 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
         keys = [key for key in SLICES if f"{measure}_{key}" in report[names[0]]]
         if not keys:
             continue
+        is_share = measure != NEIGHBOR_AUC
         series = []
         for name in names:
-            values = [report[name][f"{measure}_{key}"] for key in keys]
-            labels = [f"{value:.3f}".removeprefix("0") for value in values]
+            values = [report[name][f"{measure}_{key}"] * (100 if is_share else 1) for key in keys]
+            # Four bars stand side by side, so a label has room for three characters.
+            labels = [f"{v:.1f}" if is_share else f"{v:.2f}".removeprefix("0") for v in values]
             series.append(Series(name.replace("_", " "), values, labels))
         title, text = _MEASURE_TEXTS[measure]
-        y_max = 1.0 if measure == NEIGHBOR_AUC else None
-        chart = bar_chart(keys, series, x_label="items", y_label=title, y_max=y_max)
+        y_label = f"% of {'users' if measure == ZERO_SHOT else 'items'}" if is_share else "AUC"
+        y_max = None if is_share else 1.0
+        chart = bar_chart(keys, series, x_label="items", y_label=y_label, y_max=y_max)
         charts.append(
             f"<figure><figcaption>{title}<small>{text}</small></figcaption>{chart}</figure>"
         )

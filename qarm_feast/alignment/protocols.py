@@ -24,22 +24,25 @@ _SCORES_PER_BLOCK = 1 << 22
 
 
 class _Ranks(NamedTuple):
-    """Of each wanted item the number of candidates that are nearer to the query, or as near.
+    """Of each wanted item the weight of candidates that are nearer to the query, or as near.
 
-    ``num_candidates_Q`` counts the items that are neither the query's own nor wanted.
+    ``candidates_Q`` is the weight of the items that are neither the query's own nor wanted.
     """
 
-    num_nearer_QK: np.ndarray
-    num_tied_QK: np.ndarray
-    num_candidates_Q: np.ndarray
+    nearer_QK: np.ndarray
+    tied_QK: np.ndarray
+    candidates_Q: np.ndarray
 
 
-def neighbor_auc(behaviour: LaterBehaviour, vectors_MD: Embeddings) -> np.ndarray:
+def neighbor_auc(
+    behaviour: LaterBehaviour, vectors_MD: Embeddings, weights_M: np.ndarray | None = None
+) -> np.ndarray:
     """Return per query how often a neighbour by behaviour is nearer than a random other item.
 
     Args:
         behaviour: Later behaviour.
         vectors_MD: L2-normalised vectors, one per item; a row of zeros has cosine 0 to all.
+        weights_M: How often an item is drawn as the other one, float32; None: all alike.
 
     Returns:
         AUC per query, float64 ``[Q]``: the mean over its neighbours of the share of other items
@@ -47,9 +50,9 @@ def neighbor_auc(behaviour: LaterBehaviour, vectors_MD: Embeddings) -> np.ndarra
     """
     queries_Q, wanted_QK = behaviour.query_items_Q, behaviour.neighbor_items_QK
     own = _rows_of_one(queries_Q, len(vectors_MD))
-    ranks = _ranks(vectors_MD[queries_Q], vectors_MD, wanted_QK, own)
-    num_others_Q1 = np.maximum(ranks.num_candidates_Q, 1)[:, None]
-    aucs_QK = 1.0 - (ranks.num_nearer_QK + ranks.num_tied_QK / 2.0) / num_others_Q1
+    ranks = _ranks(vectors_MD[queries_Q], vectors_MD, wanted_QK, own, weights_M)
+    candidates_Q1 = np.maximum(ranks.candidates_Q, 1)[:, None]
+    aucs_QK = 1.0 - (ranks.nearer_QK + ranks.tied_QK / 2.0) / candidates_Q1
     return np.asarray(np.average(aucs_QK, axis=1, weights=wanted_QK >= 0))
 
 
@@ -105,18 +108,21 @@ def _rows_of_one(items_Q: np.ndarray, num_items: int) -> sparse.csr_array:
 
 
 def _hits(ranks: _Ranks, k: int) -> np.ndarray:
-    free_Q = k - ranks.num_nearer_QK[:, 0]
-    hits_Q: np.ndarray = np.clip(free_Q / (ranks.num_tied_QK[:, 0] + 1.0), 0.0, 1.0)
+    free_Q = k - ranks.nearer_QK[:, 0]
+    hits_Q: np.ndarray = np.clip(free_Q / (ranks.tied_QK[:, 0] + 1.0), 0.0, 1.0)
     return hits_Q
 
 
 def _ranks(
-    queries_QD: Embeddings, vectors_MD: Embeddings, wanted_QK: np.ndarray, own: sparse.csr_array
+    queries_QD: Embeddings,
+    vectors_MD: Embeddings,
+    wanted_QK: np.ndarray,
+    own: sparse.csr_array,
+    weights_M: np.ndarray | None = None,
 ) -> _Ranks:
     """Rank wanted items (-1: none) among the items that are neither ``own`` nor wanted."""
-    nearer_QK = np.zeros(wanted_QK.shape, dtype=np.int64)
-    tied_QK = np.zeros(wanted_QK.shape, dtype=np.int64)
-    candidates_Q = np.zeros(len(wanted_QK), dtype=np.int64)
+    nearer_QK, tied_QK = np.zeros(wanted_QK.shape), np.zeros(wanted_QK.shape)
+    candidates_Q = np.zeros(len(wanted_QK))
     for rows, scores_CM in _score_blocks(queries_QD, vectors_MD):
         wanted_CK = wanted_QK[rows]
         wanted_scores_CK = np.take_along_axis(scores_CM, np.maximum(wanted_CK, 0), axis=1)
@@ -124,13 +130,19 @@ def _ranks(
         scores_CM[part.row, part.col] = -np.inf
         in_row_C, in_column_K = np.nonzero(wanted_CK >= 0)
         scores_CM[in_row_C, wanted_CK[in_row_C, in_column_K]] = -np.inf
-        candidates_Q[rows] = np.count_nonzero(scores_CM > -np.inf, axis=1)
+        candidates_Q[rows] = _weigh(scores_CM > -np.inf, weights_M)
         for column, score_C in enumerate(wanted_scores_CK.T):
-            nearer_C = np.count_nonzero(scores_CM > score_C[:, None] + TIE, axis=1)
-            at_least_C = np.count_nonzero(scores_CM >= score_C[:, None] - TIE, axis=1)
+            nearer_C = _weigh(scores_CM > score_C[:, None] + TIE, weights_M)
+            at_least_C = _weigh(scores_CM >= score_C[:, None] - TIE, weights_M)
             nearer_QK[rows, column] = nearer_C
             tied_QK[rows, column] = at_least_C - nearer_C
     return _Ranks(nearer_QK, tied_QK, candidates_Q)
+
+
+def _weigh(is_counted_CM: np.ndarray, weights_M: np.ndarray | None) -> np.ndarray:
+    if weights_M is None:
+        return np.asarray(np.count_nonzero(is_counted_CM, axis=1))
+    return np.asarray(is_counted_CM @ weights_M)
 
 
 def _score_blocks(

@@ -176,6 +176,25 @@ def test_neighbor_auc_is_the_share_of_pairs_in_the_right_order(
         assert auc == pytest.approx(np.mean(wins))
 
 
+def test_neighbor_auc_can_draw_the_other_items_by_weight(
+    behaviour: LaterBehaviour, unit_vectors: np.ndarray
+) -> None:
+    copies_M = np.random.default_rng(1).integers(1, 4, size=25)
+
+    aucs_Q = neighbor_auc(behaviour, unit_vectors, copies_M.astype(np.float32))
+
+    cosines_MM = unit_vectors @ unit_vectors.T
+    for query, padded, auc in zip(
+        behaviour.query_items_Q, behaviour.neighbor_items_QK, aucs_Q, strict=True
+    ):
+        near = [item for item in padded if item >= 0]
+        others = [item for item in range(25) if item != query and item not in near]
+        drawn = [item for item in others for _ in range(copies_M[item])]
+        gaps = [cosines_MM[query, n] - cosines_MM[query, o] for n in near for o in drawn]
+        wins = [1.0 if gap > 1e-6 else 0.5 if gap >= -1e-6 else 0.0 for gap in gaps]
+        assert auc == pytest.approx(np.mean(wins), abs=1e-6)
+
+
 def test_zero_shot_ranks_the_next_item_among_items_outside_the_history(
     behaviour: LaterBehaviour, unit_vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
