@@ -8,7 +8,7 @@ users), B bootstrap draws.
 May import: numpy, the protocols, the input data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,12 @@ from qarm_feast.quantizers.base import Embeddings
 NEIGHBOR_AUC = "neighbor_auc"
 ZERO_SHOT = f"zero_shot_recall_at_{RECALL_AT}"
 ITEM_CF = f"item_cf_recall_at_{RECALL_AT}"
-MEASURES = (NEIGHBOR_AUC, ZERO_SHOT, ITEM_CF)
+_PROTOCOLS: dict[str, Callable[[LaterBehaviour, Embeddings], np.ndarray]] = {
+    NEIGHBOR_AUC: neighbor_auc,
+    ZERO_SHOT: zero_shot_hits,
+    ITEM_CF: item_cf_hits,
+}
+MEASURES = tuple(_PROTOCOLS)
 SLICES = ("all", "warm", "cold")
 RAW = "raw"
 INTERVAL = (0.025, 0.975)
@@ -87,13 +92,12 @@ def measure_vectors(
     """
     is_cold_query = behaviour.is_cold_M[behaviour.query_items_Q]
     is_cold_next = behaviour.is_cold_M[behaviour.next_items_U]
-    protocols = (neighbor_auc, zero_shot_hits, item_cf_hits)
     return {
         measure: Measured(
             {name: protocol(behaviour, vectors_MD) for name, vectors_MD in vectors.items()},
             is_cold_next if measure == ZERO_SHOT else is_cold_query,
         )
-        for measure, protocol in zip(MEASURES, protocols, strict=True)
+        for measure, protocol in _PROTOCOLS.items()
     }
 
 

@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import load_encoder, read_encoder_manifest
-from qarm_feast.alignment.evaluate import evaluate_vectors
+from qarm_feast.alignment.evaluate import RAW, measure_vectors, report_of
 from qarm_feast.alignment.evaluation_page import evaluation_page
-from qarm_feast.alignment.export import raw_and_aligned_vectors
+from qarm_feast.alignment.export import catalogue_features
 from qarm_feast.alignment.gates import EncoderGateReading, check_gates, gate_readings
+from qarm_feast.alignment.later_behaviour import read_behaviour
+from qarm_feast.alignment.masking import mask_figures
 from qarm_feast.artifact import MANIFEST_NAME, remove_file, replace_file, sha256
 from qarm_feast.codebook import Codebook
 from qarm_feast.codebook_config import CodebookConfig
@@ -62,7 +64,8 @@ def evaluate_encoder(
 
     Returns:
         The report of :func:`qarm_feast.alignment.evaluate.report_of`, with ``encoder_version``,
-        ``encoder_hash``, ``codebook_version`` and ``data``; what each gate says of it; the files
+        ``encoder_hash``, ``codebook_version``, ``data`` and ``masked`` (see
+        :func:`qarm_feast.alignment.masking.mask_figures`); what each gate says of it; the files
         ``<encoder_uri>/.reports/<version>/evaluation.json`` and ``.html``.
 
     Raises:
@@ -73,20 +76,10 @@ def evaluate_encoder(
     if encoder_version is not None:
         config = config.model_copy(update={"encoder_version": encoder_version})
     checked = load_input_data(load_section(config_path, "data", DataConfig))
-    encoder = load_encoder(config.encoder_uri, config.encoder_version, checked.directory)
-    vectors = raw_and_aligned_vectors(checked.items, encoder, config)
     codebook = _codebook_of(
         load_section(config_path, "codebook", CodebookConfig), config, codebook_version
     )
-    if codebook is not None:
-        vectors |= decoded_vectors(checked.items, vectors["aligned"], codebook)
-    report = {
-        "encoder_version": encoder.version,
-        "encoder_hash": _encoder_hash(config),
-        "codebook_version": None if codebook is None else codebook.version,
-        "data": _data_facts(checked),
-        **evaluate_vectors(checked, vectors, config.evaluation),
-    }
+    report = _measure(checked, config, codebook)
     readings = gate_readings(report, config.gates)
     report_path = evaluation_path(config)
     page_path = report_path.with_name(_PAGE_NAME)
@@ -94,6 +87,25 @@ def evaluate_encoder(
     replace_file(report_path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     replace_file(page_path, evaluation_page(report, readings).encode())
     return Evaluation(report, readings, report_path, page_path)
+
+
+def _measure(
+    checked: InputData, config: AlignmentConfig, codebook: Codebook | None
+) -> dict[str, Any]:
+    encoder = load_encoder(config.encoder_uri, config.encoder_version, checked.directory)
+    features = catalogue_features(checked.items, encoder, config)
+    vectors = {RAW: features.raw_vectors(), "aligned": encoder.project(features)}
+    if codebook is not None:
+        vectors |= decoded_vectors(checked.items, vectors["aligned"], codebook)
+    behaviour = read_behaviour(checked, "valid", max_queries=config.evaluation.max_queries)
+    return {
+        "encoder_version": encoder.version,
+        "encoder_hash": _encoder_hash(config),
+        "codebook_version": None if codebook is None else codebook.version,
+        "data": _data_facts(checked),
+        **report_of(measure_vectors(behaviour, vectors), config.evaluation.num_draws),
+        "masked": mask_figures(encoder, features, behaviour),
+    }
 
 
 def check_accepted(config: AlignmentConfig) -> list[EncoderGateReading]:
@@ -158,6 +170,7 @@ def _unit_or_zero(x_ND: Embeddings) -> Embeddings:
 def _codebook_of(
     config: CodebookConfig, alignment: AlignmentConfig, codebook_version: str | None
 ) -> Codebook | None:
+    read_encoder_manifest(alignment.encoder_uri, alignment.encoder_version)
     encoder_hash = _encoder_hash(alignment)
     if codebook_version is None:
         codebook_version = _newest_version(config.uri, encoder_hash)

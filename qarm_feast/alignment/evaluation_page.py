@@ -65,6 +65,7 @@ def evaluation_page(report: Mapping[str, Any], readings: Sequence[EncoderGateRea
             "<h2>Protocols</h2>",
             f'<div class="charts">{"".join(_charts(report))}</div>',
             _gain_plots(report),
+            _mask_charts(report),
             "<h2>All figures</h2>",
             _figure_table(report),
         ]
@@ -157,6 +158,32 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
             f"<figure><figcaption>{title}<small>{text}</small></figcaption>{chart}</figure>"
         )
     return charts
+
+
+def _mask_charts(report: Mapping[str, Any]) -> str:
+    charts = []
+    for modality, by_share in report["masked"].items():
+        shares = ["0 %", *(f"{float(share) * 100:.0f} %" for share in by_share)]
+        for measure in (NEIGHBOR_AUC, ZERO_SHOT):
+            series = []
+            for name in (RAW, "aligned"):
+                values = [report[name][f"{measure}_all"]]
+                values += [figures[name][measure] for figures in by_share.values()]
+                labels = [f"{value:.3f}".removeprefix("0") for value in values]
+                series.append(Series(name, values, labels))
+            title = _MEASURE_TEXTS[measure][0]
+            y_max = 1.0 if measure == NEIGHBOR_AUC else None
+            chart = bar_chart(
+                shares, series, x_label="items without it", y_label=title, y_max=y_max
+            )
+            charts.append(
+                f"<figure><figcaption>{title}, {escape(modality)} masked</figcaption>{chart}"
+                "</figure>"
+            )
+    if not charts:
+        return ""
+    note = "Items lose one modality; one that loses its last gets the vector of no content."
+    return f'<h2>Mask-modality</h2><p>{note}</p><div class="charts">{"".join(charts)}</div>'
 
 
 class _Line(NamedTuple):

@@ -232,6 +232,20 @@ def test_the_page_shows_gates_protocols_gains_and_figures(
     assert f"{evaluation.report['decoded_rq']['item_cf_recall_at_10_all']:.4f}" in text
 
 
+def test_the_page_shows_how_figures_fall_when_a_modality_is_masked(config_path: Path) -> None:
+    evaluation = evaluate_encoder(str(config_path))
+    # An encoder of ready vectors alone has nothing to mask.
+    assert evaluation.report["masked"] == {}
+    assert "Mask-modality" not in page_text(evaluation)
+    means = {"neighbor_auc": 0.61234, "zero_shot_recall_at_10": 0.01, "item_cf_recall_at_10": 0.0}
+    masked = {"image": {"0.5": {"raw": means, "aligned": means}}}
+
+    text = page_text(evaluation._replace(report={**evaluation.report, "masked": masked}))
+
+    assert "Neighbour AUC, image masked" in text
+    assert ".612" in text
+
+
 def test_the_page_tells_a_missed_gate_and_an_evaluation_without_data(config_path: Path) -> None:
     evaluation = evaluate_encoder(str(config_path))
     report = json.loads(json.dumps(evaluation.report))
@@ -240,7 +254,7 @@ def test_the_page_tells_a_missed_gate_and_an_evaluation_without_data(config_path
     report["encoder_version"] = "<b>e7"
     config = settings(config_path).gates
     missed = page_text(evaluation._replace(report=report, readings=gate_readings(report, config)))
-    empty = {**report, "raw": {}, "aligned": {}, "gains": {"aligned": {}}}
+    empty = {**report, "raw": {}, "aligned": {}, "gains": {"aligned": {}}, "masked": {}}
     empty["counts"] = dict.fromkeys(report["counts"], 0)
 
     unread = page_text(evaluation._replace(report=empty, readings=gate_readings(empty, config)))
