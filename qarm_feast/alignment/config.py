@@ -114,6 +114,12 @@ class AlignmentConfig(Section):
     q_former: QFormerConfig = Field(
         default=QFormerConfig(), description="Sizes of the fusion q_former."
     )
+    tuning: Literal["frozen", "lora", "full"] = Field(
+        default="frozen",
+        description="What is trained below the fusion: nothing, low-rank adapters on the queries "
+        "and values of attention (merged before saving), or every weight.",
+    )
+    lora_rank: int = Field(default=8, gt=0, description="Rank of the adapters of tuning: lora.")
     encoder_version: str = Field(
         default="e1", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="Name of the encoder artifact."
     )

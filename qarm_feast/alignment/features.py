@@ -219,7 +219,7 @@ class _Reader:
             self._cache.write(self._modality, backbone_hash, self._known)
         return features_NTE, is_present_N
 
-    def _read_part(self, values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read_part(self, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         hashes = [_value_hash(value) for value in values]
         unread = self._encode_unknown(values, hashes)
         self.counts.update(unread[key].fault or "absent" for key in hashes if key in unread)
@@ -228,9 +228,7 @@ class _Reader:
         )
         return features_NTE, np.array([key not in unread for key in hashes])
 
-    def _encode_unknown(
-        self, values: Sequence[Any] | np.ndarray, hashes: Sequence[str]
-    ) -> dict[str, "_Unread"]:
+    def _encode_unknown(self, values: Sequence[Any], hashes: Sequence[str]) -> dict[str, "_Unread"]:
         """Add what can be read to the known features; return what cannot, by value hash."""
         # The same text may stand in many items; the first of each is read.
         first = {value_hash: row for row, value_hash in reversed(list(enumerate(hashes)))}

@@ -40,7 +40,7 @@ class ContentValues(NamedTuple):
     A value is text (empty: none), bytes or None, or a float32 row (NaN: none).
     """
 
-    values: Sequence[Any] | np.ndarray
+    values: Sequence[Any]
     faults: Counter[str]
 
 
@@ -114,7 +114,7 @@ def content_values(items: pa.Table, modality: str, media_dir: Path | None = None
     if modality == "text":
         return ContentValues(item_texts(items), Counter())
     if modality == "embedding":
-        return ContentValues(_ready_vectors(items), Counter())
+        return ContentValues(list(_ready_vectors(items)), Counter())
     if modality not in items.column_names:
         return ContentValues([None] * items.num_rows, Counter())
     faults: Counter[str] = Counter()

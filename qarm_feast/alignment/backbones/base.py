@@ -5,7 +5,7 @@ May import: torch, numpy.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from torch import Tensor, nn
@@ -54,11 +54,6 @@ class Backbone(Protocol):
         """The settings that alter features, as an artifact's manifest holds them."""
         ...
 
-    @property
-    def module(self) -> nn.Module | None:
-        """The network, for tuning; None if there are no weights."""
-        ...
-
     def encode(self, values: Sequence[Any]) -> Encoded:
         """Return the features of the values; the same bits whatever else is among them.
 
@@ -68,6 +63,23 @@ class Backbone(Protocol):
         Returns:
             One row per value.
         """
+        ...
+
+    def payloads(self) -> dict[str, bytes]:
+        """Return the files from which the same backbone can be opened again, by name."""
+        ...
+
+
+class TunableBackbone(Backbone, Protocol):
+    """A backbone with weights."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network; the one that :meth:`encode` runs."""
+        ...
+
+    def replace_module(self, module: nn.Module) -> None:
+        """Put a tuned network of the same architecture in place."""
         ...
 
     def forward(self, values: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -81,9 +93,10 @@ class Backbone(Protocol):
         """
         ...
 
-    def payloads(self) -> dict[str, bytes]:
-        """Return the files from which the same backbone can be opened again, by name."""
-        ...
+
+def is_tunable(backbone: Backbone) -> TypeGuard[TunableBackbone]:
+    """Tell whether a backbone has weights; nothing is loaded for that."""
+    return hasattr(backbone, "replace_module")
 
 
 def hash_files(payloads: Mapping[str, bytes], settings: Mapping[str, Any]) -> str:

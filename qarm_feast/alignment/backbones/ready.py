@@ -1,15 +1,13 @@
 """Ready vectors as a modality: no model, the vector of another one is the feature.
 
 Shape letters in this file: N items, W width of a ready vector, E feature width.
-May import: torch, numpy.
+May import: numpy.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from qarm_feast.alignment.backbones.base import Encoded, hash_files
 from qarm_feast.errors import DataError
@@ -29,7 +27,6 @@ class ReadyVectors:
 
     def __init__(self, vector_width: int) -> None:
         self.vector_width = vector_width
-        self.module = None
         self.num_tokens = 1
 
     @property
@@ -78,11 +75,6 @@ class ReadyVectors:
                 )
             features_NE[is_present_N, :given] = vectors_NW[is_present_N]
         return Encoded(features_NE[:, None], is_present_N, [None] * len(values))
-
-    def forward(self, values: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Return the same as tensors; there is nothing to tune."""
-        encoded = self.encode(values)
-        return torch.from_numpy(encoded.features_NTE), torch.from_numpy(encoded.is_present_N)
 
 
 def _rounded(width: int) -> int:
