@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a log line, JSON lines and TensorBoard.
+"""What a run of the ranker tells while it trains: a log line and its metrics log.
 
     <checkpoint_dir>/<service>/logs/<run>/metrics.jsonl     {"step": 120, "train/loss": 0.41, ...}
     <checkpoint_dir>/<service>/logs/<run>/events.out.tfevents.*
@@ -6,67 +6,20 @@
 Keys are ``train/loss``, ``train/samples_per_second`` and ``eval/`` before each metric on valid
 rows. A run that goes on after a crash may tell the same step twice; the later line counts.
 Shape letters: B rows, T tasks.
-May import: torch, tensorboard.
+May import: torch.
 """
 
-import json
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Protocol
 
 import torch
+
+from qarm_feast.metrics_log import MetricsLog
 
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
-
-
-class MetricsLog(Protocol):
-    """Takes numbers of a step."""
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the values of a step."""
-        ...
-
-    def close(self) -> None:
-        """Give back what is held open."""
-        ...
-
-
-class NoMetricsLog:
-    """Keeps nothing: for ranks beside the first, and for runs without a checkpoint."""
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Forget the values."""
-
-    def close(self) -> None:
-        """Do nothing: nothing is open."""
-
-
-class FileMetricsLog:
-    """Writes JSON lines and TensorBoard events, flushed at once: a run may be killed."""
-
-    def __init__(self, folder: Path) -> None:
-        # Imported here, by the one rank that writes: it costs a second and more.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lines_path = folder / "metrics.jsonl"
-        self._writer = SummaryWriter(str(folder))
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line and one event per value."""
-        with self._lines_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | dict(values)) + "\n")
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """End TensorBoard's thread and close its file: many runs may follow in one process."""
-        self._writer.close()
 
 
 class Progress:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qarm_feast.errors import ConfigError, DataError
+from qarm_feast.metrics_log import FileMetricsLog, MetricsLog, NoMetricsLog
 from qarm_feast.schema import SPLITS
 from torchrec_models.batch import BatchBuilder, RankingBatch
 from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, FitState, save_checkpoint
@@ -26,7 +27,7 @@ from torchrec_models.interruption import StopRequest, TrainingInterruptedError
 from torchrec_models.losses import build_content_id_loss
 from torchrec_models.metrics import Predictions, defined_metrics, ranking_metrics
 from torchrec_models.prefixes import prefix_start
-from torchrec_models.progress import FileMetricsLog, MetricsLog, NoMetricsLog, Progress
+from torchrec_models.progress import Progress
 from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import Ranks, ShardedRanker, current_ranks, shard_ranker, start_tables

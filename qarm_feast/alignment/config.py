@@ -1,6 +1,6 @@
 """Section ``alignment`` of ``qarm.yaml``."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -150,11 +150,35 @@ class AlignmentConfig(Section):
     max_tokens: int = Field(
         default=64, ge=8, le=512, description="Tokens of an item's text that the backbone reads."
     )
-    batch_size: int = Field(default=1024, gt=1, description="Pairs per training step.")
+    batch_size: int = Field(
+        default=1024, gt=1, description="Pairs per training step, of all ranks."
+    )
+    chunk_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="Items embedded at a time, by gradient caching: less memory, twice the forward "
+        "passes; null: a step's items at once.",
+    )
     temperature: float = Field(default=0.07, gt=0, description="Divides cosines in the loss.")
+    learn_temperature: bool = Field(
+        default=False,
+        description="Train the temperature, from the given one and between 0.01 and 1.",
+    )
+    logq_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of log popularity taken from the logits: negatives come by popularity.",
+    )
     learning_rate: float = Field(default=3e-4, gt=0, description="Adam's step size, for the head.")
-    geometry_weight: float = Field(
-        default=10.0, ge=0, description="Weight of the term that keeps content similarities."
+    geometry_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default=10.0,
+        description="Weight of the term that keeps content similarities; auto: the one whose head "
+        "ranks the pairs of held-out items best, and the untrained head where none is better.",
+    )
+    enable_bf16: bool = Field(default=False, description="Embed in bfloat16 where torch can.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where training runs; auto: a GPU if there is one."
     )
     num_epochs: int = Field(default=30, gt=0, description="Most passes over the pairs.")
     patience: int = Field(

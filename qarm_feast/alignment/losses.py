@@ -1,77 +1,120 @@
 """Losses of the alignment: pairs attract, and content similarities stay what they were.
 
-Shape letters in this file: B pairs of a batch, D embedding width.
+Where several ranks train, each of them calls these with all embeddings and its own rows; the sums
+over ranks are the losses of the whole batch.
+
+Shape letters in this file: B pairs of a batch, Q own pairs of this rank, S items, D embedding
+width.
 May import: torch.
 """
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+WHOLE = slice(None)
+TEMPERATURE_BOUNDS = (0.01, 1.0)
+"""Where a learned temperature may lie: CLIP's limit of 100 times the cosine, and none at all."""
 
-def negatives_mask(
-    triggers_B: Tensor, targets_B: Tensor, users_B: Tensor, is_pair_BB: Tensor
-) -> Tensor:
-    """Return which (trigger of row a, target of row b) may serve as a negative.
 
-    Not a negative are: the row's own pair, a target that is the row's trigger or target again,
-    a target of the same user (users_B equal and not negative), and any known pair.
+class Temperature(nn.Module):
+    """The temperature of the pair loss, fixed or learned.
+
+    A learned one is trained as its logarithm, so that a step is a factor, and put back between
+    ``TEMPERATURE_BOUNDS`` after each step; below them one wrong negative outweighs the batch.
 
     Args:
-        triggers_B: Item rows, int64.
-        targets_B: Item rows, int64.
-        users_B: User rows, int64; below zero where a pair has no user.
-        is_pair_BB: Whether (trigger a, target b) is a known pair.
+        start: The temperature at the start.
+        is_learned: Whether it has a parameter.
+
+    Attributes:
+        logarithm: The parameter; None if the temperature is fixed.
+    """
+
+    logarithm: nn.Parameter | None
+
+    def __init__(self, start: float, is_learned: bool) -> None:
+        super().__init__()
+        self.start = start
+        logarithm = nn.Parameter(torch.tensor(math.log(start))) if is_learned else None
+        self.register_parameter("logarithm", logarithm)
+
+    def forward(self) -> float | Tensor:
+        """Return the temperature."""
+        return self.start if self.logarithm is None else self.logarithm.exp()
+
+    @property
+    def value(self) -> float:
+        """The temperature as a number."""
+        return self.start if self.logarithm is None else self.logarithm.detach().exp().item()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Put a learned temperature back between its bounds."""
+        if self.logarithm is not None:
+            self.logarithm.clamp_(*(math.log(bound) for bound in TEMPERATURE_BOUNDS))
+
+
+def pair_logits(
+    queries_QD: Tensor,
+    answers_BD: Tensor,
+    is_blocked_QB: Tensor,
+    temperature: float | Tensor,
+) -> Tensor:
+    """Return what each query says about each answer of the batch.
+
+    Args:
+        queries_QD: L2-normalised embeddings.
+        answers_BD: L2-normalised embeddings.
+        is_blocked_QB: Which answers are neither a query's own nor a negative of it.
+        temperature: Divides the cosines.
 
     Returns:
-        Bool matrix ``[B, B]``, False on the diagonal.
+        Logits ``[Q, B]``, minus infinity where blocked.
     """
-    is_repeated_BB = targets_B[:, None] == targets_B[None, :]
-    is_trigger_repeated_BB = triggers_B[:, None] == triggers_B[None, :]
-    is_self_BB = triggers_B[:, None] == targets_B[None, :]
-    is_same_user_BB = (users_B[:, None] == users_B[None, :]) & (users_B[:, None] >= 0)
-    is_neighbor_BB = is_repeated_BB | is_trigger_repeated_BB | is_self_BB
-    return ~(is_neighbor_BB | is_same_user_BB | is_pair_BB)
+    logits_QB = queries_QD @ answers_BD.T / temperature
+    return logits_QB.masked_fill(is_blocked_QB, -torch.inf)
 
 
 def info_nce(
-    triggers_BD: Tensor,
-    targets_BD: Tensor,
-    is_negative_BB: Tensor,
-    weights_B: Tensor,
-    temperature: float,
+    by_trigger_QB: Tensor, by_target_QB: Tensor, weights_B: Tensor, own: slice = WHOLE
 ) -> Tensor:
     """Return the symmetric InfoNCE loss, averaged over pairs by weight.
 
     Each trigger has to find its target among the batch's negatives, and each target its trigger.
 
     Args:
-        triggers_BD: L2-normalised embeddings.
-        targets_BD: L2-normalised embeddings.
-        is_negative_BB: Which (trigger, target) are negatives; see :func:`negatives_mask`.
-        weights_B: Weight of each pair, above zero.
-        temperature: Divides the cosines.
+        by_trigger_QB: Logits of the targets, one row per own trigger.
+        by_target_QB: Logits of the triggers, one row per own target.
+        weights_B: Weight of each pair of the batch, above zero.
+        own: This rank's pairs; by default all.
 
     Returns:
-        A scalar, at least zero.
+        A scalar, at least zero; the sum over ranks is the loss of the batch.
     """
-    logits_BB = triggers_BD @ targets_BD.T / temperature
-    is_own_BB = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
-    logits_BB = logits_BB.masked_fill(~(is_negative_BB | is_own_BB), -torch.inf)
-    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
-    by_trigger_B = functional.cross_entropy(logits_BB, own_B, reduction="none")
-    by_target_B = functional.cross_entropy(logits_BB.T, own_B, reduction="none")
-    return (weights_B * (by_trigger_B + by_target_B)).sum() / (2.0 * weights_B.sum())
+    own_Q = torch.arange(len(weights_B), device=weights_B.device)[own]
+    trigger_losses_Q = functional.cross_entropy(by_trigger_QB, own_Q, reduction="none")
+    target_losses_Q = functional.cross_entropy(by_target_QB, own_Q, reduction="none")
+    losses_Q = trigger_losses_Q + target_losses_Q
+    return (weights_B[own] * losses_Q).sum() / (2.0 * weights_B.sum())
 
 
-def geometry_loss(embeddings_BD: Tensor, content_BB: Tensor) -> Tensor:
+def geometry_loss(embeddings_SD: Tensor, content_SD: Tensor, own: slice = WHOLE) -> Tensor:
     """Return the mean squared change of cosines between items (AlignRec's regulariser).
 
     Args:
-        embeddings_BD: L2-normalised embeddings.
-        content_BB: Cosines of the same items before any training.
+        embeddings_SD: L2-normalised embeddings.
+        content_SD: Embeddings of the same items whose cosines are to be kept, L2-normalised.
+        own: This rank's items; by default all.
 
     Returns:
-        A scalar, at least zero.
+        A scalar, at least zero; the sum over ranks is the loss of all items.
     """
-    return functional.mse_loss(embeddings_BD @ embeddings_BD.T, content_BB)
+    cosines_QS = embeddings_SD[own] @ embeddings_SD.T
+    content_QS = content_SD[own] @ content_SD.T
+    if not len(cosines_QS):
+        return embeddings_SD.sum() * 0.0
+    share = len(cosines_QS) / len(embeddings_SD)
+    return functional.mse_loss(cosines_QS, content_QS) * share

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from qarm_feast.errors import DataError
+from qarm_feast.metrics_log import FileMetricsLog
 from torchrec_models.checkpoint import Checkpoint
 from torchrec_models.config import RankerConfig
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.interruption import StopRequest, TrainingInterruptedError, stop_on_signals
-from torchrec_models.progress import FileMetricsLog
 from torchrec_models.sharding import Ranks
 from torchrec_models.training import TrainResult, train
 
