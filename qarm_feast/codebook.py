@@ -18,7 +18,7 @@ from qarm_feast.artifact import read_verified, sha256
 from qarm_feast.config import Section
 from qarm_feast.errors import CodebookError, DataError
 from qarm_feast.object_store import Place, place
-from qarm_feast.overrides import Overrides
+from qarm_feast.overrides import NO_ROW, Overrides
 from qarm_feast.quantizers.base import Arrays, Codes, Embeddings, check_embeddings
 from qarm_feast.quantizers.devices import ON_CPU, Device, Gpu, GpuBackend, Placement
 from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds, level_sizes
@@ -42,6 +42,8 @@ ItemIds = npt.NDArray[np.int64]
 _SUFFIX = ".safetensors"
 _INDEX_PART = "vq_index"
 _TRAINING_PART = "training"
+_OVERRIDES_PART, _OVERRIDDEN_CODES = "overrides", "rq_codes"
+_LISTS_PART, _LISTED_ROWS = "list_overrides", "vq_codes"
 _INDEX_SUFFIX = ".faiss"
 
 
@@ -120,10 +122,11 @@ class ItemVectors:
 
 
 class Codebook:
-    """Encodes items by its quantizers and its override table; see :meth:`encode`.
+    """Encodes items by its quantizers and its override tables; see :meth:`encode`.
 
-    Immutable, and safe to share between threads. ``training`` tells how its training set used the
-    codes; None in artifacts that were stored before this was kept.
+    Immutable, and safe to share between threads. ``overrides`` are stored RQ codes,
+    ``list_overrides`` stored VQ lists (None: there are none). ``training`` tells how its training
+    set used the codes; None in artifacts that were stored before this was kept.
     """
 
     def __init__(
@@ -133,12 +136,14 @@ class Codebook:
         vq: NeighborQuantizer,
         overrides: Overrides,
         training: TrainingReference | None = None,
+        list_overrides: Overrides | None = None,
     ) -> None:
         self.manifest = manifest
         self.rq = rq
         self.vq = vq
         self.overrides = overrides
         self.training = training
+        self.list_overrides = list_overrides or Overrides.empty(vq.num_neighbors)
 
     @property
     def version(self) -> str:
@@ -264,18 +269,16 @@ class Codebook:
         manifest = read_manifest(uri, version)
         folder = place(uri) / version
         rq_arrays = _load_arrays(folder, "rq", manifest)
-        override_arrays = _load_arrays(folder, "overrides", manifest)
         levels = [rq_arrays[name] for name in sorted(rq_arrays)]
         return cls(
             manifest,
             ResidualQuantizer(codebooks=levels, placement=placement),
             _load_vq(folder, manifest, placement),
-            Overrides(
-                item_ids_M=override_arrays["item_ids"],
-                content_hashes_MW=override_arrays["content_hashes"],
-                rq_ML=override_arrays["rq_codes"],
+            Overrides.from_arrays(
+                _load_arrays(folder, _OVERRIDES_PART, manifest), _OVERRIDDEN_CODES
             ),
             _load_training(folder, manifest),
+            _load_lists(folder, manifest),
         )
 
     def save(self, uri: str, *, replace: bool = False) -> None:
@@ -291,10 +294,10 @@ class Codebook:
         write_artifact(uri, self.manifest, self.payloads(), replace=replace)
 
     def with_overrides(self, overrides: Overrides) -> "Codebook":
-        """Return the same codebook with another override table.
+        """Return the same codebook with another table of stored RQ codes.
 
         Args:
-            overrides: Codes to serve as stored.
+            overrides: RQ codes to serve as stored.
 
         Returns:
             A codebook that is not stored yet.
@@ -302,15 +305,22 @@ class Codebook:
         Raises:
             CodebookError: If a stored code lies outside its level.
         """
-        self.rq.decode(overrides.rq_ML)
-        return Codebook(self.manifest, self.rq, self.vq, overrides, self.training).with_hashes()
+        self.rq.decode(overrides.codes_MC.astype(np.int64, copy=False))
+        return Codebook(
+            self.manifest, self.rq, self.vq, overrides, self.training, self.list_overrides
+        ).with_hashes()
 
     def with_hashes(self) -> "Codebook":
         """Return the same codebook, its manifest naming its files and counting its overrides."""
-        files = {name: sha256(payload) for name, payload in self.payloads().items()}
-        update = {"files": files, "num_overrides": len(self.overrides)}
+        update = {
+            "files": {name: sha256(payload) for name, payload in self.payloads().items()},
+            "num_overrides": len(self.overrides),
+            "num_list_overrides": len(self.list_overrides),
+        }
         manifest = self.manifest.model_copy(update=update)
-        return Codebook(manifest, self.rq, self.vq, self.overrides, self.training)
+        return Codebook(
+            manifest, self.rq, self.vq, self.overrides, self.training, self.list_overrides
+        )
 
     def encode(
         self, item_ids_N: ItemIds, content_hashes_N: Sequence[str], x_ND: Embeddings
@@ -318,8 +328,9 @@ class Codebook:
         """Return the codes of items: the one function of stream, backfill and offline jobs.
 
         RQ: the stored code if the override table has one for this item and content, else the
-        nearest centroid level by level. VQ: the nearest pool items, the item itself left out.
-        Bit-equal at any batch size, thread count and row order. No items give no codes.
+        nearest centroid level by level. VQ: the stored list if there is one for this item and
+        content, else the nearest pool items, the item itself left out. Bit-equal at any batch size,
+        thread count and row order. No items give no codes.
 
         Args:
             item_ids_N: Items; one may come more than once.
@@ -340,7 +351,20 @@ class Codebook:
             )
         unit_ND = checked_unit_rows(item_ids_N, x_ND)
         rq_NL = self.overrides.apply(item_ids_N, content_hashes_N, self.rq.encode(unit_ND))
-        return ItemCodes(item_ids_N, self.vq.encode(unit_ND, item_ids_N), rq_NL)
+        return ItemCodes(item_ids_N, self._lists(item_ids_N, content_hashes_N, unit_ND), rq_NL)
+
+    def _lists(
+        self, item_ids_N: ItemIds, content_hashes_N: Sequence[str], unit_ND: Embeddings
+    ) -> Codes:
+        """Return the stored list of each item that has one; the pool is searched for the others."""
+        rows_N = self.list_overrides.rows_of(item_ids_N, content_hashes_N)
+        is_open_N = rows_N == NO_ROW
+        if is_open_N.all():
+            return self.vq.encode(unit_ND, item_ids_N)
+        vq_NV = np.empty((len(rows_N), self.vq.num_neighbors), dtype=np.int64)
+        vq_NV[~is_open_N] = self.list_overrides.codes_MC[rows_N[~is_open_N]]
+        vq_NV[is_open_N] = self.vq.encode(unit_ND[is_open_N], item_ids_N[is_open_N])
+        return vq_NV
 
     def decode_rq(self, rq_NL: Codes) -> Embeddings:
         """Return the vector that each row of RQ codes stands for.
@@ -361,7 +385,13 @@ class Codebook:
         vq_arrays = dict(self.vq.arrays())
         # A file of its own: faiss reads it as it is.
         index = vq_arrays.pop("index", None)
-        parts = {"rq": self.rq.arrays(), "vq": vq_arrays, "overrides": self.overrides.arrays()}
+        parts = {
+            "rq": self.rq.arrays(),
+            "vq": vq_arrays,
+            _OVERRIDES_PART: self.overrides.arrays(_OVERRIDDEN_CODES),
+        }
+        if len(self.list_overrides):
+            parts[_LISTS_PART] = self.list_overrides.arrays(_LISTED_ROWS)
         if self.training is not None:
             parts[_TRAINING_PART] = self.training.arrays()
         payloads = {
@@ -421,10 +451,20 @@ def _load_vq(folder: Place, manifest: Manifest, placement: Placement) -> Neighbo
     )
 
 
+def _load_lists(folder: Place, manifest: Manifest) -> Overrides | None:
+    if not _has_part(_LISTS_PART, manifest):
+        return None
+    return Overrides.from_arrays(_load_arrays(folder, _LISTS_PART, manifest), _LISTED_ROWS)
+
+
 def _load_training(folder: Place, manifest: Manifest) -> TrainingReference | None:
-    if not any(name.startswith(f"{_TRAINING_PART}-") for name in manifest.files):
+    if not _has_part(_TRAINING_PART, manifest):
         return None
     return TrainingReference.from_arrays(_load_arrays(folder, _TRAINING_PART, manifest))
+
+
+def _has_part(part: str, manifest: Manifest) -> bool:
+    return any(name.startswith(f"{part}-") for name in manifest.files)
 
 
 def _load_arrays(folder: Place, part: str, manifest: Manifest) -> dict[str, np.ndarray]:

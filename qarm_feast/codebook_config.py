@@ -40,6 +40,12 @@ class ContinuityConfig(Section):
         description="An item keeps its old code while its squared distance is at most 1 + this "
         "times that of the nearest.",
     )
+    list_hysteresis: float = Field(
+        default=0.3,
+        ge=0,
+        description="A neighbour stays in an item's VQ list while its squared distance is at most "
+        "1 + this times that of the last of the nearest. 0: no farther than that one.",
+    )
     num_iterations: int = Field(
         default=3,
         gt=0,

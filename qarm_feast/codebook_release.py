@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 _COMPARED_FIELDS = (
     "parent", "encoder_version", "encoder_hash", "behaviour_cutoff", "embedding_dim",
     "level_sizes", "level_kinds", "num_neighbors", "pool_size", "search", "search_settings",
-    "search_recall", "seed", "num_training_items", "num_overrides", "forced_gates", "created",
+    "search_recall", "seed", "num_training_items", "num_overrides", "num_list_overrides",
+    "forced_gates", "created",
 )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ refit) names and cuts all cells anew, so those weights would stand for other ite
    codes, so all codes go on, also those without members. In place of (3)'s Hungarian matching the
    bits of the naive lattice are paired with the parent's. A parent whose level is of another kind
    or size has no such bits; the level is then fresh.
-6. Pool items that survive keep their row; freed rows go to new items.
+6. Pool items that survive keep their row; freed rows go to new items. Lists of pool rows keep old
+   neighbours that are near enough, see :mod:`qarm_feast.list_continuity`.
 
 An item with new content is a new item here: its old code says nothing about it.
 
@@ -40,6 +41,7 @@ from scipy.optimize import linear_sum_assignment
 from qarm_feast.codebook import Codebook, ItemIds, ItemVectors, check_distinct
 from qarm_feast.codebook_config import ContinuityConfig, LevelKind
 from qarm_feast.errors import CodebookError, DataError
+from qarm_feast.list_continuity import HeldLists, held_lists
 from qarm_feast.overrides import NO_ROW, Overrides, content_order, find_content, hash_array
 from qarm_feast.quantizers.balance import balanced_lloyd
 from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
@@ -66,7 +68,7 @@ NUM_BISECTIONS = 4
 class ParentCodes:
     """What a refresh reads of the parent: the codes it serves, and its pool.
 
-    ``rq_NL`` holds the code of each item with just that content.
+    ``rq_NL`` and ``vq_NV`` hold the codes of each item with just that content.
     """
 
     version: str
@@ -77,6 +79,7 @@ class ParentCodes:
     item_ids_N: ItemIds
     content_hashes_N: Sequence[str]
     rq_NL: Codes
+    vq_NV: Codes
 
     @classmethod
     def served_by(cls, codebook: Codebook, items: ItemVectors) -> "ParentCodes":
@@ -99,6 +102,7 @@ class ParentCodes:
             item_ids_N=items.item_ids_N,
             content_hashes_N=items.content_hashes_N,
             rq_NL=served.rq_NL,
+            vq_NV=served.vq_NV,
         )
 
     def goes_on(self, number: int, size: int, kind: LevelKind) -> bool:
@@ -108,16 +112,23 @@ class ParentCodes:
         return (self.level_sizes[number], self.level_kinds[number]) == (size, kind)
 
     def codes_of(self, item_ids_N: ItemIds, content_hashes_N: Sequence[str]) -> Codes:
-        """Return the parent's codes of items; ``NO_CODE`` for a new item or new content."""
+        """Return the parent's RQ codes of items; ``NO_CODE`` for a new item or new content."""
+        return self._of(self.rq_NL, item_ids_N, content_hashes_N)
+
+    def lists_of(self, item_ids_N: ItemIds, content_hashes_N: Sequence[str]) -> Codes:
+        """Return the parent's VQ lists; ``NO_NEIGHBOR`` for a new item or new content."""
+        return self._of(self.vq_NV, item_ids_N, content_hashes_N)
+
+    def _of(self, own_NC: Codes, item_ids_N: ItemIds, content_hashes_N: Sequence[str]) -> Codes:
         hashes_M = hash_array(self.content_hashes_N)
         order_M = content_order(self.item_ids_N, hashes_M)
         rows_N = find_content(
             self.item_ids_N[order_M], hashes_M[order_M], item_ids_N, hash_array(content_hashes_N)
         )
         is_known_N = rows_N != NO_ROW
-        codes_NL = np.full((len(rows_N), len(self.level_sizes)), NO_CODE, dtype=np.int64)
-        codes_NL[is_known_N] = self.rq_NL[order_M[rows_N[is_known_N]]]
-        return codes_NL
+        codes_NC = np.full((len(rows_N), own_NC.shape[1]), NO_CODE, dtype=np.int64)
+        codes_NC[is_known_N] = own_NC[order_M[rows_N[is_known_N]]]
+        return codes_NC
 
 
 @dataclass(frozen=True)
@@ -179,13 +190,14 @@ def refresh_codebook(
         train_item_ids: The items that ``naive`` was trained on; others may keep their code, and
             shape nothing.
         parent: The parent's codes.
-        config: Hysteresis, iterations and budget.
+        config: Hysteresis of codes and of lists, iterations and budget.
         rq_config: Seed, sample size and most iterations.
 
     Returns:
         A codebook that is not stored yet. Its manifest names the parent and holds the label map,
         the pool rows that start anew, and as ``continuity`` the churn and the error beside those
-        of the naive refit, see :func:`codes_churn`.
+        of the naive refit, see :func:`codes_churn` and
+        :func:`~qarm_feast.list_continuity.held_lists`.
 
     Raises:
         CodebookError: If the refreshed version has the parent's name.
@@ -201,6 +213,7 @@ def refresh_codebook(
     rq = ResidualQuantizer(codebooks=[level.centroids_KD for level in fit.levels])
     served_NL = held_codes(fit.levels, prepared.vectors.x_ND, prepared.old_NL, fit.hysteresis)
     vq, reset_rows = _recycled_pool(naive.vq, parent.pool_item_ids_P, prepared)
+    lists = _held_lists(vq, prepared.vectors, parent, reset_rows, config)
     cutoffs = (naive.manifest.behaviour_cutoff, parent.behaviour_cutoff)
     update = {
         "parent": parent.version,
@@ -209,12 +222,14 @@ def refresh_codebook(
         "reset_pool_rows": tuple(reset_rows.tolist()),
         "search_settings": vq.search_settings,
         "search_recall": vq.search_recall,
-        "continuity": _report(naive, fit, served_NL, prepared, parent, len(reset_rows)),
+        "continuity": _report(naive, fit, served_NL, prepared, parent, len(reset_rows))
+        | {"lists": lists.figures},
     }
     overrides = _overrides(prepared.vectors, served_NL, rq.encode(prepared.vectors.x_ND))
     manifest = naive.manifest.model_copy(update=update)
     training = TrainingReference.of(rq, prepared.vectors.x_ND[prepared.is_train_N])
-    return Codebook(manifest, rq, vq, overrides, training).with_hashes()
+    listed = lists.overrides(prepared.vectors)
+    return Codebook(manifest, rq, vq, overrides, training, listed).with_hashes()
 
 
 def held_codes(
@@ -583,6 +598,17 @@ def _recycled_pool(
     ids_P[reset_F] = np.concatenate([moved_S, new_ids])[: len(reset_F)]
     vectors_PD = items.vectors.x_ND[np.searchsorted(items.vectors.item_ids_N, ids_P)]
     return naive.with_pool(vectors_PD, ids_P), reset_F
+
+
+def _held_lists(
+    vq: NeighborQuantizer,
+    vectors: ItemVectors,
+    parent: ParentCodes,
+    reset_rows: npt.NDArray[np.int64],
+    config: ContinuityConfig,
+) -> HeldLists:
+    old_NV = parent.lists_of(vectors.item_ids_N, vectors.content_hashes_N)
+    return held_lists(vq, vectors, old_NV, reset_rows, config.list_hysteresis)
 
 
 def _overrides(vectors: ItemVectors, served_NL: Codes, nearest_NL: Codes) -> Overrides:

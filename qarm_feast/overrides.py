@@ -1,14 +1,17 @@
 """The override table: codes that are served as stored, not as computed.
 
 A code once published never moves, and a cap or a refresh may give an item another code than the
-nearest. Such a code holds for one item with one content: an edit gets a fresh code.
+nearest. Such a code holds for one item with one content: an edit gets a fresh code. A codebook has
+one table of RQ codes and one of VQ lists.
 
-Shape letters in this file: N items, M overrides (or known items), L levels, W bytes of a hash.
+Shape letters in this file: N items, M overrides (or known items), C codes per item, W bytes of a
+hash.
 May import: NumPy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,37 +24,43 @@ NO_ROW = -1
 
 _ItemIds = npt.NDArray[np.int64]
 _Hashes = npt.NDArray[np.bytes_]
+_Stored = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """Stored RQ codes by (item id, content hash); empty by default."""
+    """Stored codes by (item id, content hash): int64, or int32 to hold the lists of a catalogue."""
 
     item_ids_M: npt.NDArray[np.int64]
     content_hashes_MW: npt.NDArray[np.uint8]
-    rq_ML: Codes
+    codes_MC: _Stored
 
     def __len__(self) -> int:
         return len(self.item_ids_M)
 
     @classmethod
-    def empty(cls, num_levels: int) -> "Overrides":
-        """Return a table without rows for codes of ``num_levels`` levels."""
-        return cls.from_rows(np.empty(0, np.int64), [], np.empty((0, num_levels), np.int64))
+    def empty(cls, num_codes: int) -> "Overrides":
+        """Return a table without rows for items of ``num_codes`` codes each."""
+        return cls.from_rows(np.empty(0, np.int64), [], np.empty((0, num_codes), np.int64))
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], codes_name: str) -> "Overrides":
+        """Return the table that :meth:`arrays` gave under the same name."""
+        return cls(arrays["item_ids"], arrays["content_hashes"], arrays[codes_name])
 
     @classmethod
     def from_rows(
         cls,
         item_ids_M: npt.NDArray[np.int64],
         content_hashes_M: Sequence[str] | _Hashes,
-        rq_ML: Codes,
+        codes_MC: _Stored,
     ) -> "Overrides":
         """Return a table, ordered by item id and content hash.
 
         Args:
             item_ids_M: Items.
             content_hashes_M: Hash of the content that the code belongs to, ASCII.
-            rq_ML: The code to serve.
+            codes_MC: The codes to serve.
 
         Returns:
             The table.
@@ -59,10 +68,10 @@ class Overrides:
         Raises:
             CodebookError: If an (item id, content hash) comes twice, or lengths differ.
         """
-        if not len(item_ids_M) == len(content_hashes_M) == len(rq_ML):
+        if not len(item_ids_M) == len(content_hashes_M) == len(codes_MC):
             raise CodebookError(
                 f"{len(item_ids_M)} items came with {len(content_hashes_M)} content hashes and "
-                f"{len(rq_ML)} codes"
+                f"{len(codes_MC)} codes"
             )
         hashes_M = hash_array(content_hashes_M)
         order_M = content_order(item_ids_M, hashes_M)
@@ -77,11 +86,11 @@ class Overrides:
         return cls(
             item_ids_M=ids_M,
             content_hashes_MW=hashes_M.view(np.uint8).reshape(len(ids_M), width),
-            rq_ML=rq_ML[order_M],
+            codes_MC=codes_MC[order_M],
         )
 
     def with_rows(
-        self, item_ids_M: _ItemIds, content_hashes_M: Sequence[str], rq_ML: Codes
+        self, item_ids_M: _ItemIds, content_hashes_M: Sequence[str], codes_MC: Codes
     ) -> "Overrides":
         """Return a table that holds these codes too, in place of others of the same content."""
         is_kept_M = np.ones(len(self), dtype=np.bool_)
@@ -90,37 +99,43 @@ class Overrides:
         return Overrides.from_rows(
             np.concatenate([self.item_ids_M[is_kept_M], item_ids_M]),
             np.concatenate([self._hashes[is_kept_M], hash_array(content_hashes_M)]),
-            np.concatenate([self.rq_ML[is_kept_M], rq_ML]),
+            np.concatenate([self.codes_MC[is_kept_M], codes_MC]),
         )
 
-    def apply(self, item_ids_N: _ItemIds, content_hashes_N: Sequence[str], rq_NL: Codes) -> Codes:
-        """Return ``rq_NL`` with the stored code in every row that has one."""
+    def apply(
+        self, item_ids_N: _ItemIds, content_hashes_N: Sequence[str], codes_NC: Codes
+    ) -> Codes:
+        """Return ``codes_NC`` with the stored codes in every row that has some."""
         rows_N = self.rows_of(item_ids_N, content_hashes_N)
         if (rows_N == NO_ROW).all():
-            return rq_NL
-        served_NL = rq_NL.copy()
-        served_NL[rows_N != NO_ROW] = self.rq_ML[rows_N[rows_N != NO_ROW]]
-        return served_NL
+            return codes_NC
+        served_NC = codes_NC.copy()
+        served_NC[rows_N != NO_ROW] = self.codes_MC[rows_N[rows_N != NO_ROW]]
+        return served_NC
 
     def rows_of(
         self, item_ids_N: _ItemIds, content_hashes_N: Sequence[str]
     ) -> npt.NDArray[np.int64]:
         """Return the row that holds each item with just that content, or ``NO_ROW``."""
         rows_N = np.full(len(item_ids_N), NO_ROW, dtype=np.int64)
-        # Few items are listed: only theirs is worth the look at the hashes.
-        listed_N = np.flatnonzero(np.isin(item_ids_N, self.item_ids_M))
+        if len(self) == 0:
+            return rows_N
+        # By bisection, since the list may be as long as the catalogue; the hashes of those alone
+        # that are listed are worth a look.
+        places_N = np.searchsorted(self.item_ids_M, item_ids_N).clip(max=len(self) - 1)
+        listed_N = np.flatnonzero(self.item_ids_M[places_N] == item_ids_N)
         hashes = [content_hashes_N[row] for row in listed_N.tolist()]
         rows_N[listed_N] = find_content(
             self.item_ids_M, self._hashes, item_ids_N[listed_N], hash_array(hashes)
         )
         return rows_N
 
-    def arrays(self) -> Arrays:
-        """Return the three columns by name: what an artifact stores."""
+    def arrays(self, codes_name: str) -> Arrays:
+        """Return the three columns by name, the codes by the given one: what an artifact stores."""
         return {
             "item_ids": self.item_ids_M,
             "content_hashes": self.content_hashes_MW,
-            "rq_codes": self.rq_ML,
+            codes_name: self.codes_MC,
         }
 
     @property

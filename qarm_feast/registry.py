@@ -110,6 +110,7 @@ class Manifest(BaseModel):
     seed: int
     num_training_items: int
     num_overrides: int = 0
+    num_list_overrides: int = 0
     label_map: tuple[tuple[int, ...], ...] | None = None
     reset_pool_rows: tuple[int, ...] = ()
     continuity: dict[str, Any] = {}

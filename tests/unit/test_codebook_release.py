@@ -238,6 +238,7 @@ def test_published_codes_are_read_through_the_label_map_for_the_same_content_onl
         item_ids_N=np.array([1, 2, 3, 4]),
         content_hashes_N=["a", "b", "c", "d"],
         rq_NL=np.array([[0, 1], [0, 1], [1, 0], [1, 1]]),
+        vq_NV=np.zeros((4, 1), dtype=np.int64),
     )
     # New code 0 of level 1 goes on from old 1, new 1 from old 0; of level 2 new 1 is new.
     manifest = Manifest.model_construct(label_map=((1, 0), (1, -1)))

@@ -67,3 +67,14 @@ def test_columns_of_unequal_length_are_refused() -> None:
 def test_a_content_hash_that_is_not_ascii_is_named() -> None:
     with pytest.raises(DataError, match="must be ASCII, found 'h\u00e9'"):
         hash_array(["ha", "h\u00e9"])
+
+
+def test_a_table_comes_back_from_its_columns_in_the_width_that_it_was_stored_in() -> None:
+    codes_MC = np.array([[5, 6], [7, 8]], dtype=np.int32)
+    table = Overrides.from_rows(np.array([2, 1]), ["b", "a"], codes_MC)
+
+    again = Overrides.from_arrays(table.arrays("vq_codes"), "vq_codes")
+
+    assert again.codes_MC.dtype == np.int32
+    served_NC = again.apply(np.array([1, 2, 2]), ["a", "b", "c"], np.zeros((3, 2), dtype=np.int64))
+    assert (served_NC.dtype, served_NC.tolist()) == (np.dtype(np.int64), [[7, 8], [5, 6], [0, 0]])
