@@ -165,10 +165,16 @@ class AlignmentConfig(Section):
         description="Train the temperature, from the given one and between 0.01 and 1.",
     )
     logq_weight: float = Field(
-        default=0.0,
+        default=1.0,
         ge=0,
         le=1,
-        description="Share of log popularity taken from the logits: negatives come by popularity.",
+        description="Share of log popularity taken off the logits, because negatives of a batch "
+        "come by popularity; 0: items that are popular are pushed away from each other.",
+    )
+    center_content: bool = Field(
+        default=False,
+        description="Take the mean off the content before anything else, with what it says of all "
+        "items alike.",
     )
     learning_rate: float = Field(default=3e-4, gt=0, description="Adam's step size, for the head.")
     geometry_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(

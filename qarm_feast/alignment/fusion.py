@@ -1,7 +1,7 @@
 """Fusions: feature tokens of some modalities become one aligned embedding per item.
 
-They start as the content geometry itself: a linear map holds the PCA of the training items' centred
-unit features, and what is added to it is zero before any training.
+They start as the content geometry itself: a linear map holds the principal directions of the
+training items' unit features, and what is added to it is zero before any training.
 
 Shape letters in this file: N items, T feature tokens of a modality, E their width, C width of all
 modalities side by side, D embedding width, H hidden width, Q queries, S tokens of all modalities,
@@ -60,14 +60,15 @@ def build_fusion(shapes: Shapes, embedding_dim: int, sizes: FusionSizes) -> "Con
 
 
 class ContentFusion(nn.Module):
-    """A linear map of the centred content, to which a subclass adds a correction.
+    """A linear map of the content, centred or not, to which a subclass adds a correction.
 
     Args:
         shapes: What is read.
         embedding_dim: D.
 
     Attributes:
-        mean_E: Means of the training items' unit features, modalities side by side.
+        mean_E: What is taken off unit features, modalities side by side: the training items' means,
+            or zero.
     """
 
     mean_E: Tensor
@@ -79,9 +80,19 @@ class ContentFusion(nn.Module):
         self.linear = nn.Linear(width, embedding_dim, bias=False)
 
     @torch.no_grad()
-    def start_from_content(self, features: Features, present: Present) -> None:
-        """Set mean and linear map from the features of the training items."""
-        mean_C, map_DC = principal_map(features, present, self.linear.out_features)
+    def start_from_content(
+        self, features: Features, present: Present, *, is_centred: bool = False
+    ) -> None:
+        """Set mean and linear map from the features of the training items.
+
+        Args:
+            features: Feature tokens.
+            present: Which items have them.
+            is_centred: Whether the mean is taken off first; what all items share then counts for
+                nothing, and popular items are often nearest to that.
+        """
+        num_directions = self.linear.out_features
+        mean_C, map_DC = principal_map(features, present, num_directions, is_centred=is_centred)
         self.mean_E.copy_(mean_C)
         self.linear.weight.copy_(map_DC)
 
@@ -228,25 +239,26 @@ def centred_content(features: Features, present: Present, mean_C: Tensor) -> Ten
 
 
 def principal_map(
-    features: Features, present: Present, num_directions: int
+    features: Features, present: Present, num_directions: int, *, is_centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the means of unit features and the directions in which they vary most.
+    """Return what is taken off unit features, and the directions in which they then lie most.
 
     Args:
         features: Feature tokens of the training items.
         present: Which of them have each modality; a modality that none has keeps a mean of zero.
         num_directions: D, at most C.
+        is_centred: Whether the means are taken off; else ``mean_C`` is zero.
 
     Returns:
-        ``mean_C`` and ``map_DC``, float64, directions by falling variance.
+        ``mean_C`` and ``map_DC``, float64, directions by falling second moment.
     """
     doubles = {name: tokens.double() for name, tokens in features.items()}
     means = []
     for name, tokens_NTE in doubles.items():
         unit_NE = functional.normalize(tokens_NTE.mean(dim=1), dim=1)[present[name]]
         means.append(unit_NE.mean(dim=0) if len(unit_NE) else unit_NE.sum(dim=0))
-    mean_C = torch.cat(means)
+    mean_C = torch.cat(means) * is_centred
     centred_NC = centred_content(doubles, present, mean_C)
     _, directions_CC = torch.linalg.eigh(centred_NC.T @ centred_NC)
-    # eigh sorts by rising variance; the map keeps the directions of most.
+    # eigh sorts by rising moment; the map keeps the directions of most.
     return mean_C, directions_CC.T.flip(0)[:num_directions]

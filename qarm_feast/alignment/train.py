@@ -95,7 +95,7 @@ def train_head(
         torch.manual_seed(config.seed)
         width = min(config.embedding_dim, content_width(features.shapes))
         head = build_fusion(features.shapes, width, fusion_sizes(config))
-    head.start_from_content(*features.tensors())
+    head.start_from_content(*features.tensors(), is_centred=config.center_content)
     items = HeadItems(head, features, training_device(config))
     training = Training(
         items, items.embeddings(), features.raw_vectors(), pairs, config, files or RunFiles()

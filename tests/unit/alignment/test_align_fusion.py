@@ -82,7 +82,9 @@ def test_the_mean_of_a_modality_is_that_of_the_items_that_have_it() -> None:
     tokens = np.array([[[3.0, 0.0]], [[0.0, 2.0]], [[9.0, 9.0]]], dtype=np.float32)
     is_present = np.array([True, True, False])
 
-    mean_C, _ = principal_map(*ItemFeatures({"image": tokens}, {"image": is_present}).tensors(), 1)
+    mean_C, _ = principal_map(
+        *ItemFeatures({"image": tokens}, {"image": is_present}).tensors(), 1, is_centred=True
+    )
 
     assert mean_C.tolist() == [0.5, 0.5]
 

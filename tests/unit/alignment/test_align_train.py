@@ -19,15 +19,17 @@ CREATED = datetime(2024, 2, 1, tzinfo=UTC)
 SMALL = AlignmentConfig(embedding_dim=16, hidden_dim=16, batch_size=64, learning_rate=3e-3)
 
 
-def test_a_new_head_keeps_the_cosines_of_centred_content() -> None:
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_a_new_head_keeps_the_cosines_of_content_centred_or_not(is_centred: bool) -> None:
     features_NE = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     head = AlignmentHead({"embedding": (1, 6)}, embedding_dim=6, hidden_dim=3)
     tensors = features_of_vectors(features_NE.numpy()).tensors()
 
-    head.start_from_content(*tensors)
+    head.start_from_content(*tensors, is_centred=is_centred)
 
     unit_NE = torch.nn.functional.normalize(features_NE, dim=1)
-    centred_NE = torch.nn.functional.normalize(unit_NE - unit_NE.mean(dim=0), dim=1)
+    mean_E = unit_NE.mean(dim=0) if is_centred else 0.0
+    centred_NE = torch.nn.functional.normalize(unit_NE - mean_E, dim=1)
     with torch.no_grad():
         embeddings_ND = head(*tensors)
     torch.testing.assert_close(embeddings_ND @ embeddings_ND.T, centred_NE @ centred_NE.T)
