@@ -83,6 +83,10 @@ class DataConfig(Section):
     history_length: int = Field(
         default=50, gt=0, description="Latest positives that a user's history holds."
     )
+    unknown_items: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="Interactions that name no item of items.parquet: refuse all, or drop these.",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class InputData:
 
     ``interactions`` always carries ``split``: the given one, or one made from the cut-off
     (``has_given_split`` tells). ``task_names`` are the bool columns in file order.
+    ``num_unknown_interactions`` named no item of the catalogue and were dropped as told to.
     """
 
     directory: Path
@@ -100,6 +105,7 @@ class InputData:
     task_names: tuple[str, ...]
     positive_label: str
     has_given_split: bool
+    num_unknown_interactions: int = 0
 
     def train_interactions(self) -> pa.Table:
         """Return the interactions from which anything may learn, in file order."""
@@ -144,6 +150,9 @@ def load_input_data(config: DataConfig) -> InputData:
     _check_content(items, problems)
     task_names = _check_tasks(interactions, problems)
     problems.raise_if_any()
+    num_rows = interactions.num_rows
+    if config.unknown_items == "drop":
+        interactions = _of_known_items(items, interactions, problems)
     _check_references(items, interactions, problems)
     problems.raise_if_any()
     has_given_split = SPLIT in interactions.column_names
@@ -159,6 +168,7 @@ def load_input_data(config: DataConfig) -> InputData:
         task_names=task_names,
         positive_label=_positive_label(config, task_names),
         has_given_split=has_given_split,
+        num_unknown_interactions=num_rows - interactions.num_rows,
     )
 
 
@@ -183,6 +193,10 @@ def describe(checked: InputData) -> list[str]:
         f"  interactions  {checked.interactions.num_rows:>10,}  split ({kind}): "
         + ", ".join(f"{name} {counts.get(name, 0):,}" for name in SPLITS),
     ]
+    if checked.num_unknown_interactions:
+        lines.append(
+            f"  {checked.num_unknown_interactions:,} interactions of unknown items dropped"
+        )
     if checked.users is None:
         lines.append("  users               none")
     else:
@@ -403,10 +417,17 @@ def _check_split(split: pa.ChunkedArray, problems: _Problems) -> None:
     problems.add_rows(file, SPLIT, f"is none of {', '.join(SPLITS)}", is_unknown)
 
 
+def _of_known_items(items: pa.Table, interactions: pa.Table, problems: _Problems) -> pa.Table:
+    is_known = pc.is_in(interactions[ITEM_ID], items[ITEM_ID].combine_chunks())
+    if not pc.any(is_known).as_py():
+        problems.add("interactions.parquet", ITEM_ID, "names no item that items.parquet holds")
+    return interactions.filter(is_known)
+
+
 def _check_references(items: pa.Table, interactions: pa.Table, problems: _Problems) -> None:
     file = "interactions.parquet"
     rows = pc.index_in(interactions[ITEM_ID], items[ITEM_ID].combine_chunks())
-    text = "names an item that items.parquet does not hold"
+    text = "names an item that items.parquet does not hold (data.unknown_items: drop leaves it out)"
     problems.add_rows(file, ITEM_ID, text, pc.is_null(rows))
     uploads = pc.take(items[UPLOAD_TIMESTAMP], rows)
     is_early = pc.less(interactions[EVENT_TIMESTAMP], uploads)

@@ -30,12 +30,14 @@ def align_group() -> None:
 @log_level_option
 def pairs(config_path: str, log_level: str | None) -> None:
     """Build item pairs from the positive train rows."""
-    from qarm_feast.alignment.pairs import summarise_pairs, write_pairs
+    from qarm_feast.alignment.pairs import report_of, write_pairs
 
     start_logging(config_path, log_level)
     checked, config = _read_sections(config_path)
     path, table = write_pairs(checked, config)
-    click.echo(f"{summarise_pairs(table)} -> {path}")
+    for line in report_of(table).lines():
+        click.echo(line)
+    click.echo(f"{table.num_rows:,} pairs -> {path}; the report is {path.with_suffix('.json')}")
 
 
 @align_group.command("train", epilog="Example: qarm align train --config feature_repo/qarm.yaml")

@@ -7,22 +7,56 @@ from pydantic import Field, model_validator
 from qarm_feast.alignment.modalities import Modality
 from qarm_feast.config import ConfigPath, Section
 
+PairSource = Literal["swing", "item_cf", "u2i"]
+
 
 class PairConfig(Section):
     """Item pairs from behaviour."""
 
-    num_neighbors: int = Field(default=10, gt=0, description="I2I: Swing neighbours kept per item.")
+    sources: tuple[PairSource, ...] = Field(
+        default=("swing", "u2i"),
+        min_length=1,
+        description="Where pairs come from: swing and item_cf (I2I), u2i.",
+    )
+    max_items_per_user: int = Field(
+        default=1000,
+        gt=1,
+        description="Latest items of a user that I2I and the behaviour space look at.",
+    )
+    num_neighbors: int = Field(
+        default=10, gt=0, description="I2I: neighbours kept per item and source."
+    )
+    popularity_power: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="I2I: a neighbour's score is divided by its number of users to this power.",
+    )
     swing_alpha: float = Field(
-        default=1.0, gt=0, description="I2I: added to the number of items that two users share."
+        default=1.0, gt=0, description="Swing: added to the number of items that two users share."
     )
     max_users_per_item: int = Field(
-        default=1000, gt=1, description="I2I: latest users of an item that Swing looks at."
+        default=1000, gt=1, description="Swing: latest users of an item that it looks at."
+    )
+    min_swing_score: float = Field(
+        default=0.0, ge=0, description="Swing: least score, after the popularity correction."
+    )
+    min_shared_users: int = Field(
+        default=2, gt=0, description="Item-CF: least users that both items share."
+    )
+    min_item_cf_score: float = Field(
+        default=0.0, ge=0, description="Item-CF: least cosine, after the popularity correction."
     )
     history_length: int = Field(
         default=50, gt=0, description="U2I: latest positives searched for a trigger."
     )
     behaviour_dim: int = Field(
         default=64, gt=0, description="U2I: width of the behaviour space (truncated SVD)."
+    )
+    max_cooccurrences: int = Field(
+        default=30_000_000,
+        gt=0,
+        description="U2I: entries of the matrix behind the behaviour space, 12 bytes each.",
     )
     min_similarity: float = Field(
         default=0.2, ge=-1, le=1, description="U2I: least cosine of trigger and target."
@@ -32,6 +66,17 @@ class PairConfig(Section):
     )
     max_pairs_per_user: int = Field(
         default=200, gt=0, description="U2I: best pairs kept per user, before the cap per item."
+    )
+    judge: str | None = Field(
+        default=None,
+        pattern=r"^[\w.]+:\w+$",
+        description="A function package.module:function that says of each pair whether to keep it.",
+    )
+    num_processes: int | None = Field(
+        default=None, gt=0, description="Processes that build pairs; null = one per core."
+    )
+    memory_limit_mib: int = Field(
+        default=2048, ge=256, description="Memory of sorting the events before it goes to disk."
     )
 
 

@@ -144,7 +144,7 @@ BREACHES: list[tuple[str, Change, str]] = [
         "unknown item",
         replace("interactions", "item_id", pa.array([10, 11, 99, 98])),
         "interactions.parquet, column 'item_id': names an item that items.parquet does not hold "
-        "(first at row 2, counted from 0; 2 row(s))",
+        "(data.unknown_items: drop leaves it out) (first at row 2, counted from 0; 2 row(s))",
     ),
     (
         "event before upload",

@@ -29,7 +29,8 @@ def test_the_four_steps_end_in_vectors_that_the_stored_encoder_repeats(
 
     outputs = {verb: run(verb, config_path) for verb in ("pairs", "train", "evaluate", "export")}
 
-    assert "i2i" in outputs["pairs"]
+    assert "swing" in outputs["pairs"]
+    assert "e7.json" in outputs["pairs"]
     report = json.loads(outputs["evaluate"].splitlines()[-1])
     assert report["gains"].keys() == {"aligned"}
     stored = tmp_path / "data/encoders/.reports/e7/evaluation.json"

@@ -1,150 +1,27 @@
-import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from qarm_feast.alignment.config import AlignmentConfig, PairConfig
 from qarm_feast.alignment.pairs import (
     PAIR_ROWS,
-    Positives,
-    behaviour_vectors,
+    best_per_group,
     build_pairs,
-    find_triggers,
     read_pairs,
-    read_positives,
-    swing_neighbors,
+    report_of,
     write_pairs,
 )
-from qarm_feast.errors import DataError
-from qarm_feast.input_data import InputData
+from qarm_feast.alignment.positives import read_positives
+from qarm_feast.errors import ConfigError, ContractError, DataError
+from qarm_feast.input_data import DataConfig, InputData, load_input_data
 
 Loader = Callable[..., InputData]
-
-
-def swing_reference(positives: Positives, alpha: float) -> dict[tuple[int, int], float]:
-    items_of = [
-        set(positives.items_P[positives.users_P == user].tolist())
-        for user in range(positives.num_users)
-    ]
-    scores: dict[tuple[int, int], float] = {}
-    for first, second in itertools.combinations(items_of, 2):
-        shared = first & second
-        weight = 1.0 / np.sqrt(len(first) * len(second)) / (alpha + len(shared))
-        for pair in itertools.permutations(shared, 2):
-            scores[pair] = scores.get(pair, 0.0) + weight
-    return scores
-
-
-def random_positives(num_users: int, num_items: int, seed: int) -> Positives:
-    generator = np.random.default_rng(seed)
-    users, items = np.nonzero(generator.random((num_users, num_items)) < 0.3)
-    times = generator.permutation(len(users))
-    order = np.lexsort((items, times, users))
-    return Positives(users[order], items[order], times[order], np.arange(num_items), num_users)
-
-
-def test_swing_of_two_users_who_share_two_items_by_hand() -> None:
-    # Users 0 and 1 share items 0 and 1; user 1 has item 2 too; user 2 has item 2 only.
-    positives = Positives(
-        users_P=np.array([0, 0, 1, 1, 1, 2]),
-        items_P=np.array([0, 1, 0, 1, 2, 2]),
-        times_P=np.arange(6),
-        item_ids_M=np.arange(3),
-        num_users=3,
-    )
-
-    items, neighbors, scores = swing_neighbors(positives, 5, alpha=1.0, max_users_per_item=10)
-
-    assert list(zip(items, neighbors, strict=True)) == [(0, 1), (1, 0)]
-    np.testing.assert_allclose(scores, 1.0 / np.sqrt(2 * 3) / (1.0 + 2), rtol=1e-6)
-
-
-def test_swing_equals_the_plain_double_loop() -> None:
-    positives = random_positives(num_users=14, num_items=9, seed=3)
-
-    items, neighbors, scores = swing_neighbors(positives, 9, alpha=0.5, max_users_per_item=100)
-
-    expected = swing_reference(positives, alpha=0.5)
-    found = dict(zip(zip(items.tolist(), neighbors.tolist(), strict=True), scores, strict=True))
-    assert found.keys() == expected.keys()
-    np.testing.assert_allclose(
-        [found[pair] for pair in expected], list(expected.values()), rtol=1e-5
-    )
-
-
-def test_swing_keeps_the_best_neighbors_of_each_item() -> None:
-    positives = random_positives(num_users=20, num_items=8, seed=1)
-
-    items, neighbors, scores = swing_neighbors(positives, 2, alpha=1.0, max_users_per_item=100)
-
-    reference = swing_reference(positives, alpha=1.0)
-    for item in range(8):
-        of_item = {other: score for (left, other), score in reference.items() if left == item}
-        best = sorted(of_item.values(), reverse=True)[:2]
-        np.testing.assert_allclose(scores[items == item], best, rtol=1e-5)
-        assert item not in neighbors[items == item]
-
-
-def test_swing_looks_at_the_latest_users_of_a_crowded_item() -> None:
-    # Users 0 and 1 came last to item 0; users 2 and 3 share item 2 with it, but came first.
-    positives = Positives(
-        users_P=np.array([0, 0, 1, 1, 2, 2, 3, 3]),
-        items_P=np.array([0, 1, 0, 1, 0, 2, 0, 2]),
-        times_P=np.array([90, 91, 92, 93, 1, 2, 3, 4]),
-        item_ids_M=np.arange(3),
-        num_users=4,
-    )
-
-    items, neighbors, _ = swing_neighbors(positives, 5, alpha=1.0, max_users_per_item=2)
-
-    assert neighbors[items == 0].tolist() == [1]
-
-
-def test_triggers_are_the_most_similar_of_strictly_earlier_positives() -> None:
-    vectors_MB = np.array([[1, 0], [0.8, 0.6], [0, 1], [0.96, 0.28]], dtype=np.float32)
-    positives = Positives(
-        users_P=np.array([0, 0, 0, 1, 1]),
-        items_P=np.array([0, 2, 1, 0, 3]),
-        times_P=np.array([5, 6, 7, 1, 1]),
-        item_ids_M=np.arange(4),
-        num_users=2,
-    )
-
-    triggers, scores = find_triggers(positives, vectors_MB, history_length=50)
-
-    # Item 1 is nearer to item 0 (cosine .8) than to item 2 (.6). Both events of user 1 are of
-    # one time and do not see each other.
-    assert triggers[[1, 2]].tolist() == [0, 0]
-    np.testing.assert_allclose(scores, [-np.inf, 0.0, 0.8, -np.inf, -np.inf], atol=1e-6)
-
-
-def test_triggers_come_from_the_latest_positives_only() -> None:
-    vectors_MB = np.array([[1, 0], [0, 1], [1, 0]], dtype=np.float32)
-    positives = Positives(
-        users_P=np.zeros(3, dtype=np.int64),
-        items_P=np.array([0, 1, 2]),
-        times_P=np.arange(3),
-        item_ids_M=np.arange(3),
-        num_users=1,
-    )
-
-    triggers, scores = find_triggers(positives, vectors_MB, history_length=1)
-
-    assert triggers[2] == 1
-    assert scores[2] == 0.0
-
-
-def test_behaviour_vectors_bring_items_of_the_same_users_together(clustered: InputData) -> None:
-    positives = read_positives(clustered)
-
-    vectors_MB = behaviour_vectors(positives, width=4, seed=0)
-
-    cosines_MM = vectors_MB @ vectors_MB.T
-    clusters = positives.item_ids_M // 10
-    is_same_MM = clusters[:, None] == clusters[None, :]
-    assert cosines_MM[is_same_MM].min() > cosines_MM[~is_same_MM].max()
 
 
 def test_pairs_come_from_positive_train_rows_only(load_rows: Loader) -> None:
@@ -179,10 +56,10 @@ def test_pairs_of_a_user_and_of_an_item_are_capped(clustered: InputData) -> None
     pairs = build_pairs(clustered, config, seed=0)
 
     u2i = pairs.filter(pc.equal(pairs["source"], "u2i"))
-    i2i = pairs.filter(pc.equal(pairs["source"], "i2i"))
+    swing = pairs.filter(pc.equal(pairs["source"], "swing"))
     assert max(np.unique(u2i["user_row"].to_numpy(), return_counts=True)[1]) == 2
     assert max(np.unique(u2i["target_item_id"].to_numpy(), return_counts=True)[1]) == 3
-    assert max(np.unique(i2i["target_item_id"].to_numpy(), return_counts=True)[1]) == 3
+    assert max(np.unique(swing["target_item_id"].to_numpy(), return_counts=True)[1]) == 3
     weights = pairs["weight"].to_numpy()
     assert weights.min() > 0
     assert weights.max() == 1
@@ -212,7 +89,7 @@ def test_data_whose_items_share_no_user_is_refused(load_rows: Loader) -> None:
 
 
 def test_stored_pairs_are_read_back_and_refused_for_other_data(
-    clustered: InputData, load_rows: Loader, tmp_path: object
+    clustered: InputData, load_rows: Loader, tmp_path: Path
 ) -> None:
     config = AlignmentConfig(pairs_uri=f"{tmp_path}/pairs")
     with pytest.raises(DataError, match="run `qarm align pairs` first"):
@@ -224,3 +101,220 @@ def test_stored_pairs_are_read_back_and_refused_for_other_data(
     other = load_rows([(1, 10, 1, "train", True), (1, 11, 1, "train", True)])
     with pytest.raises(DataError, match="run `qarm align pairs` again"):
         read_pairs(other, config)
+
+
+def test_the_best_rows_of_each_group_are_kept_ties_by_the_earlier_row() -> None:
+    groups_P = np.array([0, 1, 0, 1, 0, 0])
+    scores_P = np.array([1.0, 5.0, 2.0, 5.0, 2.0, 2.0])
+
+    assert best_per_group(np.arange(6), groups_P, scores_P, 2).tolist() == [1, 2, 3, 4]
+    assert best_per_group(np.array([0, 3, 5]), groups_P, scores_P, 1).tolist() == [3, 5]
+
+
+def test_item_cf_is_a_source_of_its_own(clustered: InputData) -> None:
+    config = PairConfig(sources=("item_cf",), min_shared_users=1, num_neighbors=4)
+
+    pairs = build_pairs(clustered, config, seed=0)
+
+    assert set(pairs["source"].to_pylist()) == {"item_cf"}
+    assert set(pairs["user_row"].to_pylist()) == {-1}
+    # Users stay in clusters of ten items, so neighbours do.
+    same = pairs["trigger_item_id"].to_numpy() // 10 == pairs["target_item_id"].to_numpy() // 10
+    assert same.all()
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [("swing", "min_swing_score"), ("item_cf", "min_item_cf_score"), ("u2i", "min_similarity")],
+)
+def test_pairs_below_the_threshold_of_their_source_are_left_out_and_counted(
+    source: str, key: str, clustered: InputData
+) -> None:
+    every = build_pairs(clustered, PairConfig(sources=(source,), **{key: 0.0}), seed=0)
+    limit = float(np.median(every["score"].to_numpy()))
+
+    kept = build_pairs(clustered, PairConfig(sources=(source,), **{key: limit}), seed=0)
+
+    assert 0 < kept.num_rows < every.num_rows
+    assert kept["score"].to_numpy().min() >= limit
+    steps = list(report_of(kept).sources[source].steps.values())
+    assert steps[-1] == kept.num_rows
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_a_popularity_correction_gives_places_to_rarer_neighbors(load_rows: Loader) -> None:
+    # Items 10 and 11 share both their users, items 10 and 12 three of the thirteen that 12 has.
+    rows = [(user, item, user, "train", True) for user in (1, 2) for item in (10, 11, 12)]
+    rows += [(3, 10, 1, "train", True), (3, 12, 2, "train", True)]
+    rows += [(user, 12, 1, "train", True) for user in range(4, 14)]
+    checked = load_rows(rows)
+
+    best = {
+        power: build_pairs(
+            checked, PairConfig(sources=("swing",), num_neighbors=1, popularity_power=power), 0
+        )
+        for power in (0.0, 1.0)
+    }
+
+    of_10 = {
+        power: pairs.filter(pc.equal(pairs["target_item_id"], 10))["trigger_item_id"].to_pylist()
+        for power, pairs in best.items()
+    }
+    assert of_10 == {0.0: [12], 1.0: [11]}
+
+
+def keep_titles_alike(pairs: pa.Table) -> pa.ChunkedArray:
+    return pc.equal(pairs["trigger_title"], pairs["target_title"])
+
+
+def keep_nothing(pairs: pa.Table) -> np.ndarray:
+    return np.zeros(pairs.num_rows, dtype=bool)
+
+
+def one_too_few(pairs: pa.Table) -> np.ndarray:
+    return np.ones(pairs.num_rows - 1, dtype=bool)
+
+
+def scores_not_bools(pairs: pa.Table) -> np.ndarray:
+    return pairs["score"].to_numpy()
+
+
+@pytest.fixture
+def liked(load_rows: Loader) -> InputData:
+    rows = [(user, item, item, "train", True) for user in (1, 2, 3) for item in (10, 11, 12)]
+    return load_rows(rows, item_id=[10, 11, 12], title=["a", "a", "b"])
+
+
+def judged_by(name: str) -> PairConfig:
+    return PairConfig(judge=f"{__name__}:{name}", min_similarity=-1)
+
+
+def test_a_judge_keeps_pairs_by_the_content_of_both_items(liked: InputData) -> None:
+    pairs = build_pairs(liked, judged_by("keep_titles_alike"), seed=0)
+
+    found = set(zip(*(pairs[c].to_pylist() for c in PAIR_ROWS.names[:2]), strict=True))
+    assert found <= {(10, 11), (11, 10)}
+    steps = report_of(pairs).sources["swing"].steps
+    assert (steps["min_score"], steps["judge"]) == (6, 2)
+    assert pairs.column_names == PAIR_ROWS.names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_too_few", "returned bool of shape"),
+        ("scores_not_bools", "returned float32 of shape"),
+        ("keep_nothing", "no pair of .* is left .*judge"),
+    ],
+)
+def test_a_judge_that_answers_wrongly_or_keeps_nothing_is_told(
+    name: str, message: str, liked: InputData
+) -> None:
+    with pytest.raises(DataError, match=message):
+        build_pairs(liked, judged_by(name), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_package.judges:keep", "no_such_package.judges cannot be imported"),
+        ("json:keep", "has no function 'keep'"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_a_configuration_error(
+    name: str, message: str, liked: InputData
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_pairs(liked, PairConfig(judge=name), seed=0)
+
+
+def test_the_report_lies_beside_the_pairs_and_counts_what_was_left_out(
+    load_rows: Loader, tmp_path: Path
+) -> None:
+    rows = [(user, item, item, "train", True) for user in (1, 2) for item in (10, 11)]
+    # Twice the same item, an item that nobody shares, more items than the cap allows.
+    rows += [(1, 10, 50, "train", True), (3, 12, 1, "train", True)]
+    rows += [(4, item, item, "train", True) for item in (10, 11, 12)]
+    checked = load_rows(rows, item_id=[10, 11, 12, 13], title=["a", "b", "c", "d"])
+    pairs_config = PairConfig(max_items_per_user=2, max_users_per_item=2, min_similarity=-1)
+    config = AlignmentConfig(pairs_uri=f"{tmp_path}/pairs", pairs=pairs_config)
+
+    path, pairs = write_pairs(checked, config)
+
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["events"] == {
+        "events": 9,
+        "repeated_events": 1,
+        "unknown_item_events": 0,
+        "users": 4,
+        "users_capped": 1,
+        "items_capped": 2,
+        "catalogue_items": 4,
+        "items": 3,
+    }
+    assert report["items_without_positive"] == 1
+    num_pairs = {
+        name: len(pairs.filter(pc.equal(pairs["source"], name))) for name in ("swing", "u2i")
+    }
+    assert {name: counts["steps"].popitem()[1] for name, counts in report["sources"].items()} == (
+        num_pairs
+    )
+    assert report_of(pq.read_table(path)) == report_of(pairs)
+    covered = set(pairs["trigger_item_id"].to_pylist()) | set(pairs["target_item_id"].to_pylist())
+    assert report["items_without_pair"] == 3 - len(covered)
+
+
+def test_interactions_of_unknown_items_are_refused_or_dropped_and_counted(
+    load_rows: Loader, tmp_path: Path
+) -> None:
+    rows = [(user, item, item, "train", True) for user in (1, 2) for item in (10, 11, 99)]
+    with pytest.raises(ContractError, match=r"unknown_items: drop .* row 2, counted from 0; 2 row"):
+        load_rows(rows, item_id=[10, 11], title=["a", "b"])
+
+    config = DataConfig(input_dir=str(tmp_path / "input"), unknown_items="drop")
+    checked = load_input_data(config)
+
+    pairs = build_pairs(checked, PairConfig(), seed=0)
+    assert report_of(pairs).events.unknown_item_events == 2
+    assert checked.num_unknown_interactions == 2
+    assert set(pairs["target_item_id"].to_pylist()) <= {10, 11}
+
+
+def test_data_that_names_unknown_items_only_is_refused(load_rows: Loader, tmp_path: Path) -> None:
+    with pytest.raises(ContractError):
+        load_rows([(1, 99, 1, "train", True)], item_id=[10], title=["a"])
+
+    with pytest.raises(ContractError, match="names no item that items"):
+        load_input_data(DataConfig(input_dir=str(tmp_path / "input"), unknown_items="drop"))
+
+
+def test_a_user_with_100_000_events_is_capped_and_costs_seconds(tmp_path: Path) -> None:
+    num_events = 100_000
+    folder = tmp_path / "input"
+    folder.mkdir()
+    # Twice each of 50,000 items; 40 other users share the first hundred.
+    items = np.concatenate([np.tile(np.arange(50_000), 2), np.tile(np.arange(100), 40)])
+    users = np.concatenate([np.zeros(num_events, int), 1 + np.arange(4000) // 100])
+    times = np.concatenate([np.arange(num_events) // 3, np.arange(4000)]) + 1_700_000_000
+    stamps = pa.array(times).cast(pa.timestamp("s")).cast(pa.timestamp("us", tz="UTC"))
+    likes = np.ones(len(items), dtype=bool)
+    names = ["user_id", "item_id", "event_timestamp", "is_like", "split"]
+    split = pa.repeat(pa.scalar("train"), len(items))
+    pq.write_table(
+        pa.table([users, items, stamps, likes, split], names), folder / "interactions.parquet"
+    )
+    catalogue = {
+        "item_id": np.arange(50_000),
+        "upload_timestamp": pa.repeat(stamps[0], 50_000),
+        "title": pa.repeat(pa.scalar("x"), 50_000),
+    }
+    pq.write_table(pa.table(catalogue), folder / "items.parquet")
+    checked = load_input_data(DataConfig(input_dir=str(folder)))
+
+    pairs = build_pairs(checked, PairConfig(behaviour_dim=8), seed=0)
+
+    events = report_of(pairs).events
+    assert (events.events, events.repeated_events, events.users) == (104_000, 50_000, 41)
+    assert events.users_capped == 1
+    num_of_user = np.bincount(pairs["user_row"].to_numpy() + 1)[1]
+    assert 0 < num_of_user <= PairConfig().max_pairs_per_user

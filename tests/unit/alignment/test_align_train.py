@@ -101,7 +101,7 @@ def test_a_heavy_geometry_weight_keeps_content_cosines() -> None:
 def test_too_few_pairs_to_hold_any_out_still_train(caplog: pytest.LogCaptureFixture) -> None:
     features = np.eye(3, dtype=np.float32)
     one = pa.table(
-        [[0], [1], ["i2i"], [-1], np.float32([1.0]), np.float32([1.0])], schema=PAIR_ROWS
+        [[0], [1], ["swing"], [-1], np.float32([1.0]), np.float32([1.0])], schema=PAIR_ROWS
     )
 
     with caplog.at_level("WARNING", logger="qarm_feast"):
@@ -113,7 +113,7 @@ def test_too_few_pairs_to_hold_any_out_still_train(caplog: pytest.LogCaptureFixt
 
 def test_pairs_of_items_without_a_train_row_are_refused() -> None:
     pairs = pa.table(
-        [[0], [9], ["i2i"], [-1], np.float32([1.0]), np.float32([1.0])], schema=PAIR_ROWS
+        [[0], [9], ["swing"], [-1], np.float32([1.0]), np.float32([1.0])], schema=PAIR_ROWS
     )
 
     with pytest.raises(DataError, match="items without a train row"):
