@@ -3,13 +3,17 @@
 May import: torch, numpy, pyarrow.
 """
 
+import copy
+import logging
 import os
+from collections.abc import Mapping
 from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_manifests
@@ -23,6 +27,8 @@ from qarm_feast.alignment.training import Training
 from qarm_feast.errors import ConfigError
 from qarm_feast.input_data import InputData
 from qarm_feast.schema import ITEM_ID
+
+logger = logging.getLogger(__name__)
 
 
 def train_encoder(
@@ -39,7 +45,8 @@ def train_encoder(
         pairs: Rows of ``pairs.PAIR_ROWS``.
         config: Section ``alignment``.
         created: Time that the manifest says, aware UTC.
-        parent: The encoder that the new one refreshes; the manifest names it.
+        parent: The encoder that the new one refreshes; the manifest names it. Where both read the
+            same and have the same sizes, training goes on from it; see :func:`train_head`.
 
     Returns:
         The encoder, not yet saved.
@@ -54,7 +61,8 @@ def train_encoder(
     cache = FeatureCache(config.features_uri)
     features = read_features(items, backbones, cache, checked.directory)
     rows = pair_rows(pairs, items[ITEM_ID].to_numpy())
-    head, run = train_head(features, rows, config)
+    start = None if parent is None else parent_head(parent, backbones, config)
+    head, run = train_head(features, rows, config, parent=start)
     manifest = EncoderManifest(
         version=config.encoder_version,
         parent=None if parent is None else parent.version,
@@ -68,6 +76,7 @@ def train_encoder(
             "num_train_items": items.num_rows,
             "content": features.counts,
             "seed": config.seed,
+            "start": "content" if start is None else "parent",
         },
         files={},
     )
@@ -79,29 +88,75 @@ def train_head(
     pairs: PairRows,
     config: AlignmentConfig,
     files: RunFiles | None = None,
+    parent: ContentFusion | None = None,
 ) -> tuple[ContentFusion, TrainingRun]:
     """Train the head until the loss on held-out items stops falling.
+
+    It starts from the content geometry and is held to it, or it starts from a parent and is held to
+    the parent's: then what behaviour does not move stays where it is, and so do its codes.
 
     Args:
         features: Content features of the train items.
         pairs: Pairs as rows of these items.
         config: Sizes, weights, schedule and seed.
         files: Where the run is kept; by default nowhere.
+        parent: A trained head of the same sizes over the same features; it stays as it is.
 
     Returns:
         The head of the best epoch, in evaluation mode on the CPU, and the run's figures.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        width = min(config.embedding_dim, content_width(features.shapes))
-        head = build_fusion(features.shapes, width, fusion_sizes(config))
-    head.start_from_content(*features.tensors(), is_centred=config.center_content)
+    head = _content_head(features, config) if parent is None else copy.deepcopy(parent)
     items = HeadItems(head, features, training_device(config))
     training = Training(
         items, items.embeddings(), features.raw_vectors(), pairs, config, files or RunFiles()
     )
     run = training.run()
     return head.cpu(), run
+
+
+def parent_head(
+    parent: ItemEncoder, backbones: Mapping[str, Backbone], config: AlignmentConfig
+) -> ContentFusion | None:
+    """Return the head that a refresh goes on from.
+
+    Args:
+        parent: The encoder that is refreshed.
+        backbones: What the new encoder reads.
+        config: Section ``alignment``.
+
+    Returns:
+        The parent's head; None, and a warning, if it has other sizes or reads something else.
+    """
+    manifest = parent.manifest
+    shapes = {name: (each.num_tokens, each.width) for name, each in backbones.items()}
+    facts = {
+        "backbones": (
+            {name: backbone.hash for name, backbone in manifest.backbones.items()},
+            {name: backbone.hash for name, backbone in backbones.items()},
+        ),
+        "fusion": (manifest.fusion, fusion_sizes(config)),
+        "embedding_dim": (
+            manifest.embedding_dim,
+            min(config.embedding_dim, content_width(shapes)),
+        ),
+    }
+    if differing := [name for name, (old, new) in facts.items() if old != new]:
+        logger.warning(
+            "alignment_parent_not_continued parent=%s: its %s differ, so training starts from the "
+            "content; more codes will change", parent.version, " and ".join(differing),
+        )  # fmt: skip
+        return None
+    assert isinstance(parent.head, ContentFusion), "what build_fusion returned"
+    return parent.head
+
+
+def _content_head(features: ItemFeatures, config: AlignmentConfig) -> ContentFusion:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        width = min(config.embedding_dim, content_width(features.shapes))
+        head = build_fusion(features.shapes, width, fusion_sizes(config))
+    head.start_from_content(*features.tensors(), is_centred=config.center_content)
+    return head
 
 
 def training_device(config: AlignmentConfig) -> torch.device:
