@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -47,16 +48,20 @@ def pairs(config_path: str, log_level: str | None) -> None:
 def train(config_path: str, parent: str | None, log_level: str | None) -> None:
     """Train the encoder on the pairs and store it as an immutable artifact."""
     from qarm_feast.alignment.encoder import check_version_is_free, load_encoder
+    from qarm_feast.alignment.gathering import is_first_process
     from qarm_feast.alignment.pairs import read_pairs
-    from qarm_feast.alignment.train import train_encoder
+    from qarm_feast.alignment.train import train_and_save
 
-    start_logging(config_path, log_level)
+    # Of many processes the first one tells; the others only what went wrong.
+    start_logging(config_path, log_level if is_first_process() else "error")
     checked, config = _read_sections(config_path)
     check_version_is_free(config.encoder_uri, config.encoder_version)
     known = None if parent is None else load_encoder(config.encoder_uri, parent)
-    encoder = train_encoder(checked, read_pairs(checked, config), config, datetime.now(UTC), known)
-    path = encoder.save(config.encoder_uri)
-    click.echo(f"encoder {encoder.version}: {json.dumps(encoder.manifest.training)} -> {path}")
+    pairs = read_pairs(checked, config)
+    encoder = train_and_save(checked, pairs, config, datetime.now(UTC), known)
+    if is_first_process():
+        path = Path(config.encoder_uri) / encoder.version
+        click.echo(f"encoder {encoder.version}: {json.dumps(encoder.manifest.training)} -> {path}")
 
 
 @align_group.command(

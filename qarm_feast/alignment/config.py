@@ -222,10 +222,21 @@ class AlignmentConfig(Section):
         "items alike.",
     )
     learning_rate: float = Field(default=3e-4, gt=0, description="Adam's step size, for the head.")
+    backbone_learning_rate: float = Field(
+        default=1e-4,
+        gt=0,
+        description="Adam's step size for the backbones of tuning: lora; for full 2e-5 is usual.",
+    )
     geometry_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default=10.0,
         description="Weight of the term that keeps content similarities; auto: the one whose head "
         "ranks the pairs of held-out items best, and the untrained head where none is better.",
+    )
+    inter_content_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="Most passes of a first stage that ties the modalities of each item together; "
+        "for items of two modalities or more.",
     )
     enable_bf16: bool = Field(default=False, description="Embed in bfloat16 where torch can.")
     device: Literal["auto", "cpu", "cuda"] = Field(

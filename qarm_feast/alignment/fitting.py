@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.gathering import current_ranks
-from qarm_feast.alignment.held_out import PairSplit
 from qarm_feast.alignment.progress import StepProgress
 from qarm_feast.alignment.trainer import PairTask, PairTrainer
 from qarm_feast.alignment.training_state import FitProgress, TrainingFile, TrainingState
@@ -54,29 +53,42 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a run keeps what it would need to go on, and its numbers; None: nowhere.
+    """Where a training keeps what it would need to go on, and its numbers.
 
     Attributes:
-        folder: Holds one state file per name.
-        logs: Folder of the numbers.
+        states: Folder of one state file per run.
+        logs: Folder of one folder of numbers per run.
+    """
+
+    states: Path
+    logs: Path
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where one run keeps its state and its numbers; nowhere without ``files``.
+
+    Attributes:
+        name: Names the run among those of one training.
+        files: Where all of them are kept.
         fingerprint: Names settings and data.
     """
 
-    folder: Path | None = None
-    logs: Path | None = None
+    name: str
+    files: RunFiles | None = None
     fingerprint: str = ""
 
-    def state(self, name: str) -> TrainingFile | None:
-        """Return the file of a part of the run."""
-        if self.folder is None:
+    def state(self) -> TrainingFile | None:
+        """Return the run's state file."""
+        if self.files is None:
             return None
-        return TrainingFile(self.folder / f"{name}.safetensors", self.fingerprint)
+        return TrainingFile(self.files.states / f"{self.name}.safetensors", self.fingerprint)
 
-    def metrics_log(self, name: str) -> MetricsLog:
-        """Return where the numbers of a part of the run go; only the first rank writes."""
-        if self.logs is None or not current_ranks().is_first:
+    def metrics_log(self) -> MetricsLog:
+        """Return where the run's numbers go; only the first rank writes."""
+        if self.files is None or not current_ranks().is_first:
             return NoMetricsLog()
-        return FileMetricsLog(self.logs / name)
+        return FileMetricsLog(self.files.logs / self.name)
 
 
 class Fit:
@@ -84,25 +96,20 @@ class Fit:
 
     Args:
         task: Model and data; the model ends as it was in its best epoch.
-        split: Training pairs, and those that tell when to stop.
         config: Section ``alignment``.
-        files: Where the run is kept.
-        name: Names the run among those of one training.
+        place: Where the run is kept.
     """
 
     def __init__(
         self,
         task: PairTask,
-        split: PairSplit,
         config: AlignmentConfig,
-        files: RunFiles,
-        name: str,
+        place: RunPlace,
     ) -> None:
         self._task = task
-        self._train_pairs, self._valid_pairs = split.train, split.valid
         self._config = config
-        self._file = files.state(name)
-        self._log = files.metrics_log(name)
+        self._file = place.state()
+        self._log = place.metrics_log()
         self._steps = StepProgress(self._log, current_ranks())
         self._trainer = PairTrainer(task, config, self._steps)
         self._best: dict[str, Tensor] = {}
@@ -125,8 +132,8 @@ class Fit:
         self._log.close()
         self._task.items.module.eval()
         return TrainingRun(
-            num_train_pairs=len(self._train_pairs),
-            num_valid_pairs=len(self._valid_pairs),
+            num_train_pairs=len(self._task.split.train),
+            num_valid_pairs=len(self._task.split.valid),
             best_epoch=progress.best_epoch,
             valid_losses=[round(loss, 5) for loss in progress.valid_losses],
             temperature=round(temperature, 5),
@@ -144,7 +151,7 @@ class Fit:
         self._best = _copies(self._trainer.tensors())
         return FitProgress(
             generator=dict(generator.bit_generator.state),
-            valid_losses=[self._trainer.loss(self._valid_pairs)],
+            valid_losses=[self._trainer.valid_loss()],
         )
 
     def _resumed(self, generator: np.random.Generator) -> FitProgress | None:
@@ -160,8 +167,8 @@ class Fit:
         return state.progress
 
     def _epoch(self, progress: FitProgress, generator: np.random.Generator) -> FitProgress:
-        train_loss = self._trainer.train_epoch(self._train_pairs, generator)
-        valid_loss = self._trainer.loss(self._valid_pairs)
+        train_loss = self._trainer.train_epoch(generator)
+        valid_loss = self._trainer.valid_loss()
         progress = progress.after_epoch(
             valid_loss, self._trainer.num_steps, generator.bit_generator.state
         )

@@ -53,6 +53,11 @@ def current_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def is_first_process() -> bool:
+    """Tell whether this process is the first that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """Join the other processes where torchrun started this one; leave them at the end."""
@@ -62,10 +67,24 @@ def joined_ranks() -> Iterator[Ranks]:
     # What is exchanged on CPU (decisions, a checkpoint) goes by gloo also where NCCL trains.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
+    # Each rank of this machine takes its share of the cores; torchrun gives one to each.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     try:
         yield current_ranks()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Let the first rank do something before all others: they find its outcome in a cache."""
+    ranks = current_ranks()
+    if ranks.size > 1 and not ranks.is_first:
+        dist.barrier()
+    yield
+    if ranks.size > 1 and ranks.is_first:
+        dist.barrier()
 
 
 def own_rows(rows_N: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ import numpy as np
 
 GEOMETRY_WEIGHTS = (100.0, 30.0, 10.0, 3.0, 1.0)
 """What ``auto`` tries, the one that keeps most of the content first."""
+DEFAULT_WEIGHT = 10.0
+"""That of stages which nothing chooses for."""
 _SURE = 2.0
 """Standard errors by which a trained head has to be better than the content."""
 

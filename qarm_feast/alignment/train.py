@@ -1,13 +1,21 @@
-"""Training of the alignment head on item pairs, the backbone frozen.
+"""Training of an item encoder: features once, a fusion over them, then backbones if wanted.
 
+Alone, or on all processes that torchrun starts:
+
+    torchrun --standalone --nproc-per-node 2 -m qarm_feast.alignment.train --config PATH/qarm.yaml
+
+A process that dies ends the run. Only the first rank writes. What was killed goes on when it is
+started again on the same settings and data.
 May import: torch, numpy, pyarrow.
 """
 
 import copy
 import logging
-import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,15 +28,58 @@ from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_
 from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
 from qarm_feast.alignment.fitting import RunFiles, TrainingRun
 from qarm_feast.alignment.fusion import ContentFusion, build_fusion, content_width, fusion_sizes
+from qarm_feast.alignment.gathering import first_rank_first, joined_ranks
 from qarm_feast.alignment.modalities import choose_modalities
 from qarm_feast.alignment.pair_rows import PairRows, pair_rows
-from qarm_feast.alignment.trainable import HeadItems
-from qarm_feast.alignment.training import Training
-from qarm_feast.errors import ConfigError
+from qarm_feast.alignment.trainable import HeadItems, training_device
+from qarm_feast.alignment.training import Training, TrainingData
+from qarm_feast.alignment.tuning_run import TunedContent, Tuning
 from qarm_feast.input_data import InputData
 from qarm_feast.schema import ITEM_ID
 
 logger = logging.getLogger(__name__)
+
+
+def train_and_save(
+    checked: InputData,
+    pairs: pa.Table,
+    config: AlignmentConfig,
+    created: datetime,
+    parent: ItemEncoder | None = None,
+) -> ItemEncoder:
+    """Train an encoder on all ranks that torchrun started, and save it.
+
+    1. Each epoch's state goes into ``<encoder_uri>/.<version>.training``.
+    2. The first rank saves the artifact.
+    3. The states are removed; numbers of the run stay in ``<encoder_uri>/<version>.logs``.
+
+    A process that was killed before 3 goes on where it was when it is started again.
+
+    Args:
+        checked: Input data.
+        pairs: Rows of ``pairs.PAIR_ROWS``.
+        config: Section ``alignment``.
+        created: Time that the manifest says, aware UTC.
+        parent: The encoder that the new one refreshes; see :func:`train_encoder`.
+
+    Returns:
+        The encoder, saved.
+
+    Raises:
+        DataError: If the items have no content that an encoder reads, or there are no pairs.
+        ConfigError: If that version exists.
+    """
+    folder = Path(config.encoder_uri)
+    files = RunFiles(
+        states=folder / f".{config.encoder_version}.training",
+        logs=folder / f"{config.encoder_version}.logs",
+    )
+    with joined_ranks() as ranks:
+        encoder = train_encoder(checked, pairs, config, created, parent, files)
+        if ranks.is_first:
+            encoder.save(config.encoder_uri)
+            shutil.rmtree(files.states, ignore_errors=True)
+    return encoder
 
 
 def train_encoder(
@@ -37,6 +88,7 @@ def train_encoder(
     config: AlignmentConfig,
     created: datetime,
     parent: ItemEncoder | None = None,
+    files: RunFiles | None = None,
 ) -> ItemEncoder:
     """Return an encoder trained on pairs of train rows.
 
@@ -47,6 +99,7 @@ def train_encoder(
         created: Time that the manifest says, aware UTC.
         parent: The encoder that the new one refreshes; the manifest names it. Where both read the
             same and have the same sizes, training goes on from it; see :func:`train_head`.
+        files: Where the runs are kept; by default nowhere.
 
     Returns:
         The encoder, not yet saved.
@@ -58,11 +111,18 @@ def train_encoder(
         pc.is_in(checked.items[ITEM_ID], pa.array(checked.train_item_ids()))
     )
     backbones = open_backbones(choose_modalities(items, config.modalities), items, config)
-    cache = FeatureCache(config.features_uri)
-    features = read_features(items, backbones, cache, checked.directory)
+    with first_rank_first():
+        cache = FeatureCache(config.features_uri)
+        features = read_features(items, backbones, cache, checked.directory)
     rows = pair_rows(pairs, items[ITEM_ID].to_numpy())
     start = None if parent is None else parent_head(parent, backbones, config)
-    head, run = train_head(features, rows, config, parent=start)
+    head, run = train_head(features, rows, config, files, start)
+    figures = asdict(run)
+    # Behaviour that no head could learn from tunes no backbone either.
+    if config.tuning != "frozen" and run.geometry_weight is not None:
+        content = TunedContent(items, features, backbones, checked.directory)
+        tuning = Tuning(content, start or start_head(features, config), config)
+        figures |= {"head": figures, **asdict(tuning.train(head, rows, run, files))}
     manifest = EncoderManifest(
         version=config.encoder_version,
         parent=None if parent is None else parent.version,
@@ -72,7 +132,7 @@ def train_encoder(
         behaviour_cutoff=checked.behaviour_cutoff(),
         created=created,
         training={
-            **vars(run),
+            **figures,
             "num_train_items": items.num_rows,
             "content": features.counts,
             "seed": config.seed,
@@ -99,19 +159,27 @@ def train_head(
         features: Content features of the train items.
         pairs: Pairs as rows of these items.
         config: Sizes, weights, schedule and seed.
-        files: Where the run is kept; by default nowhere.
+        files: Where the runs are kept; by default nowhere.
         parent: A trained head of the same sizes over the same features; it stays as it is.
 
     Returns:
         The head of the best epoch, in evaluation mode on the CPU, and the run's figures.
     """
-    head = _content_head(features, config) if parent is None else copy.deepcopy(parent)
+    head = start_head(features, config) if parent is None else copy.deepcopy(parent)
     items = HeadItems(head, features, training_device(config))
-    training = Training(
-        items, items.embeddings(), features.raw_vectors(), pairs, config, files or RunFiles()
-    )
-    run = training.run()
+    data = TrainingData(items, pairs, items.embeddings(), features.raw_vectors())
+    run = Training(data, config, files, "head").run()
     return head.cpu(), run
+
+
+def start_head(features: ItemFeatures, config: AlignmentConfig) -> ContentFusion:
+    """Return the head before any training: the content geometry of the given items."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        width = min(config.embedding_dim, content_width(features.shapes))
+        head = build_fusion(features.shapes, width, fusion_sizes(config))
+    head.start_from_content(*features.tensors(), is_centred=config.center_content)
+    return head
 
 
 def parent_head(
@@ -150,33 +218,8 @@ def parent_head(
     return parent.head
 
 
-def _content_head(features: ItemFeatures, config: AlignmentConfig) -> ContentFusion:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        width = min(config.embedding_dim, content_width(features.shapes))
-        head = build_fusion(features.shapes, width, fusion_sizes(config))
-    head.start_from_content(*features.tensors(), is_centred=config.center_content)
-    return head
+if __name__ == "__main__":
+    from qarm_feast.alignment.cli import train
+    from qarm_feast.command import run_command_line
 
-
-def training_device(config: AlignmentConfig) -> torch.device:
-    """Return where this rank trains: its GPU of this machine, or the CPU.
-
-    Args:
-        config: Section ``alignment``.
-
-    Returns:
-        The device, made the current one.
-
-    Raises:
-        ConfigError: If a GPU is wanted and there is none.
-    """
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "alignment.device is cuda, and torch finds no GPU here; set it to auto or cpu"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
+    run_command_line(train)

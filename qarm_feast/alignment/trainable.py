@@ -4,14 +4,16 @@ Shape letters in this file: M train items, N of them, D embedding width.
 May import: torch, numpy.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.features import ItemFeatures
+from qarm_feast.errors import ConfigError
 
 
 class HeadItems:
@@ -25,7 +27,7 @@ class HeadItems:
 
     def __init__(self, head: nn.Module, features: ItemFeatures, device: torch.device) -> None:
         self._head = head.to(device)
-        self._num_items = len(features)
+        self._features = features
         tokens, present = features.tensors()
         self._tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
         self._present = {name: tensor.to(device) for name, tensor in present.items()}
@@ -38,11 +40,16 @@ class HeadItems:
 
     def __len__(self) -> int:
         """Return the number of items M."""
-        return self._num_items
+        return len(self._features)
 
-    def parameter_groups(self) -> Sequence[Mapping[str, Any]]:
-        """Return the head's parameters, at the common rate."""
-        return [{"params": list(self._head.parameters())}]
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Return none: backbones are frozen."""
+        return []
+
+    @property
+    def present(self) -> Mapping[str, np.ndarray]:
+        """Which items have a modality, bool ``[M]``, by modality."""
+        return self._features.present
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
@@ -58,3 +65,40 @@ class HeadItems:
             {name: is_present[rows_N] for name, is_present in self._present.items()},
         )
         return embeddings_ND
+
+    def embed_view(self, modality: str, rows: np.ndarray) -> Tensor:
+        """Return what one modality alone says of some items that have it ``[N, D]``."""
+        rows_N = torch.from_numpy(rows).to(self._device)
+        embeddings_ND: Tensor = self._head(
+            {name: tokens[rows_N] for name, tokens in self._tokens.items()},
+            only(modality, self._present, rows_N),
+        )
+        return embeddings_ND
+
+
+def only(modality: str, present: Mapping[str, Tensor], rows_N: Tensor) -> dict[str, Tensor]:
+    """Return that of some items, which have it, one modality is present and no other."""
+    return {name: is_present[rows_N] & (name == modality) for name, is_present in present.items()}
+
+
+def training_device(config: AlignmentConfig) -> torch.device:
+    """Return where this rank trains: its GPU of this machine, or the CPU.
+
+    Args:
+        config: Section ``alignment``.
+
+    Returns:
+        The device, made the current one.
+
+    Raises:
+        ConfigError: If a GPU is wanted and there is none.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "alignment.device is cuda, and torch finds no GPU here; set it to auto or cpu"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -10,7 +10,7 @@ U unique items of a step, S items drawn for the geometry term.
 May import: torch, numpy.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from qarm_feast.alignment.gathering import (
     sum_over_ranks,
     take_from_first,
 )
+from qarm_feast.alignment.held_out import PairSplit
 from qarm_feast.alignment.losses import WHOLE, Temperature, geometry_loss, info_nce, pair_logits
 from qarm_feast.alignment.pair_rows import BatchNegatives, PairRows
 from qarm_feast.alignment.progress import StepProgress
@@ -52,8 +53,8 @@ class TrainableItems(Protocol):
         """Return the number of items M."""
         ...
 
-    def parameter_groups(self) -> Sequence[Mapping[str, Any]]:
-        """Return what is trained and at which rate, as an optimizer takes it."""
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained at the backbones' rate; the rest is at the common one."""
         ...
 
     def embed(self, rows: np.ndarray) -> Tensor:
@@ -68,12 +69,14 @@ class PairTask:
     Attributes:
         items: The items, and the model that embeds them.
         content_MD: Embeddings whose cosines the geometry term keeps, on the model's device.
+        split: Training pairs, and those that tell when to stop.
         negatives: Knows all pairs.
         geometry_weight: Weight of the geometry term.
     """
 
     items: TrainableItems
     content_MD: Tensor
+    split: PairSplit
     negatives: BatchNegatives
     geometry_weight: float
 
@@ -95,9 +98,7 @@ class PairTrainer:
         self._device = task.content_MD.device
         self._temperature = Temperature(config.temperature, config.learn_temperature)
         self._temperature.to(self._device)
-        groups = [dict(group) for group in task.items.parameter_groups()]
-        if config.learn_temperature:
-            groups.append({"params": list(self._temperature.parameters())})
+        groups = _parameter_groups(task.items, self._temperature, config)
         self._optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
         self._trained = [parameter for group in groups for parameter in group["params"]]
         take_from_first(self.tensors().values())
@@ -107,11 +108,10 @@ class PairTrainer:
         """The temperature now."""
         return self._temperature.value
 
-    def train_epoch(self, pairs: PairRows, generator: np.random.Generator) -> float:
-        """Take one pass over the pairs and return the mean loss.
+    def train_epoch(self, generator: np.random.Generator) -> float:
+        """Take one pass over the training pairs and return the mean loss.
 
         Args:
-            pairs: Training pairs.
             generator: Shuffles them and draws the items of the geometry term; the same on all
                 ranks.
 
@@ -119,6 +119,7 @@ class PairTrainer:
             The loss of the steps, geometry term included, averaged over pairs.
         """
         self._task.items.module.train()
+        pairs = self._task.split.train
         num_items = len(self._task.items)
         num_drawn = min(GEOMETRY_ITEMS, num_items)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -132,17 +133,16 @@ class PairTrainer:
         return float(sum_over_ranks(total)) / len(pairs)
 
     @torch.no_grad()
-    def loss(self, pairs: PairRows) -> float:
-        """Return the pair loss at the temperature of the start, without the geometry term.
+    def valid_loss(self) -> float:
+        """Return the loss of the held-out pairs, without the geometry term.
 
-        A learned temperature would make losses of two epochs incomparable.
-
-        Args:
-            pairs: Any of the known pairs, at least one.
+        It is taken at the temperature of the start: a learned one would make two epochs
+        incomparable.
 
         Returns:
             The mean over pairs in batches of the training's size; the same on all ranks.
         """
+        pairs = self._task.split.valid
         items, places = np.unique(
             np.concatenate([pairs.triggers, pairs.targets]), return_inverse=True
         )
@@ -261,6 +261,19 @@ class PairTrainer:
 
     def _generator_devices(self) -> list[torch.device]:
         return [self._device] if self._device.type == "cuda" else []
+
+
+def _parameter_groups(
+    items: TrainableItems, temperature: Temperature, config: AlignmentConfig
+) -> list[dict[str, Any]]:
+    backbone = items.backbone_parameters()
+    known = {id(parameter) for parameter in backbone}
+    trained = [*items.module.parameters(), *temperature.parameters()]
+    others = [p for p in trained if p.requires_grad and id(p) not in known]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if backbone:
+        groups.append({"params": backbone, "lr": config.backbone_learning_rate})
+    return groups
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ May import: pydantic, torch, safetensors.
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,13 @@ class TrainingFile:
         return metadata["progress"], self._path.read_bytes()
 
 
-def fingerprint(settings: str, pairs: PairRows, *content: bytes) -> str:
+def fingerprint(settings: str, pairs: PairRows, contents: Iterable[bytes]) -> str:
     """Return a hash of all that a run's outcome depends on.
 
     Args:
         settings: The configuration, as text.
         pairs: All pairs.
-        *content: What names the items' content.
+        contents: What else it depends on: vectors of the items, weights at the start.
 
     Returns:
         SHA-256 as hex text.
@@ -130,6 +130,6 @@ def fingerprint(settings: str, pairs: PairRows, *content: bytes) -> str:
     digest = hashlib.sha256(settings.encode())
     for array in (pairs.triggers, pairs.targets, pairs.users, pairs.weights):
         digest.update(np.ascontiguousarray(array).data)
-    for part in content:
+    for part in contents:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()

@@ -6,11 +6,12 @@ May import: torch; peft is imported on first use.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor, nn
 
 from qarm_feast.alignment.backbones.base import Backbone, TunableBackbone, is_tunable
@@ -102,9 +103,23 @@ class TunedItems(nn.Module):
         self.fusion = fusion
         self.backbones = nn.ModuleDict({name: one.module for name, one in tuned.items()})
 
+    @property
+    def module(self) -> nn.Module:
+        """Backbones and fusion."""
+        return self
+
+    @property
+    def present(self) -> Mapping[str, np.ndarray]:
+        """Which items have a modality, bool ``[M]``, by modality."""
+        return self._features.present
+
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self._features)
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained in the backbones."""
+        return [one for one in self.backbones.parameters() if one.requires_grad]
 
     def train(self, mode: bool = True) -> "TunedItems":
         """Switch dropout; means and spreads of batch normalisation stay those of pre-training.
@@ -126,15 +141,30 @@ class TunedItems(nn.Module):
         Returns:
             Embeddings on the fusion's device.
         """
+        return self._embed(rows, tuple(self._tuned), self._features.present)
+
+    def embed_view(self, modality: str, rows: np.ndarray) -> Tensor:
+        """Return what one modality alone says of some items that have it ``[n, D]``."""
+        read = (modality,) if modality in self._tuned else ()
+        present = {
+            name: is_present & (name == modality)
+            for name, is_present in self._features.present.items()
+        }
+        return self._embed(rows, read, present)
+
+    def _embed(
+        self, rows: np.ndarray, read: Sequence[str], present: Mapping[str, np.ndarray]
+    ) -> Tensor:
+        """Embed items by features that are computed anew for some modalities."""
         device = next(self.fusion.parameters()).device
-        features, present = self._features.take(rows).tensors()
+        features, _ = self._features.take(rows).tensors()
         items = self._items.take(pa.array(rows))
-        for name, backbone in self._tuned.items():
+        for name in read:
             values = content_values(items, name, self._media_dir).values
-            features[name], _ = backbone.forward(values)
+            features[name], _ = self._tuned[name].forward(values)
         embeddings_nD: Tensor = self.fusion(
             {name: tokens.to(device) for name, tokens in features.items()},
-            {name: is_present.to(device) for name, is_present in present.items()},
+            {name: torch.from_numpy(one[rows]).to(device) for name, one in present.items()},
         )
         return embeddings_nD
 

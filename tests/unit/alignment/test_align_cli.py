@@ -43,5 +43,11 @@ def test_the_four_steps_end_in_vectors_that_the_stored_encoder_repeats(
     stored_ND = embedding_matrix(table["embedding"])
     assert np.array_equal(stored_ND, encoder.encode(clustered.items))
     # Nothing but finished files: no temporary one is left, and no pickle anywhere.
-    suffixes = {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    logs = tmp_path / "data/encoders/e7.logs/head_weight_10"
+    assert {path.name.split(".")[0] for path in files if path.parent == logs} == {
+        "metrics",
+        "events",
+    }
+    suffixes = {path.suffix for path in files if path.parent != logs}
     assert suffixes == {".parquet", ".safetensors", ".json", ".html", ".lock"}
