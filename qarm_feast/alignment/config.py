@@ -146,6 +146,14 @@ class AlignmentConfig(Section):
         default="minilm",
         description="Text: name of an installed backbone (minilm), or a folder with a model.",
     )
+    image_backbone: ConfigPath = Field(
+        default="efficientnet_lite0",
+        description="Images: name of an installed backbone (efficientnet_lite0), or a folder.",
+    )
+    audio_backbone: ConfigPath = Field(
+        default="speaker_lstm",
+        description="Audio: name of an installed backbone (speaker_lstm), or a folder.",
+    )
     modalities: Literal["auto"] | tuple[Modality, ...] = Field(
         default="auto",
         description="What is read of items (text, image, audio, embedding); auto = what they have, "
@@ -194,6 +202,24 @@ class AlignmentConfig(Section):
     )
     max_tokens: int = Field(
         default=64, ge=8, le=512, description="Tokens of an item's text that the backbone reads."
+    )
+    max_image_pixels: int = Field(
+        default=50_000_000, gt=0, description="A picture of more pixels counts as absent."
+    )
+    max_audio_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="Seconds of a sound that the backbone reads."
+    )
+    text_tokens: int = Field(
+        default=1, gt=0, le=64, description="Feature tokens per text: means of as many parts of it."
+    )
+    image_grid: int = Field(
+        default=1, gt=0, le=16, description="Feature tokens per picture: cells per side of a grid."
+    )
+    audio_tokens: int = Field(
+        default=1,
+        gt=0,
+        le=64,
+        description="Feature tokens per sound: means of as many parts of it.",
     )
     batch_size: int = Field(
         default=1024, gt=1, description="Pairs per training step, of all ranks."

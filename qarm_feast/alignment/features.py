@@ -28,7 +28,7 @@ from qarm_feast.errors import DataError
 logger = logging.getLogger(__name__)
 
 _HASH_BYTES = 16
-_ROWS_AT_ONCE = {"text": 65_536, "image": 256, "audio": 256, "embedding": 65_536}
+_ROWS_AT_ONCE = {"text": 65_536, "image": 256, "audio": 64, "embedding": 65_536}
 """Items whose values are in memory at once; a picture takes more than a title."""
 
 

@@ -1,13 +1,15 @@
 """What every backbone can do, and what an artifact says of it.
 
 Shape letters in this file: N items, T feature tokens, E feature width.
-May import: torch, numpy.
+May import: torch, numpy, safetensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
+import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from qarm_feast.artifact import sha256
@@ -104,3 +106,57 @@ def hash_files(payloads: Mapping[str, bytes], settings: Mapping[str, Any]) -> st
     hashes = [f"{name} {sha256(payload)}" for name, payload in sorted(payloads.items())]
     lines = [*hashes, *(f"{key}={settings[key]}" for key in sorted(settings))]
     return sha256("\n".join(lines).encode())
+
+
+class Weights:
+    """A network that is read on first use, and the files from which it can be opened again.
+
+    Args:
+        load: Reads the network, in evaluation mode.
+        payloads: Gives its files by name; of a tuned network with the weights that it is handed,
+            else (None) as they were.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        payloads: Callable[[nn.Module | None], dict[str, bytes]],
+    ) -> None:
+        self._load = load
+        self._payloads = payloads
+        self._module: nn.Module | None = None
+        self._tuned: nn.Module | None = None
+        self._hash: str | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+        if self._module is None:
+            self._module = self._load()
+        return self._module
+
+    def replace(self, module: nn.Module) -> None:
+        """Put a tuned network of the same architecture in place."""
+        self._module = self._tuned = module
+        self._hash = None
+
+    def payloads(self) -> dict[str, bytes]:
+        """Return the files by name."""
+        return self._payloads(self._tuned)
+
+    def hash(self, settings: Mapping[str, Any]) -> str:
+        """Return one SHA-256 over files and settings."""
+        if self._hash is None:
+            self._hash = hash_files(self.payloads(), settings)
+        return self._hash
+
+
+def weights_file(weights: Mapping[str, Tensor]) -> bytes:
+    """Return a network's weights as a safetensors file."""
+    kept = {name: value.cpu().contiguous() for name, value in weights.items()}
+    return safetensors.torch.save(kept, {"format": "pt"})
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a network's weights lie."""
+    return next(module.parameters()).device

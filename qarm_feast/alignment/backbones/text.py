@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from qarm_feast.alignment.backbones.base import WEIGHTS_FILE, Encoded, hash_files
+from qarm_feast.alignment.backbones.base import WEIGHTS_FILE, Encoded, Weights, device_of
 from qarm_feast.alignment.backbones.packages import packaged_file
-from qarm_feast.errors import ConfigError, MissingDependencyError
+from qarm_feast.alignment.backbones.transformers_models import folder_payloads, load_model
+from qarm_feast.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -63,24 +63,6 @@ def find_text_backbone(name: str) -> Path:
     return folder
 
 
-def _load_transformer(folder: Path) -> tuple[Any, Any]:
-    """Return tokenizer and model from a folder, never from a network."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            package="transformers",
-            needed_for="a text encoder",
-            command='pip install "qarm-feast[text]"',
-        ) from error
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
-    )
-    return tokenizer, model.eval()
-
-
 class TextBackbone:
     """A text model with mean pooling over its last layer (as sentence-transformers does).
 
@@ -97,26 +79,19 @@ class TextBackbone:
         self.max_tokens = max_tokens
         self.num_tokens = num_tokens
         self._lengths = [n for n in BUCKET_LENGTHS if n < max_tokens] + [max_tokens]
-        self._tuned: nn.Module | None = None
+        self._weights = Weights(lambda: load_model(folder), self._payloads)
 
     @cached_property
-    def _parts(self) -> tuple[Any, Any]:
-        return _load_transformer(self.folder)
+    def _tokenizer(self) -> Any:
+        import transformers
 
-    @property
-    def module(self) -> nn.Module:
-        """The transformer."""
-        module: nn.Module = self._parts[1] if self._tuned is None else self._tuned
-        return module
-
-    def replace_module(self, module: nn.Module) -> None:
-        """Put a tuned model of the same architecture in place."""
-        self._tuned = module
+        return transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     @property
     def width(self) -> int:
         """Width of the last layer."""
-        return int(self._parts[1].config.hidden_size)
+        config: Any = self.module.config
+        return int(config.hidden_size)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,21 +101,23 @@ class TextBackbone:
     @property
     def hash(self) -> str:
         """SHA-256 over files and settings."""
-        if self._tuned is None:
-            return self._file_hash
-        return hash_files(self.payloads(), self.settings)
+        return self._weights.hash(self.settings)
 
-    @cached_property
-    def _file_hash(self) -> str:
-        return hash_files(self.payloads(), self.settings)
+    @property
+    def module(self) -> nn.Module:
+        """The network, read when it is first needed."""
+        return self._weights.module
+
+    def replace_module(self, module: nn.Module) -> None:
+        """Put a tuned network of the same architecture in place."""
+        self._weights.replace(module)
 
     def payloads(self) -> dict[str, bytes]:
-        """Return the folder's files, the weights as they are now."""
-        payloads = {name: (self.folder / name).read_bytes() for name in BACKBONE_FILES}
-        if self._tuned is not None:
-            weights = {name: value.cpu() for name, value in self._tuned.state_dict().items()}
-            payloads[WEIGHTS_FILE] = safetensors.torch.save(weights, {"format": "pt"})
-        return payloads
+        """Return the network's files."""
+        return self._weights.payloads()
+
+    def _payloads(self, tuned: nn.Module | None) -> dict[str, bytes]:
+        return folder_payloads(self.folder, BACKBONE_FILES, tuned)
 
     def encode(self, values: Sequence[str]) -> Encoded:
         """Return the features of the texts, not normalised.
@@ -181,8 +158,7 @@ class TextBackbone:
         cut_texts = [text[:limit] for text in texts]
         if not cut_texts:
             return []
-        tokenizer, _ = self._parts
-        tokens = tokenizer(cut_texts, truncation=True, max_length=self.max_tokens)
+        tokens = self._tokenizer(cut_texts, truncation=True, max_length=self.max_tokens)
         token_ids: list[list[int]] = tokens["input_ids"]
         return token_ids
 
@@ -197,25 +173,21 @@ class TextBackbone:
                 yield members[begin : begin + num_rows], length
 
     def _rows_per_forward(self, length: int) -> int:
-        return max(1, TOKENS_PER_FORWARD[self._device.type] // length)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return max(1, TOKENS_PER_FORWARD[device_of(self.module).type] // length)
 
     def _padded(
         self, token_ids: list[list[int]], num_rows: int, length: int
     ) -> tuple[Tensor, Tensor]:
         """Return token ids and mask ``[R, T]``; rows that are left over are dummies."""
-        tokenizer, _ = self._parts
-        ids_RT = torch.full((num_rows, length), tokenizer.pad_token_id, dtype=torch.int64)
+        ids_RT = torch.full((num_rows, length), self._tokenizer.pad_token_id, dtype=torch.int64)
         is_token_RT = torch.zeros((num_rows, length), dtype=torch.bool)
         # A dummy row attends to one token: a row that attends to none is not a number.
         is_token_RT[:, 0] = True
         for row, ids in enumerate(token_ids):
             ids_RT[row, : len(ids)] = torch.tensor(ids)
             is_token_RT[row, : len(ids)] = True
-        return ids_RT.to(self._device), is_token_RT.to(self._device)
+        device = device_of(self.module)
+        return ids_RT.to(device), is_token_RT.to(device)
 
     def _pooled(self, ids_RT: Tensor, is_token_RT: Tensor) -> Tensor:
         num_rows, length = ids_RT.shape

@@ -58,6 +58,67 @@ def tiny_text_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def tiny_image_folder(tmp_path: Path) -> Path:
+    """A random ViT of width 32 on 16 patches of 32 x 32 pixels, as a local folder."""
+    import torch
+    import transformers
+
+    folder = tmp_path / "tiny_image"
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    transformers.ViTModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        '{"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5, 0.5, 0.5], '
+        '"image_std": [0.5, 0.25, 0.5]}'
+    )
+    return folder
+
+
+@pytest.fixture
+def tiny_audio_folder(tmp_path: Path) -> Path:
+    """A random wav2vec 2.0 of width 32, as a local folder."""
+    import torch
+    import transformers
+
+    folder = tmp_path / "tiny_audio"
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(16, 16),
+        conv_kernel=(80, 8),
+        conv_stride=(40, 8),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    torch.manual_seed(0)
+    transformers.Wav2Vec2Model(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def packaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the package of a bundled backbone importable, or skips the test."""
+
+    def find(module: str) -> None:
+        folder = REPOSITORY / ".cache/packages"
+        if not (folder / module).is_dir():
+            pytest.skip(f"needs the package {module} in .cache/packages (make setup)")
+        monkeypatch.syspath_prepend(str(folder))
+
+    return find
+
+
+@pytest.fixture
 def load_rows(tmp_path: Path) -> Callable[..., InputData]:
     """Write and load a data directory from rows and columns of items."""
 
