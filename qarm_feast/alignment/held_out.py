@@ -17,6 +17,7 @@ from qarm_feast.alignment.pair_rows import BatchNegatives, PairRows
 _NUM_QUERIES = 2000
 _NUM_RANDOM = 1000
 _ROWS = 1024
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,7 @@ class PairSplit:
     is_held_M: np.ndarray
 
 
-def hold_items_out(
-    pairs: PairRows, num_items: int, share: float, generator: np.random.Generator
-) -> PairSplit:
+def hold_items_out(pairs: PairRows, num_items: int, share: float, seed: int) -> PairSplit:
     """Split the pairs by items: a pair that names a held-out item is no training pair.
 
     A model that only learnt its training items by heart does not rank those of new ones.
@@ -42,17 +41,41 @@ def hold_items_out(
         pairs: All pairs.
         num_items: Train items.
         share: Share of the items that are held out.
-        generator: Draws them.
+        seed: Chooses them, see :func:`held_items`.
 
     Returns:
         The parts; where one would be empty, both are all pairs.
     """
-    is_held_M = generator.random(num_items) < share
+    item_ids_M = np.arange(num_items) if pairs.item_ids_M is None else pairs.item_ids_M
+    is_held_M = held_items(item_ids_M, share, seed)
     is_valid_R = is_held_M[pairs.triggers] | is_held_M[pairs.targets]
     if is_valid_R.all() or not is_valid_R.any():
         return PairSplit(pairs, pairs, np.zeros(num_items, dtype=bool))
     train, valid = (pairs.take(np.flatnonzero(rows)) for rows in (~is_valid_R, is_valid_R))
     return PairSplit(train, valid, is_held_M)
+
+
+def held_items(item_ids_M: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return which items are held out: as their ids say, whatever other items there are.
+
+    A refresh that goes on from a parent holds the same items out as that did. Drawn anew, most
+    would be items that the parent was trained on, and the parent could not be beaten on them.
+
+    Args:
+        item_ids_M: Ids, int64.
+        share: Share to hold out, above 0 and below 1.
+        seed: Another one holds other items out.
+
+    Returns:
+        Bool ``[M]``. The ids are mixed by SplitMix64's finalizer (Steele, Lea, Flood, "Fast
+        Splittable Pseudorandom Number Generators", 2014).
+    """
+    state_M = item_ids_M.astype(np.int64).view(np.uint64) + np.uint64(_GOLDEN * (seed + 1) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state_M = (state_M ^ (state_M >> np.uint64(shift))) * np.uint64(factor)
+    state_M ^= state_M >> np.uint64(31)
+    is_held_M: np.ndarray = state_M < np.uint64(share * 2**64)
+    return is_held_M
 
 
 class HeldOutRanking:

@@ -5,7 +5,7 @@ among a batch's answers.
 May import: numpy, scipy, pyarrow, torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +21,15 @@ from qarm_feast.errors import DataError
 class PairRows:
     """Item pairs as rows of the train items: parallel arrays of length R.
 
-    ``users`` is below zero where a pair has no user; ``weights`` are above zero.
+    ``users`` is below zero where a pair has no user; ``weights`` are above zero. ``item_ids_M``
+    are the ids behind the rows; None: the rows themselves.
     """
 
     triggers: np.ndarray
     targets: np.ndarray
     users: np.ndarray
     weights: np.ndarray
+    item_ids_M: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -35,13 +37,17 @@ class PairRows:
 
     def take(self, rows: np.ndarray) -> "PairRows":
         """Return some of the pairs."""
-        return PairRows(
-            self.triggers[rows], self.targets[rows], self.users[rows], self.weights[rows]
+        return replace(
+            self,
+            triggers=self.triggers[rows],
+            targets=self.targets[rows],
+            users=self.users[rows],
+            weights=self.weights[rows],
         )
 
     def swapped(self) -> "PairRows":
         """Return the same pairs with triggers and targets in each other's place."""
-        return PairRows(self.targets, self.triggers, self.users, self.weights)
+        return replace(self, triggers=self.targets, targets=self.triggers)
 
 
 def pair_rows(pairs: pa.Table, item_ids_M: np.ndarray) -> PairRows:
@@ -71,6 +77,7 @@ def pair_rows(pairs: pa.Table, item_ids_M: np.ndarray) -> PairRows:
         targets=targets.to_numpy().astype(np.int64),
         users=pairs["user_row"].to_numpy(),
         weights=pairs["weight"].to_numpy(),
+        item_ids_M=item_ids_M,
     )
 
 

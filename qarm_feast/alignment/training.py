@@ -68,7 +68,7 @@ class Training:
         self._name = name
         self._negatives = BatchNegatives(data.pairs, len(data.items))
         self._split = hold_items_out(
-            data.pairs, len(data.items), config.valid_item_share, self._generator
+            data.pairs, len(data.items), config.valid_item_share, config.seed
         )
         self._ranking = None
         if self._split.is_held_M.any():

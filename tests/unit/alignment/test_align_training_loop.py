@@ -36,7 +36,6 @@ def plain_loop(config: AlignmentConfig) -> dict[str, torch.Tensor]:
     features, pairs = made_features(), made_pairs()
     tensors = features_of_vectors(features).tensors()
     generator = np.random.default_rng(config.seed)
-    generator.random(NUM_ITEMS)  # the draw of held-out items
     torch.manual_seed(config.seed)
     head = AlignmentHead({"embedding": (1, 32)}, config.embedding_dim, config.hidden_dim)
     head.start_from_content(*tensors, is_centred=config.center_content)
