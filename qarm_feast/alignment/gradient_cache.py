@@ -13,7 +13,7 @@ Shape letters in this file: N items, D embedding width.
 May import: torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -54,18 +54,28 @@ def backward(
     starts = range(0, len(rows_N), chunk_size)
     chunks = [rows_N[begin : begin + chunk_size] for begin in starts]
     with torch.no_grad():
-        embedded = torch.cat(list(_embedded(embed, chunks, seed)))
-    embedded.requires_grad_()
-    loss = loss_of(embedded)
+        whole_ND = torch.cat(list(embedded(embed, chunks, seed)))
+    whole_ND.requires_grad_()
+    loss = loss_of(whole_ND)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    assert embedded.grad is not None, "the loss is a function of the embeddings"
-    cached = torch.split(embedded.grad, chunk_size)
-    for chunk_ND, gradient_ND in zip(_embedded(embed, chunks, seed), cached, strict=True):
+    assert whole_ND.grad is not None, "the loss is a function of the embeddings"
+    cached = torch.split(whole_ND.grad, chunk_size)
+    for chunk_ND, gradient_ND in zip(embedded(embed, chunks, seed), cached, strict=True):
         chunk_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return loss.detach()
 
 
-def _embedded(embed: Embed, chunks: list[np.ndarray], seed: int) -> Iterator[Tensor]:
+def embedded(embed: Embed, chunks: Sequence[np.ndarray], seed: int) -> Iterator[Tensor]:
+    """Yield the embeddings of each chunk, drawn under the chunk's own seed.
+
+    Args:
+        embed: The model.
+        chunks: Item rows, chunk by chunk.
+        seed: Seed of the step.
+
+    Yields:
+        Embeddings of one chunk.
+    """
     for number, chunk in enumerate(chunks):
         torch.manual_seed(_chunk_seed(seed, number))
         yield embed(chunk)

@@ -122,7 +122,7 @@ def train_encoder(
     if config.tuning != "frozen" and run.geometry_weight is not None:
         content = TunedContent(items, features, backbones, checked.directory)
         tuning = Tuning(content, start or start_head(features, config), config)
-        figures |= {"head": figures, **asdict(tuning.train(head, rows, run, files))}
+        figures = {**asdict(tuning.train(head, rows, run, files)), "head": figures}
     manifest = EncoderManifest(
         version=config.encoder_version,
         parent=None if parent is None else parent.version,

@@ -1,34 +1,32 @@
 """The trainer against plain loops: same bits alone, same gradients in chunks and over ranks."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from made_training import (
+    NUM_ITEMS,
+    NUM_PAIRS,
+    SMALL,
+    WIDTH,
+    made_features,
+    made_pairs,
+    one_step,
+    rank_job,
+    trained,
+)
+from torch import nn
 from torch.nn import functional
 
+from qarm_feast.alignment import gradient_cache
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.features import features_of_vectors
 from qarm_feast.alignment.fusion import AlignmentHead
-from qarm_feast.alignment.pair_rows import PairRows
 from qarm_feast.alignment.train import train_head
 
-NUM_ITEMS, NUM_PAIRS = 60, 300
-SMALL = AlignmentConfig(
-    embedding_dim=16, hidden_dim=16, batch_size=64, learning_rate=3e-3, num_epochs=3
-)
 CENTRED_WITHOUT_LOGQ = {"center_content": True, "logq_weight": 0.0}
-
-
-def made_features() -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(NUM_ITEMS, 32)).astype(np.float32)
-
-
-def made_pairs() -> PairRows:
-    """Pairs of items whose numbers lie near each other."""
-    generator = np.random.default_rng(2)
-    triggers = generator.integers(0, NUM_ITEMS, NUM_PAIRS)
-    targets = (triggers + generator.integers(1, 4, NUM_PAIRS)) % NUM_ITEMS
-    weights = generator.random(NUM_PAIRS).astype(np.float32) + 0.1
-    return PairRows(triggers, targets, generator.integers(-1, 20, NUM_PAIRS), weights)
 
 
 def plain_loop(config: AlignmentConfig) -> dict[str, torch.Tensor]:
@@ -37,7 +35,7 @@ def plain_loop(config: AlignmentConfig) -> dict[str, torch.Tensor]:
     tensors = features_of_vectors(features).tensors()
     generator = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
-    head = AlignmentHead({"embedding": (1, 32)}, config.embedding_dim, config.hidden_dim)
+    head = AlignmentHead({"embedding": (1, WIDTH)}, config.embedding_dim, config.hidden_dim)
     head.start_from_content(*tensors, is_centred=config.center_content)
     with torch.no_grad():
         content = head(*tensors)
@@ -92,3 +90,51 @@ def test_training_is_the_plain_loop_to_the_last_bit(changed: dict[str, object]) 
     expected = plain_loop(config)
     for name, tensor in head.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_gradients_in_chunks_are_those_of_the_whole_batch() -> None:
+    whole = one_step(None)
+
+    for chunk_size in (1, 7, 1000):
+        chunked = one_step(chunk_size)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(chunked[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_and_training_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(
+        rank_job, args=(str(tmp_path),), nprocs=2, start_method="spawn"
+    )
+
+    ranks = [safetensors.torch.load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    alone = {"plain": one_step(None), "chunks": one_step(None), "head": trained()}
+    for name, tensor in ranks[0].items():
+        part, _, key = name.partition(".")
+        assert torch.equal(tensor, ranks[1][name]), name
+        tolerance = 2e-3 if part == "head" else 1e-4
+        torch.testing.assert_close(tensor, alone[part][key], rtol=tolerance, atol=tolerance / 100)
+
+
+def test_dropout_draws_the_same_when_a_chunk_is_embedded_again() -> None:
+    layer = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+    x_NE = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    rows = np.arange(10)
+
+    def embed(rows_N: np.ndarray) -> torch.Tensor:
+        return layer(x_NE[rows_N])
+
+    def loss_of(embedded_ND: torch.Tensor) -> torch.Tensor:
+        return (embedded_ND @ embedded_ND.T).square().sum()
+
+    with torch.random.fork_rng(devices=[]):
+        cached = gradient_cache.backward(embed, rows, loss_of, chunk_size=4, seed=5)
+        found = [parameter.grad for parameter in layer.parameters()]
+        layer.zero_grad()
+        # The same draws in one graph: chunk by chunk under the chunk's seed.
+        parts = list(gradient_cache.embedded(embed, [rows[:4], rows[4:8], rows[8:]], seed=5))
+        expected = loss_of(torch.cat(parts))
+        expected.backward()
+
+    torch.testing.assert_close(cached, expected.detach())
+    for gradient, parameter in zip(found, layer.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,18 @@ from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.opening import open_stored
 from qarm_feast.alignment.backbones.ready import ReadyVectors
 from qarm_feast.alignment.backbones.text import TextBackbone
-from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.config import AlignmentConfig, PairConfig
+from qarm_feast.alignment.encoder import load_encoder
 from qarm_feast.alignment.features import ItemFeatures, read_features
 from qarm_feast.alignment.fusion import FusionSizes, build_fusion
+from qarm_feast.alignment.pairs import build_pairs
+from qarm_feast.alignment.train import train_and_save
 from qarm_feast.alignment.tuning import TunedItems, finish_tuning, start_tuning
 from qarm_feast.errors import ConfigError
+from qarm_feast.input_data import InputData
 
 ITEMS = pa.table({"title": ["w1 w2 w3", "w4", None, "w5 w6 w7 w8 w9"]})
+CREATED = datetime(2024, 2, 1, tzinfo=UTC)
 KINDS = pytest.mark.parametrize("tuning", ["lora", "full"])
 
 
@@ -73,3 +80,45 @@ def test_a_step_alters_the_weights_that_the_tuning_names_and_the_artifact_holds_
 def test_backbones_without_weights_cannot_be_tuned() -> None:
     with pytest.raises(ConfigError, match="none of the backbones of embedding has layers for it"):
         start_tuning({"embedding": ReadyVectors(16)}, AlignmentConfig(tuning="full"))
+
+
+@KINDS
+def test_a_tuned_encoder_is_trained_from_the_head_and_repeats_itself_when_loaded(
+    tiny_text_folder: Path,
+    tuning: str,
+    load_rows: Callable[..., InputData],
+    tmp_path: Path,
+) -> None:
+    # Words say which of two groups an item is of; users stay in one group.
+    generator = np.random.default_rng(0)
+    titles = [f"w{generator.integers(30) + 30 * (item % 2)} w{item % 2}" for item in range(40)]
+    rows = [
+        (user, int(item), 10 + n, "train", True)
+        for user in range(40)
+        for n, item in enumerate(generator.permutation(np.arange(user % 2, 40, 2))[:4])
+    ]
+    config = AlignmentConfig(
+        backbone=str(tiny_text_folder),
+        tuning=tuning,
+        embedding_dim=16,
+        hidden_dim=16,
+        batch_size=64,
+        chunk_size=16,
+        num_epochs=2,
+        valid_item_share=1e-9,
+        backbone_learning_rate=1e-2,
+        features_uri=str(tmp_path / "features"),
+        encoder_uri=str(tmp_path / "encoders"),
+        device="cpu",
+    )
+    checked = load_rows(rows, item_id=list(range(40)), title=titles)
+
+    encoder = train_and_save(checked, build_pairs(checked, PairConfig(), 0), config, CREATED)
+
+    figures = encoder.manifest.training
+    # Tuning starts where the head ended, and goes on from there.
+    assert figures["valid_losses"][0] == pytest.approx(min(figures["head"]["valid_losses"]), 1e-4)
+    assert figures["valid_losses"][-1] < figures["valid_losses"][0]
+    loaded = load_encoder(config.encoder_uri, config.encoder_version)
+    assert np.array_equal(loaded.encode(checked.items), encoder.encode(checked.items))
+    assert not (tmp_path / "encoders/.e1.training").exists()
