@@ -12,6 +12,7 @@ _HOMES = {
     "init": "qarm_feast.new_repo:init",
     "load-users": "qarm_feast.profiles:load_users",
     "offline": "qarm_feast.offline_cli:offline_group",
+    "refresh": "qarm_feast.refresh.cli:refresh_command",
     # Named, not imported: it reads what workers keep in Kafka, and the core knows no worker.
     "rollout": "streaming.rollout_cli:rollout_group",
 }

@@ -38,7 +38,11 @@ class _EncoderManifest(BaseModel):
 
 
 def train_codebook(
-    config_path: str, version: str, created: datetime, parent: str | None = None
+    config_path: str,
+    version: str,
+    created: datetime,
+    parent: str | None = None,
+    encoder_version: str | None = None,
 ) -> Manifest:
     """Train a codebook on the exported vectors of items with a train row; store it as a draft.
 
@@ -50,6 +54,7 @@ def train_codebook(
         created: Wall clock, aware UTC.
         parent: A published version whose codes the new one keeps as far as it can; the vectors of
             its encoder must be there still. None trains from nothing.
+        encoder_version: Whose vectors are read; None: ``alignment.encoder_version``.
 
     Returns:
         The draft's manifest.
@@ -60,7 +65,8 @@ def train_codebook(
         CodebookError: If the version is published already, the vectors are too few for the sizes
             asked for, or the parent was purged or is the version itself.
     """
-    alignment = load_section(config_path, "alignment", AlignmentConfig)
+    own_encoder = None if encoder_version is None else {"encoder_version": encoder_version}
+    alignment = load_section(config_path, "alignment", AlignmentConfig, own_encoder)
     quantizer = load_section(config_path, "quantizer", QuantizerConfig)
     config = load_section(config_path, "codebook", CodebookConfig)
     CodebookRegistry(config.uri).check_unpublished(check_version_name(version))

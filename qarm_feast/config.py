@@ -34,6 +34,7 @@ SECTIONS = (
     "stream",
     "ranker",
     "comparison",
+    "refresh",
     "observability",
     "compaction",
     "serving",

@@ -39,6 +39,7 @@ SPLIT = "split"
 EMBEDDING = "embedding"
 CONTENT_COLUMNS = (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS, EMBEDDING)
 ITEMS_FILE = "items.parquet"
+INTERACTIONS_FILE = "interactions.parquet"
 TRAIN_QUANTILE = 0.8
 """Share of event times before the automatic cut-off."""
 

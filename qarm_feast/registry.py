@@ -310,14 +310,11 @@ class CodebookRegistry:
 
     def next_name(self, version: str) -> str:
         """Return a free name that follows ``version``: v3 after v1 where v2 is taken."""
-        stem = version.rstrip("0123456789")
-        taken = {*self.states(), *stored_versions(self.uri), *stored_versions(drafts_uri(self.uri))}
-        numbers = [
-            int(name.removeprefix(stem))
-            for name in {version, *taken}
-            if name.startswith(stem) and name.removeprefix(stem).isdigit()
-        ]
-        return f"{stem}{max(numbers, default=1) + 1}"
+        return name_after(version, self.taken_names())
+
+    def taken_names(self) -> set[str]:
+        """Return the names of all versions that are or were there, drafts and purged ones too."""
+        return {*self.states(), *stored_versions(self.uri), *stored_versions(drafts_uri(self.uri))}
 
     def purge(self, version: str) -> tuple[Place, ...]:
         """Remove the files of a retired version, or of one that was never published, for good.
@@ -663,6 +660,25 @@ def gate_readings(quality: Mapping[str, Any], gates: GateConfig) -> list[GateRea
         GateReading("min_hr10", quality["hr10"], gates.min_hr10),
         GateReading("max_relative_residual_norm", residual, gates.max_relative_residual_norm),
     ]
+
+
+def name_after(version: str, taken: Iterable[str]) -> str:
+    """Return a free name that follows ``version``: v3 after v1 where v2 is taken.
+
+    Args:
+        version: A name, as a rule with a number at its end.
+        taken: Names that are no more free.
+
+    Returns:
+        The same letters with the next number that is larger than any taken.
+    """
+    stem = version.rstrip("0123456789")
+    numbers = [
+        int(name.removeprefix(stem))
+        for name in {version, *taken}
+        if name.startswith(stem) and name.removeprefix(stem).isdigit()
+    ]
+    return f"{stem}{max(numbers, default=1) + 1}"
 
 
 def stored_versions(uri: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""``qarm refresh``: a new encoder and a codebook that keeps its parent's labels, on a schedule."""
