@@ -13,6 +13,7 @@
 May import: the jobs behind the single commands.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from typing import Any, NamedTuple
 from qarm_feast.alignment.encoder import ItemEncoder, load_encoder, read_encoder_manifest
 from qarm_feast.alignment.evaluation_job import check_accepted, evaluate_encoder
 from qarm_feast.alignment.export_job import EngineName, export_accepted, export_catalogue
-from qarm_feast.alignment.pairs import read_pairs, summarise_pairs, write_pairs
-from qarm_feast.alignment.train import train_encoder
+from qarm_feast.alignment.pairs import read_pairs, report_of, write_pairs
+from qarm_feast.alignment.train import train_and_save
 from qarm_feast.artifact import MANIFEST_NAME, file_sha256
 from qarm_feast.codebook_evaluation import evaluate_codebook
 from qarm_feast.codebook_jobs import train_codebook
@@ -73,8 +74,13 @@ class RefreshSteps:
 
     def pairs(self) -> StepResult:
         """Build the item pairs."""
-        path, table = write_pairs(self._checked, self._alignment)
-        return StepResult(summarise_pairs(table), {"num_pairs": table.num_rows, "path": str(path)})
+        _, table = write_pairs(self._checked, self._alignment)
+        report = report_of(table)
+        told = ", ".join(f"{name} {one.num_pairs:,}" for name, one in report.sources.items())
+        return StepResult(
+            f"{report.num_pairs:,} pairs ({told}) of {report.items_covered:,} items",
+            json.loads(report.to_json()),
+        )
 
     def train(self) -> StepResult:
         """Train the encoder, unless a run that was killed has stored it.
@@ -87,22 +93,18 @@ class RefreshSteps:
         """
         folder = Path(self._alignment.encoder_uri) / self._state.encoder_version
         if not folder.exists():
-            for killed in folder.parent.glob(f".{folder.name}.*.tmp"):
-                shutil.rmtree(killed)
-            encoder = train_encoder(
-                self._checked,
-                read_pairs(self._checked, self._alignment),
-                self._alignment,
-                self._state.started,
-                self._parent_encoder(),
-            )
-            encoder.save(self._alignment.encoder_uri)
+            pairs = read_pairs(self._checked, self._alignment)
+            parent = self._parent_encoder()
+            train_and_save(self._checked, pairs, self._alignment, self._state.started, parent)
         manifest = read_encoder_manifest(self._alignment.encoder_uri, self._state.encoder_version)
         if manifest.created != self._state.started:
             raise ConfigError(
                 f"{folder} was made by another process after this refresh had chosen its name; "
                 "run `qarm refresh --encoder-version OTHER`"
             )
+        # What runs leave behind that were killed while they saved, or right after it.
+        for left_over in list(folder.parent.glob(f".{folder.name}.*")):
+            shutil.rmtree(left_over)
         return StepResult(
             f"encoder {manifest.version} of {manifest.embedding_dim} numbers, parent "
             f"{manifest.parent or 'none'}, behaviour until {manifest.behaviour_cutoff:%Y-%m-%d}",

@@ -133,7 +133,8 @@ def test_a_refresh_killed_after_the_work_of_each_step_comes_to_the_same_as_one_t
     np.testing.assert_array_equal(repo.codes("v2", "e2"), whole.codes("v2", "e2"))
     label_maps = [read_manifest(each.registry.uri, "v2").label_map for each in (repo, whole)]
     assert label_maps[0] == label_maps[1]
-    assert {path.name for path in (repo.data / "encoders").iterdir()} == {"e1", "e2", ".reports"}
+    names = {path.name for path in (repo.data / "encoders").iterdir()}
+    assert not {name for name in names if name.startswith(".e")}
 
 
 def kill_after_work_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
