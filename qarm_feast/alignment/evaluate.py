@@ -67,7 +67,7 @@ def evaluate_vectors(
 
     Args:
         checked: Input data.
-        vectors: L2-normalised vectors of ``checked.items`` by name; ``raw`` is what others are
+        vectors: Vectors of ``checked.items`` by name; ``raw`` is what others are
             held against.
         config: Draws and most queries.
 
@@ -85,7 +85,7 @@ def measure_vectors(
 
     Args:
         behaviour: What users did later.
-        vectors: L2-normalised vectors by name.
+        vectors: Vectors by name: L2-normalised, or decoded.
 
     Returns:
         ``Measured`` by name of the measure, in the order of ``MEASURES``.
@@ -200,5 +200,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         for measure, gain in gains.items():
             ends = f"[{gain['low']:+.4f}, {gain['high']:+.4f}]"
             lines.append(f"{name} - raw {measure}: {gain['gain']:+.4f} {ends}")
+    if not measures:
+        lines = ["nothing was measured: no validation row is positive (see data.valid_days)"]
     counts = ", ".join(f"{key} {int(value):,}" for key, value in report["counts"].items())
     return "\n".join([*lines, counts])

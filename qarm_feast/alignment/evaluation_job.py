@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from qarm_feast.alignment.config import AlignmentConfig
@@ -143,7 +142,11 @@ def evaluation_path(config: AlignmentConfig) -> Path:
 def decoded_vectors(
     items: pa.Table, aligned_ND: Embeddings, codebook: Codebook
 ) -> dict[str, Embeddings]:
-    """Return what the codes of items stand for, scaled to length 1.
+    """Return what the codes of items stand for, not scaled.
+
+    A sum of centroids is the mean of the vectors in a cell, so its inner product with a vector is
+    the mean cosine of the cell's items with it. Scaled to length 1, the means of wide cells would
+    come near to everything.
 
     Args:
         items: Items with their content.
@@ -155,16 +158,9 @@ def decoded_vectors(
     """
     codes = codebook.encode(items[ITEM_ID].to_numpy(), content_hashes(items), aligned_ND)
     return {
-        "decoded_rq": _unit_or_zero(codebook.decode_rq(codes.rq_NL)),
-        "decoded_vq": _unit_or_zero(codebook.vq.decode(codes.vq_NV)),
+        "decoded_rq": codebook.decode_rq(codes.rq_NL),
+        "decoded_vq": codebook.vq.decode(codes.vq_NV),
     }
-
-
-def _unit_or_zero(x_ND: Embeddings) -> Embeddings:
-    # Pool vectors that cancel out leave a mean without a direction: it is near to nothing.
-    norms_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
-    unit_ND: Embeddings = x_ND / np.maximum(norms_N1, np.finfo(np.float32).tiny)
-    return unit_ND
 
 
 def _codebook_of(

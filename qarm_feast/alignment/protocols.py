@@ -1,8 +1,9 @@
 """How well vectors place items as users did: neighbour AUC and two retrieval protocols of AlignRec.
 
-Vectors are compared by cosine; cosines nearer than ``TIE`` are equal, because decoded codes give
-many items one vector, and a product of matrices need not give equal rows equal bits. Scores of all
-items are made for a block of queries at a time, never for all.
+Vectors are compared by inner product: the cosine of vectors of length 1, and the mean cosine of what
+a decoded code stands for. Scores nearer than ``TIE`` are equal, because decoded codes give many
+items one vector, and a product of matrices need not give equal rows equal bits. Scores of all items
+are made for a block of queries at a time, never for all.
 
 Shape letters in this file: M items, D vector width, Q queries, C queries of a block, K wanted
 items of a query, U users.
@@ -41,7 +42,7 @@ def neighbor_auc(
 
     Args:
         behaviour: Later behaviour.
-        vectors_MD: L2-normalised vectors, one per item; a row of zeros has cosine 0 to all.
+        vectors_MD: Vectors, one per item: L2-normalised, or decoded.
         weights_M: How often an item is drawn as the other one, float32; None: all alike.
 
     Returns:
@@ -66,14 +67,14 @@ def zero_shot_hits(
 
     Args:
         behaviour: Later behaviour.
-        vectors_MD: L2-normalised vectors, one per item.
+        vectors_MD: Vectors, one per item: L2-normalised, or decoded.
         k: Length of the list.
 
     Returns:
-        Float64 ``[U]`` in 0 ... 1: items of one cosine stand in random order.
+        Float64 ``[U]`` in 0 ... 1: items of one score stand in random order.
     """
     history_UM = behaviour.history_UM
-    # Cosines are compared within a user, so the mean need not be of length 1.
+    # Scores are compared within a user, so the mean need not be of length 1.
     means_UD = np.asarray(history_UM @ vectors_MD) / history_UM.sum(axis=1)[:, None]
     return _hits(
         _ranks(means_UD, vectors_MD, behaviour.next_items_U[:, None], history_UM.tocsr()), k
@@ -89,11 +90,11 @@ def item_cf_hits(
 
     Args:
         behaviour: Later behaviour.
-        vectors_MD: L2-normalised vectors, one per item.
+        vectors_MD: Vectors, one per item: L2-normalised, or decoded.
         k: Length of the list.
 
     Returns:
-        Float64 ``[Q]`` in 0 ... 1: items of one cosine stand in random order.
+        Float64 ``[Q]`` in 0 ... 1: items of one score stand in random order.
     """
     queries_Q = behaviour.query_items_Q
     own = _rows_of_one(queries_Q, len(vectors_MD))

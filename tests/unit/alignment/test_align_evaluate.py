@@ -286,4 +286,6 @@ def test_without_validation_positives_nothing_is_measured(load_rows: Loader) -> 
 
     assert set(report["counts"].values()) == {0}
     assert report["raw"] == report["aligned"] == report["gains"]["aligned"] == {}
-    assert "num_queries_all 0" in format_report(report)
+    text = format_report(report)
+    assert text.startswith("nothing was measured: no validation row is positive")
+    assert "num_queries_all 0" in text
