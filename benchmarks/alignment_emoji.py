@@ -83,6 +83,8 @@ def emoji_figures(
         _say(f"emoji: left out, {error}")
         return {}, str(error)
     _say(f"emoji: features of {emojis.items.num_rows} emojis")
+    # The picture model lies in a package that `make setup` unpacks there; it is not installed.
+    sys.path.append(str(cache / "packages"))
     features = content_features(
         emojis.items, config.model_copy(update={"modalities": KINDS["both"]})
     )

@@ -1,20 +1,22 @@
 """Do aligned vectors place items as users later do: raw, aligned, decoded codes; text and picture.
 
     uv run --frozen --extra cpu python benchmarks/alignment_quality.py [--data DIR] [--seeds N]
-        [--quick] [--features DIR]
+        [--lora-seeds N] [--quick] [--features DIR]
 
 Without ``--data`` it runs on the quickstart's ML-100K. Encoders learn from train rows; test rows
 are read once, for the figures. Every setting is the default of ``qarm.yaml``; these were chosen on
 validation rows. Kinds of vectors: ``raw`` (content features as they are), ``aligned`` (frozen
-backbone, trained head), ``lora`` (backbone tuned too), ``decoded_rq`` and ``decoded_vq`` (what
-codes of the aligned vectors stand for). Figures, all over test rows:
+backbone, trained head), ``lora`` (the text model tuned too; on a CPU that is slow, so it reads
+fewer tokens and takes fewer passes, see ``LORA_SETTINGS``, for the first ``--lora-seeds``),
+``decoded_rq`` and ``decoded_vq`` (what codes of the aligned vectors stand for). Figures, all over
+test rows:
 
 - ``neighbour_auc_<kind>``: chance that one of the five items that share most users with an item is
   nearer to it than a random other item; ``popular_neighbour_auc_<kind>`` draws the other item by
   its number of positives, so that popularity alone wins nothing.
 - ``zero_shot_recall_at_10_<kind>``, ``item_cf_recall_at_10_<kind>``: AlignRec's protocols.
 - ``warm_…``, ``cold_…``: of items (users: next items) with and without a train row.
-- ``<kind>_minus_raw_<figure>`` with ``…_low`` and ``…_high``: paired difference and 95 % interval,
+- ``<kind>_minus_raw_<figure>`` and ``lora_minus_aligned_<figure>`` with ``…_low`` and ``…_high``: paired difference and 95 % interval,
   seeds and items (or users) drawn with replacement.
 
 The emoji task (``emoji_…``, see alignment_emoji.py) does not depend on ``--data``. Progress goes to
@@ -28,7 +30,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,7 +55,7 @@ from qarm_feast.alignment.features import ItemFeatures, content_features
 from qarm_feast.alignment.later_behaviour import LaterBehaviour, read_behaviour
 from qarm_feast.alignment.pairs import build_pairs
 from qarm_feast.alignment.protocols import neighbor_auc
-from qarm_feast.alignment.train import pair_rows, train_head
+from qarm_feast.alignment.train import pair_rows, train_encoder, train_head
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.input_data import DataConfig, InputData, load_input_data
 from qarm_feast.quantizers.base import Embeddings
@@ -61,6 +63,8 @@ from qarm_feast.quantizers.vq import VqConfig
 from qarm_feast.schema import ITEM_ID
 
 ALIGNED = "aligned"
+LORA = "lora"
+LORA_SETTINGS = {"tuning": "lora", "max_tokens": 32, "num_epochs": 3}
 NUM_DRAWS = 1000
 FIGURE_NAMES = {
     "neighbor_auc": "neighbour_auc",
@@ -82,13 +86,14 @@ def main() -> None:
     """Run the benchmark."""
     arguments = _arguments()
     seeds = 1 if arguments.quick else arguments.seeds
+    lora_seeds = 0 if arguments.quick else min(arguments.lora_seeds, seeds)
     with tempfile.TemporaryDirectory() as folder:
         directory = data_dir(arguments.data, folder)
         config = AlignmentConfig(
             backbone=arguments.backbone, features_uri=arguments.features or folder
         )
         checked = load_input_data(DataConfig(input_dir=str(directory)))
-        figures = behaviour_figures(checked, config, seeds)
+        figures = behaviour_figures(checked, config, seeds, lora_seeds)
         emoji, skipped = emoji_figures(CACHE, config, seeds, is_quick=arguments.quick)
     result = {
         "benchmark": "alignment_quality",
@@ -98,6 +103,7 @@ def main() -> None:
         "settings": {
             "data": Path(arguments.data).name if arguments.data else "ml-100k",
             "seeds": seeds,
+            "lora": {**LORA_SETTINGS, "seeds": lora_seeds},
             "emoji_skipped": skipped,
         },
     }
@@ -110,26 +116,33 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep backbone features in.")
     parser.add_argument("--seeds", type=int, default=3, help="Encoders of each kind.")
+    parser.add_argument("--lora-seeds", type=int, default=1, help="Of these, tuned by LoRA.")
     parser.add_argument(
         "--quick", action="store_true", help="One seed, no LoRA, a tenth of the emojis."
     )
     return parser.parse_args()
 
 
-def behaviour_figures(checked: InputData, config: AlignmentConfig, seeds: int) -> Figures:
+def behaviour_figures(
+    checked: InputData, config: AlignmentConfig, seeds: int, lora_seeds: int
+) -> Figures:
     """Return every figure of one data set, averaged over the seeds.
 
     Args:
         checked: The data; test rows are read here and nowhere else.
         config: Section ``alignment``; its seed is replaced.
         seeds: Encoders that are trained.
+        lora_seeds: For so many seeds the text model is tuned, too.
     """
     features = content_features(checked.items, config, checked.directory)
     behaviour = read_behaviour(checked, "test")
     popularity_M = _popularity(checked)
     measured = []
     for seed in range(seeds):
-        vectors = seed_vectors(checked, features, config.model_copy(update={"seed": seed}))
+        seeded = config.model_copy(update={"seed": seed})
+        vectors = seed_vectors(checked, features, seeded)
+        if seed < lora_seeds:
+            vectors[LORA] = lora_vectors(checked, seeded)
         measured.append(_measure(behaviour, vectors, popularity_M))
         _say_seed(seed, measured[-1])
     return {
@@ -169,6 +182,16 @@ def seed_vectors(checked: InputData, features: ItemFeatures, config: AlignmentCo
     return {RAW: features.raw_vectors(), ALIGNED: aligned_MD, **codes}
 
 
+def lora_vectors(checked: InputData, config: AlignmentConfig) -> Embeddings:
+    """Return vectors of all items by an encoder whose text model was tuned."""
+    config = config.model_copy(update=LORA_SETTINGS)
+    pairs = build_pairs(checked, config.pairs, config.seed)
+    encoder = train_encoder(checked, pairs, config, datetime.now(UTC))
+    run = encoder.manifest.training
+    _say(f"seed {config.seed}: lora, best epoch {run['best_epoch']}, {run['seconds']:.0f} s")
+    return encoder.encode(checked.items)
+
+
 def _popularity(checked: InputData) -> np.ndarray:
     rows = pc.index_in(checked.positives()[ITEM_ID], checked.items[ITEM_ID].combine_chunks())
     counts_M = np.bincount(rows.to_numpy(), minlength=checked.items.num_rows)
@@ -189,7 +212,8 @@ def figures_over_seeds(measured: Sequence[Mapping[str, Measured]]) -> Figures:
     """Return means over seeds and samples, and differences to raw vectors with intervals.
 
     Args:
-        measured: Per seed each measure; the same kinds of vectors and samples every time.
+        measured: Per seed each measure; the same samples every time. Of a kind of vectors that
+            only the first seeds have, the figures are those of these seeds.
 
     Returns:
         Figures by name, see the top of this file.
@@ -198,18 +222,31 @@ def figures_over_seeds(measured: Sequence[Mapping[str, Measured]]) -> Figures:
     for measure, first in measured[0].items():
         name = FIGURE_NAMES.get(measure, measure)
         for key, mask_S in first.slices().items():
-            prefix = "" if key == "all" else f"{key}_"
-            for kind in first.values_by_name:
-                values_RS = np.stack(
-                    [each[measure].values_by_name[kind][mask_S] for each in measured]
-                )
-                figures[f"{prefix}{name}_{kind}"] = values_RS.mean()
-                if kind != RAW:
-                    gains_RS = values_RS - first.values_by_name[RAW][mask_S]
-                    low, high = seed_and_sample_interval(gains_RS)
-                    gain = f"{kind}_minus_raw_{prefix}{name}"
-                    figures |= {gain: gains_RS.mean(), f"{gain}_low": low, f"{gain}_high": high}
+            name_of_slice = name if key == "all" else f"{key}_{name}"
+            values = {
+                kind: _values_of_seeds(measured, measure, kind)[:, mask_S]
+                for kind in first.values_by_name
+            }
+            figures |= {f"{name_of_slice}_{kind}": each.mean() for kind, each in values.items()}
+            for kind, base in _comparisons(values):
+                # The same seeds of both: raw vectors are equal in all.
+                gains_RS = values[kind] - values[base][: len(values[kind])]
+                low, high = seed_and_sample_interval(gains_RS)
+                gain = f"{kind}_minus_{base}_{name_of_slice}"
+                figures |= {gain: gains_RS.mean(), f"{gain}_low": low, f"{gain}_high": high}
     return figures
+
+
+def _values_of_seeds(
+    measured: Sequence[Mapping[str, Measured]], measure: str, kind: str
+) -> np.ndarray:
+    by_seed = [each[measure].values_by_name for each in measured]
+    return np.stack([values_by_name[kind] for values_by_name in by_seed if kind in values_by_name])
+
+
+def _comparisons(kinds: Iterable[str]) -> list[tuple[str, str]]:
+    against_raw = [(kind, RAW) for kind in kinds if kind != RAW]
+    return [*against_raw, *((kind, ALIGNED) for kind in kinds if kind == LORA)]
 
 
 def seed_and_sample_interval(values_RS: np.ndarray) -> list[float]:

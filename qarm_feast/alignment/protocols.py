@@ -1,8 +1,8 @@
 """How well vectors place items as users did: neighbour AUC and two retrieval protocols of AlignRec.
 
-Vectors are compared by inner product: the cosine of vectors of length 1, and the mean cosine of what
+Vectors are compared by inner product: the cosine of vectors of length 1, the mean cosine of what
 a decoded code stands for. Scores nearer than ``TIE`` are equal, because decoded codes give many
-items one vector, and a product of matrices need not give equal rows equal bits. Scores of all items
+items one vector, and a matrix product need not give equal rows equal bits. Scores of all items
 are made for a block of queries at a time, never for all.
 
 Shape letters in this file: M items, D vector width, Q queries, C queries of a block, K wanted

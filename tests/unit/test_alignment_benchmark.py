@@ -123,8 +123,13 @@ def test_figures_are_means_over_seeds_and_gains_are_paired_with_raw() -> None:
         for gain in (0.1, 0.3)
     ]
 
+    measured[0]["neighbor_auc"].values_by_name["lora"] = raw_S + 0.4
+
     figures = figures_over_seeds(measured)
 
+    # Only the first seed was tuned.
+    assert figures["lora_minus_raw_neighbour_auc"] == pytest.approx(0.4)
+    assert figures["lora_minus_aligned_neighbour_auc"] == pytest.approx(0.3)
     assert figures["neighbour_auc_raw"] == pytest.approx(1.4 / 3)
     assert figures["warm_neighbour_auc_aligned"] == pytest.approx(0.8)
     assert figures["cold_neighbour_auc_aligned"] == pytest.approx(0.4)
