@@ -16,8 +16,8 @@ test rows:
   its number of positives, so that popularity alone wins nothing.
 - ``zero_shot_recall_at_10_<kind>``, ``item_cf_recall_at_10_<kind>``: AlignRec's protocols.
 - ``warm_…``, ``cold_…``: of items (users: next items) with and without a train row.
-- ``<kind>_minus_raw_<figure>`` and ``lora_minus_aligned_<figure>`` with ``…_low`` and ``…_high``: paired difference and 95 % interval,
-  seeds and items (or users) drawn with replacement.
+- ``<kind>_minus_raw_<figure>``, ``lora_minus_aligned_<figure>``, with ``…_low`` and ``…_high``:
+  paired difference and its 95 % interval, seeds and items (or users) drawn with replacement.
 
 The emoji task (``emoji_…``, see alignment_emoji.py) does not depend on ``--data``. Progress goes to
 stderr, the last line of stdout is one JSON object.
