@@ -279,6 +279,12 @@ class RankerConfig(Section):
         gt=0,
         description="Steps between evaluations on valid rows, beside the one after each epoch.",
     )
+    held_eval_rows: int = Field(
+        default=0,
+        ge=0,
+        description="Most valid rows whose batches a rank keeps in memory from one evaluation to "
+        "the next; more rows, or 0: batches are built each time.",
+    )
     early_stopping_patience: int = Field(
         default=0,
         ge=0,

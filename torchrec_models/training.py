@@ -4,9 +4,9 @@ May import: torch, torchrec.
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,8 @@ class _Run:
     slices_V: torch.Tensor
     enable_checkpoint: bool
     samples_per_second: float = 0.0
+    held_batches: list[RankingBatch] = field(default_factory=list)
+    """Batches of the valid rows, once they were built, where they are few."""
     resumable: Path | None = None
     """Newest checkpoint from which this run could go on."""
 
@@ -246,12 +248,19 @@ class _Run:
         dataset = self._dataset(split)
         parts = []
         with torch.no_grad():
-            for batch in dataset.eval_batches():
+            for batch in self._eval_batches(split):
                 _, (logits_BT, labels_BT) = model(batch.to(self.sharded.device))
                 slices_B = self.slices_V[batch.item_rows]
                 parts.append(Predictions(logits_BT, labels_BT, batch.user_ids, slices_B))
         model.train()
         return Predictions.concatenate(parts).first(dataset.num_own_rows()).gathered()
+
+    def _eval_batches(self, split: str) -> Iterable[RankingBatch]:
+        dataset = self._dataset(split)
+        if split != "valid" or dataset.num_own_rows() > self.config.held_eval_rows:
+            return dataset.eval_batches()
+        self.held_batches = self.held_batches or list(dataset.eval_batches())
+        return self.held_batches
 
     def save(self, state: FitState) -> Path:
         """Save the finished run from all ranks."""

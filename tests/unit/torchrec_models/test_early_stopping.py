@@ -1,11 +1,14 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 from qarm_feast.errors import ConfigError
+from torchrec_models.batch import RankingBatch
 from torchrec_models.config import RankerConfig
+from torchrec_models.dataset import RowDataset
 from torchrec_models.early_stopping import EarlyStopping
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.sharding import Ranks
@@ -74,3 +77,27 @@ def test_a_run_that_stops_early_ends_as_if_it_had_ended_at_its_best_evaluation(
     assert num_best_epochs < 20 - patience
     assert stopped.valid_metrics == pytest.approx(best.valid_metrics, abs=0, nan_ok=True)
     assert torch.equal(stopped.test_predictions.logits_NT, best.test_predictions.logits_NT)
+
+
+def test_batches_of_valid_rows_may_stay_in_memory_between_evaluations(
+    inputs: TrainInputs, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"batch_size": 400, "embedding_dim": 8, "eval_every_steps": 2, "num_epochs": 1}
+    num_passes = {"valid": 0, "test": 0}
+    build = RowDataset.eval_batches
+
+    def counted(dataset: RowDataset) -> Iterator[RankingBatch]:
+        num_passes[dataset.path.stem] += 1
+        return build(dataset)
+
+    monkeypatch.setattr(RowDataset, "eval_batches", counted)
+    found = []
+    for held_rows in (0, 10_000):
+        config = RankerConfig.model_validate({**keys, "held_eval_rows": held_rows})
+        num_passes |= {"valid": 0}
+        metrics = train(config, inputs, enable_checkpoint=False).valid_metrics
+        found.append((num_passes["valid"], metrics))
+
+    assert found[0][0] > 1
+    assert found[1][0] == 1
+    assert found[0][1] == found[1][1]
