@@ -19,14 +19,14 @@ FULL_PARTS: Mapping[str, tuple[str, ...]] = {
     "rq": RQ,
     "vq": VQ,
     "vector": ("vector",),
-    "prefix": ("prefix",),
     "cross": ("cross",),
     "code_cf": ("code_cf",),
-    "item_cf": ("item_cf",),
 }
 """Parts of the full model; each is left out once."""
 FULL = (*ID, *(feature for features in FULL_PARTS.values() for feature in features))
 EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
+    "item_cf": ("item_cf",),
+    "prefix": ("prefix",),
     "attention": ("attention",),
     "shared_history": ("shared_history",),
 }
@@ -36,7 +36,9 @@ FROZEN: Mapping[str, Any] = {"code_table_training": "frozen"}
 RANDOM: Mapping[str, Any] = {"enable_centroid_start": False}
 RAW_VECTOR: Mapping[str, Any] = {"vector_source": "raw"}
 COMMON: Mapping[str, Any] = {
+    "batch_size": 2048,
     "embedding_dim": 32,
+    "dense_arch_layer_sizes": (64,),
     "head": "shared_bottom",
     "expert_layer_sizes": (64,),
     "over_arch_layer_sizes": (64, 1),
@@ -44,16 +46,17 @@ COMMON: Mapping[str, Any] = {
     "learning_rate": 1e-3,
     "num_epochs": 8,
     "early_stopping_patience": 3,
+    "held_eval_rows": 65536,
     # Runs share the cores: nothing is gained by reading ahead.
     "num_input_threads": 0,
 }
 EVALUATIONS_PER_EPOCH = 2
 SETTINGS_PATH = Path(__file__).with_name("ranking_settings.json")
 SEARCHED: tuple[Mapping[str, Any], ...] = (
-    {"batch_size": 2048, "sparse_learning_rate": 0.02, "centroid_scale": 0.1},
-    {"batch_size": 2048, "sparse_learning_rate": 0.02, "centroid_scale": 0.3},
-    {"batch_size": 2048, "sparse_learning_rate": 0.005, "centroid_scale": 0.3},
-    {"batch_size": 512, "sparse_learning_rate": 0.005, "centroid_scale": 0.1},
+    {"sparse_learning_rate": 0.02, "centroid_scale": 0.1, "embedding_dropout": 0.2},
+    {"sparse_learning_rate": 0.02, "centroid_scale": 0.1, "embedding_dropout": 0.0},
+    {"sparse_learning_rate": 0.005, "centroid_scale": 0.3, "embedding_dropout": 0.2},
+    {"sparse_learning_rate": 0.02, "centroid_scale": 0.1, "learning_rate": 2e-3},
 )
 """What every arm may choose from, on valid rows; the first one until it has chosen."""
 QUICK_ARMS = ("id", "fixed", "rq_vq", "full")
