@@ -6,8 +6,10 @@ Without ``--data`` it runs on the quickstart's ML-100K. The text model is the on
 `make quickstart` fetches.
 
 The encoder is trained on the earlier half of the train rows and then on more and more of them, up
-to all. Churn and error of the refreshed codebook stand beside those of the naive refit, plain and
-with its labels matched; once for the step from the half to all, and over a chain of five steps.
+to all: each time from the content, the harder case, or with ``--encoder-goes-on`` from the encoder
+before, as `qarm align train --parent` does. Churn and error of the refreshed codebook stand beside
+those of the naive refit, plain and with its labels matched; once for the step from the half to all,
+and over a chain of five steps.
 Progress goes to stderr, the last line of stdout is one JSON object.
 
 Shape letters in this file: N items, D embedding width, L levels, Q sampled items, k neighbours.
@@ -26,11 +28,10 @@ import numpy as np
 import torch
 
 from benchmarks.data import data_dir
+from benchmarks.ranking_data import align
 from examples.quickstart.layout import BACKBONE
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.features import ItemFeatures, content_features
-from qarm_feast.alignment.pairs import build_pairs
-from qarm_feast.alignment.train import pair_rows, train_head
+from qarm_feast.alignment.features import content_features
 from qarm_feast.codebook import Codebook, EncoderFacts, ItemVectors, QuantizerConfig
 from qarm_feast.codebook_config import ContinuityConfig
 from qarm_feast.continuity import NO_CODE, ParentCodes, codes_churn, match_labels, refresh_codebook
@@ -70,7 +71,8 @@ def main() -> None:
         uri = arguments.features or folder
         shares = (SHARES[0], SHARES[-1]) if arguments.quick else SHARES
         config = config.model_copy(update={"features_uri": uri})
-        steps = _steps(data_dir(arguments.data, folder), config, shares)
+        checked = load_input_data(DataConfig(input_dir=str(data_dir(arguments.data, folder))))
+        steps = _steps(checked, config, shares, goes_on=arguments.encoder_goes_on)
     # ML-100K's 1,600 items are too few for larger levels.
     sizes_text = arguments.sizes or ("256x256x256" if arguments.data else "32x32x32")
     sizes = tuple(int(size) for size in sizes_text.split("x"))
@@ -91,6 +93,7 @@ def main() -> None:
                     "data": Path(arguments.data).name if arguments.data else "ml-100k",
                     "sizes": list(sizes),
                     "last_level": arguments.last_level,
+                    "encoder_goes_on": arguments.encoder_goes_on,
                     "num_items": len(steps[0].vectors.item_ids_N),
                     "num_train_items": [len(step.train_item_ids) for step in steps],
                     **continuity.model_dump(),
@@ -110,21 +113,27 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--last-level", choices=("kmeans", "fsq"), default="kmeans")
     parser.add_argument("--hysteresis", type=float, default=ContinuityConfig().hysteresis)
+    parser.add_argument(
+        "--encoder-goes-on", action="store_true", help="Each encoder goes on from the one before."
+    )
     parser.add_argument("--epochs", type=int, default=AlignmentConfig().num_epochs)
     parser.add_argument("--quick", action="store_true", help="Two encoders, one step.")
     return parser.parse_args()
 
 
-def _steps(directory: Path, config: AlignmentConfig, shares: tuple[float, ...]) -> list[Step]:
-    checked = load_input_data(DataConfig(input_dir=str(directory)))
+def _steps(
+    checked: InputData, config: AlignmentConfig, shares: tuple[float, ...], *, goes_on: bool
+) -> list[Step]:
     features = content_features(checked.items, config, checked.directory)
     hashes = content_hashes(checked.items)
     item_ids_N = checked.items[ITEM_ID].to_numpy()
     times = checked.train_interactions()[EVENT_TIMESTAMP].to_numpy()
-    steps = []
+    steps: list[Step] = []
+    head = None
     for share in shares:
         part = _until(checked, np.quantile(times.astype(np.int64), share))
-        x_ND = _train_vectors(part, features, item_ids_N, config)
+        head, vectors = align(part, features, config, head if goes_on else None)
+        x_ND = vectors.aligned_ND
         steps.append(Step(ItemVectors(item_ids_N, hashes, x_ND), part.train_item_ids()))
         _say(f"encoder of {share:.0%} of the train rows: {len(steps[-1].train_item_ids)} items")
     return steps
@@ -136,18 +145,6 @@ def _until(checked: InputData, last_microsecond: float) -> InputData:
     return dataclasses.replace(
         checked, interactions=checked.interactions.filter(times <= last_microsecond)
     )
-
-
-def _train_vectors(
-    checked: InputData, features: ItemFeatures, item_ids_N: np.ndarray, config: AlignmentConfig
-) -> Embeddings:
-    pairs = build_pairs(checked, config.pairs, config.seed)
-    is_train_N = np.isin(item_ids_N, checked.train_item_ids())
-    rows = pair_rows(pairs, item_ids_N[is_train_N])
-    head, _ = train_head(features.take(is_train_N), rows, config)
-    with torch.no_grad():
-        x_ND: Embeddings = head(*features.tensors()).numpy()
-    return x_ND
 
 
 def _train(step: Step, version: str, settings: QuantizerConfig) -> Codebook:
@@ -203,6 +200,10 @@ def _one_refresh(
         **figures,
         "mse_kept": kept["quantization_mse"],
         "mse_naive": kept["naive_quantization_mse"],
+        "churn_lists_kept": kept["lists"]["churn"],
+        "churn_lists_nearest": kept["lists"]["naive_churn"],
+        "list_neighbor_recall_kept": kept["lists"]["neighbor_recall"],
+        "list_distance_over_nearest_kept": kept["lists"]["distance_over_nearest"],
         "pool_churn_kept": kept["pool"]["churn"],
         "pool_churn_naive": kept["pool"]["naive_churn"],
         "hysteresis_used": kept["hysteresis"],

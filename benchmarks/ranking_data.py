@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import torch
 
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.features import content_features
+from qarm_feast.alignment.features import ItemFeatures, content_features
+from qarm_feast.alignment.fusion import ContentFusion
 from qarm_feast.alignment.pairs import build_pairs
 from qarm_feast.alignment.train import pair_rows, train_head
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
@@ -100,15 +101,32 @@ def item_vectors(checked: InputData, backbone_folder: str, features_uri: str) ->
     config = AlignmentConfig(backbone=backbone_folder, features_uri=features_uri)
     features = content_features(checked.items, config, checked.directory)
     say(f"vectors of {len(features)} items")
+    return align(checked, features, config)[1]
+
+
+def align(
+    checked: InputData,
+    features: ItemFeatures,
+    config: AlignmentConfig,
+    parent: ContentFusion | None = None,
+) -> tuple[ContentFusion, Vectors]:
+    """Return a head aligned on train rows, and the vectors of all items.
+
+    Args:
+        checked: The data.
+        features: Content features of its items, in their order.
+        config: How to align.
+        parent: A head to go on from.
+    """
     item_ids_N = checked.items[ITEM_ID].to_numpy()
     is_train_N = np.isin(item_ids_N, checked.train_item_ids())
     pairs = build_pairs(checked, config.pairs, config.seed)
     rows = pair_rows(pairs, item_ids_N[is_train_N])
-    head, run = train_head(features.take(is_train_N), rows, config)
+    head, run = train_head(features.take(is_train_N), rows, config, parent=parent)
     say(f"head aligned on {run.num_train_pairs} pairs, best epoch {run.best_epoch}")
     with torch.no_grad():
         aligned_ND: Embeddings = head(*features.tensors()).numpy()
-    return Vectors(features.raw_vectors(), aligned_ND)
+    return head, Vectors(features.raw_vectors(), aligned_ND)
 
 
 def train_codebook(

@@ -8,6 +8,7 @@ model is the one that `make quickstart` fetches.
 
 Encoder, codebook and ranker of version 1 learn from train rows, the ranker stops early on valid
 rows. The refresh learns from train and valid rows: the one named exception to the train-only rule.
+Its encoder goes on from that of version 1 (``--fresh-encoder``: it starts from the content again).
 All arms rank the same test rows, with histories up to each label, and differ in codes alone:
 
     stale   codes of version 1
@@ -43,9 +44,9 @@ from benchmarks.ranking_arms import Arm
 from benchmarks.ranking_data import (
     RQ_SIZES,
     Vectors,
+    align,
     coded_items,
     fitting_sizes,
-    item_vectors,
     publish_coded_rows,
     say,
     train_codebook,
@@ -53,6 +54,8 @@ from benchmarks.ranking_data import (
 from benchmarks.ranking_runs import Rows, join_group_of_one, run_config, test_rows
 from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights
 from examples.quickstart.layout import BACKBONE
+from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.features import content_features
 from qarm_feast.codebook import Codebook, ItemVectors
 from qarm_feast.codebook_config import ContinuityConfig
 from qarm_feast.continuity import ParentCodes, refresh_codebook
@@ -150,6 +153,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="Rankers per data set.")
     parser.add_argument("--cases", default="drift,ml100k,data", help="Only these, by comma.")
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
+    parser.add_argument(
+        "--fresh-encoder", action="store_true", help="The refreshed encoder has no parent."
+    )
     parser.add_argument("--features", help="Folder to keep outputs of the text model in.")
     parser.add_argument("--processes", type=int, default=2, help="Seeds that go at a time.")
     parser.add_argument("--quick", action="store_true", help="One seed, one epoch, a small drift.")
@@ -173,13 +179,29 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> Sequence[Case]:
         directories[Path(arguments.data).name.partition("_")[0]] = Path(arguments.data)
     for name, directory in directories.items():
         checked = load_input_data(DataConfig(input_dir=str(directory)))
-        features = arguments.features or str(folder / "features")
-        vectors = (
-            item_vectors(checked, arguments.backbone, features),
-            item_vectors(refreshed_data(checked), arguments.backbone, features),
+        config = AlignmentConfig(
+            backbone=arguments.backbone,
+            features_uri=arguments.features or str(folder / "features"),
         )
+        vectors = vectors_of_both(checked, config, goes_on=not arguments.fresh_encoder)
         cases.append(prepared_case(name, checked, vectors, RQ_SIZES, folder / name))
     return cases
+
+
+def vectors_of_both(
+    checked: InputData, config: AlignmentConfig, *, goes_on: bool
+) -> tuple[Vectors, Vectors]:
+    """Return the vectors of version 1 and of the refresh.
+
+    Args:
+        checked: The data.
+        config: How encoders are trained.
+        goes_on: Whether the refreshed encoder goes on from the first.
+    """
+    features = content_features(checked.items, config, checked.directory)
+    head, before = align(checked, features, config)
+    later = refreshed_data(checked)
+    return before, align(later, features, config, head if goes_on else None)[1]
 
 
 def refreshed_data(checked: InputData) -> InputData:
@@ -232,7 +254,16 @@ def prepared_case(
         name=name,
         first=publish_coded_rows(checked, coded[STALE], before, "v1", folder),
         arms={arm: (rows[arm], labels[arm]) for arm in ARMS},
-        churn={"churn_kept": report["churn"]["full"], "churn_naive": report["naive_churn"]["full"]},
+        churn={
+            "churn_kept": report["churn"]["full"],
+            "churn_naive": report["naive_churn"]["full"],
+            "churn_level1_kept": report["churn"]["levels"][0],
+            "churn_lists_kept": report["lists"]["churn"],
+            "churn_lists_nearest": report["lists"]["naive_churn"],
+            "list_neighbor_recall_kept": report["lists"]["neighbor_recall"],
+            "quantization_mse_kept_vs_naive": report["quantization_mse"]
+            / report["naive_quantization_mse"],
+        },
     )
 
 

@@ -455,9 +455,17 @@ def _continuity_line(parent: str, figures: Mapping[str, Any]) -> str:
         f"kept from {parent}: of {figures['num_items']['compared']} items "
         f"{kept['full']:.1%} changed their full code (naive refit {naive['full']:.1%}), level 1 "
         f"{kept['levels'][0]:.1%} ({naive['levels'][0]:.1%}), pool rows "
-        f"{figures['pool']['churn']:.1%} ({figures['pool']['naive_churn']:.1%}); MSE "
-        f"{mse_change:+.1%} against the naive refit"
+        f"{figures['pool']['churn']:.1%} ({figures['pool']['naive_churn']:.1%})"
+        f"{_lists_part(figures)}; MSE {mse_change:+.1%} against the naive refit"
     )
+
+
+def _lists_part(figures: Mapping[str, Any]) -> str:
+    # Versions from before lists were kept do not say.
+    lists = figures.get("lists")
+    if lists is None:
+        return ""
+    return f", VQ lists {lists['churn']:.1%} (nearest alone {lists['naive_churn']:.1%})"
 
 
 def _quality_table(quality: Mapping[str, Any]) -> str:

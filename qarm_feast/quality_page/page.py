@@ -295,6 +295,9 @@ def _continuity(manifest: Manifest) -> str:
     for n, (one, other) in enumerate(zip(kept["levels"], naive["levels"], strict=True), start=1):
         rows.append((f"level {n}", one, other))
     rows.append(("VQ pool row", figures["pool"]["churn"], figures["pool"]["naive_churn"]))
+    # Versions from before lists were kept do not say.
+    if lists := figures.get("lists"):
+        rows.append(("VQ list (beside: the nearest)", lists["churn"], lists["naive_churn"]))
     cells = [[name, _percent(one), _percent(other)] for name, one, other in rows]
     errors = (figures["quantization_mse"], figures["naive_quantization_mse"])
     cells.append(["MSE on training items", *(f"{error:.3e}" for error in errors)])

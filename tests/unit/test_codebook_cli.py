@@ -94,6 +94,7 @@ def test_a_refresh_keeps_the_codes_of_its_parent(config_path: Path) -> None:
     uri = config_path.parent / "data" / "codebooks" / ".drafts"
     manifest = read_manifest(str(uri), "v2")
     assert "kept from v1: of 240 items 0." in trained
+    assert "VQ lists 0.0% (nearest alone 0.0%)" in trained
     assert manifest.parent == "v1"
     assert manifest.label_map == (tuple(range(4)),) * 2
     assert manifest.continuity["num_items"]["compared"] == NUM_ITEMS
