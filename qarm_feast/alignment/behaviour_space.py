@@ -21,7 +21,6 @@ from qarm_feast.alignment.cooccurrence import count_shared, counting_arrays
 from qarm_feast.alignment.neighbors import best_per_row
 from qarm_feast.alignment.positives import Positives
 
-MAX_COOCCURRENCES = 30_000_000
 _FIXED_POINT = 2.0**25
 """Unit vectors in multiples of its inverse have exact cosines in float64, in any order of sums."""
 _ROWS_PER_PRODUCT = 128
@@ -32,7 +31,7 @@ def behaviour_vectors(
     positives: Positives,
     width: int,
     seed: int,
-    max_cooccurrences: int = MAX_COOCCURRENCES,
+    max_cooccurrences: int | None = None,
     num_processes: int = 1,
 ) -> np.ndarray:
     """Return one L2-normalised float32 vector per item, near where users are shared.
@@ -47,15 +46,16 @@ def behaviour_vectors(
         width: Dimensions; fewer where there are not enough items.
         seed: Seed of the solver's start vector.
         max_cooccurrences: Entries of the matrix: an item keeps the ``max_cooccurrences / M`` others
-            of greatest ``n(i, j) * PPMI(i, j)``, its share of the mutual information. Up to
-            ``sqrt(max_cooccurrences)`` items that is all of them.
+            of greatest PPMI, what a factorisation misses least; an entry stays if either item
+            keeps it. Up to ``sqrt(max_cooccurrences)`` items, or with None, that is all of them.
         num_processes: Most processes that count; equal results for any number.
 
     Returns:
         Matrix of shape ``[M, B]``; zero for an item that shares no user.
     """
     num_items = positives.num_items
-    ppmi = _ppmi(positives, max(max_cooccurrences // num_items, 1), num_processes)
+    max_per_item = max((max_cooccurrences or num_items**2) // num_items, 1)
+    ppmi = _ppmi(positives, max_per_item, num_processes)
     rank = min(width, num_items - 1)
     if not ppmi.nnz or rank < 1:
         return np.zeros((num_items, 1), dtype=np.float32)
@@ -92,8 +92,7 @@ def _ppmi_block(
     ppmi_E = np.log(shared_E * totals_M.sum() / (totals_M[items_E] * totals_M[others_E]))
     kept_E = np.flatnonzero(ppmi_E > 0)
     row_starts = np.searchsorted(items_E[kept_E], np.arange(begin, end + 1))
-    strengths_E = shared_E[kept_E] * ppmi_E[kept_E]
-    kept_E = kept_E[best_per_row(row_starts, others_E[kept_E], strengths_E, max_per_item)]
+    kept_E = kept_E[best_per_row(row_starts, others_E[kept_E], ppmi_E[kept_E], max_per_item)]
     return items_E[kept_E].astype(np.int32), others_E[kept_E], ppmi_E[kept_E]
 
 

@@ -1,7 +1,7 @@
 """Positive train rows as dense arrays: what every source of item pairs reads.
 
 Grouping and sorting of the events run in DuckDB, which spills to disk above its memory limit.
-May import: duckdb, pyarrow, numpy, scipy.
+May import: duckdb, pyarrow, numpy.
 
 Shape letters in this file: P positives, U users, M items.
 """
@@ -12,13 +12,10 @@ from dataclasses import dataclass, replace
 import duckdb
 import numpy as np
 import pyarrow.compute as pc
-from scipy import sparse
 
 from qarm_feast.errors import DataError
 from qarm_feast.input_data import SPLIT, InputData
 from qarm_feast.schema import EVENT_TIMESTAMP, ITEM_ID, USER_ID
-
-MEMORY_LIMIT_MIB = 2048
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,6 @@ class Positives:
     def num_items(self) -> int:
         """Number of items with a positive."""
         return len(self.item_ids_M)
-
-    def matrix(self) -> sparse.csr_array:
-        """Return the 0/1 matrix users x items, float32."""
-        ones_P = np.ones(len(self.users_P), dtype=np.float32)
-        starts_U = starts_of(np.bincount(self.users_P, minlength=self.num_users))
-        shape = (self.num_users, self.num_items)
-        return sparse.csr_array((ones_P, self.items_P, starts_U), shape=shape)
 
     def users_per_item(self) -> np.ndarray:
         """Return the number of users of each item: int64 ``[M]``."""
@@ -80,12 +70,13 @@ def count_train_positives(checked: InputData) -> int:
     return int(pc.sum(pc.and_(is_train, rows[checked.positive_label])).as_py() or 0)
 
 
-def read_positives(checked: InputData, memory_limit_mib: int = MEMORY_LIMIT_MIB) -> Positives:
+def read_positives(checked: InputData, memory_limit_mib: int | None = None) -> Positives:
     """Return the positive train rows of the data as dense, sorted, unique rows.
 
     Args:
         checked: Input data.
-        memory_limit_mib: What grouping and sorting may hold before they go on in temporary files.
+        memory_limit_mib: What grouping and sorting may hold before they go on in temporary files;
+            None leaves it to DuckDB.
 
     Returns:
         At least one row; users and items are int32, times int64 microseconds.
@@ -113,7 +104,7 @@ def read_positives(checked: InputData, memory_limit_mib: int = MEMORY_LIMIT_MIB)
     )
 
 
-def _first_positives(checked: InputData, memory_limit_mib: int) -> dict[str, np.ndarray]:
+def _first_positives(checked: InputData, memory_limit_mib: int | None) -> dict[str, np.ndarray]:
     """Return user, item and first time of every positive, sorted by user, time and item."""
     label = checked.positive_label.replace('"', '""')
     query = f"""
@@ -123,7 +114,8 @@ def _first_positives(checked: InputData, memory_limit_mib: int) -> dict[str, np.
     """
     with tempfile.TemporaryDirectory() as folder, duckdb.connect(":memory:") as connection:
         connection.execute("SET enable_progress_bar = false")
-        connection.execute(f"SET memory_limit = '{memory_limit_mib}MiB'")
+        if memory_limit_mib is not None:
+            connection.execute(f"SET memory_limit = '{memory_limit_mib}MiB'")
         connection.execute(f"SET temp_directory = '{folder}'")
         connection.register("interactions", checked.interactions)
         columns: dict[str, np.ndarray] = connection.execute(query).fetchnumpy()

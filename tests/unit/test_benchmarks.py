@@ -121,6 +121,7 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
         "continuity.py",
         "feature_store.py",
         "offline_store.py",
+        "pairs.py",
         "quantize.py",
         "ranking_quality.py",
         "refresh.py",
