@@ -10,10 +10,10 @@ May import: torch; transformers is imported on first use.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,17 @@ def find_text_backbone(name: str) -> Path:
     return folder
 
 
+class TextPass(NamedTuple):
+    """One forward pass: which texts it reads, their tokens, and which of these are no padding.
+
+    Rows that are left over beyond the texts are dummies.
+    """
+
+    rows: np.ndarray
+    ids_RT: Tensor
+    is_token_RT: Tensor
+
+
 class TextBackbone:
     """A text model with mean pooling over its last layer (as sentence-transformers does).
 
@@ -79,6 +90,7 @@ class TextBackbone:
         self.max_tokens = max_tokens
         self.num_tokens = num_tokens
         self._lengths = [n for n in BUCKET_LENGTHS if n < max_tokens] + [max_tokens]
+        self._tokens_of: dict[str, list[int]] = {}
         self._weights = Weights(lambda: load_model(folder), self._payloads)
 
     @cached_property
@@ -129,28 +141,53 @@ class TextBackbone:
             One row per text; the same bits whatever else is in ``values``.
         """
         features_NFE = np.empty((len(values), self.num_tokens, self.width), dtype=np.float32)
-        token_ids = self._tokenize(values)
-        passes = list(self._passes(token_ids))
-        for index, (rows_R, length) in enumerate(passes, start=1):
-            ids_RT, is_token_RT = self._padded(
-                [token_ids[row] for row in rows_R], self._rows_per_forward(length), length
-            )
+        passes = self.passes(values, is_fixed=True)
+        for index, one in enumerate(passes, start=1):
             with torch.inference_mode():
-                pooled_RFE = self._pooled(ids_RT, is_token_RT)
-            features_NFE[rows_R] = pooled_RFE[: len(rows_R)].cpu().numpy()
+                pooled_RFE = self._pooled(one.ids_RT, one.is_token_RT)
+            features_NFE[one.rows] = pooled_RFE[: len(one.rows)].cpu().numpy()
             if index % _PROGRESS_PASSES == 0:
                 logger.info("backbone_progress passes=%d of=%d", index, len(passes))
         is_present_N = np.array([bool(text) for text in values], dtype=bool)
         return Encoded(features_NFE, is_present_N, [None] * len(values))
 
     def forward(self, values: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the features with gradients, all texts in one pass, and which are not empty."""
-        token_ids = self._tokenize(values)
-        longest = max(len(ids) for ids in token_ids)
-        length = next(length for length in self._lengths if length >= longest)
-        ids_RT, is_token_RT = self._padded(token_ids, len(token_ids), length)
-        is_present_N = torch.tensor([bool(text) for text in values], device=ids_RT.device)
-        return self._pooled(ids_RT, is_token_RT), is_present_N
+        """Return the features with gradients, and which texts are not empty."""
+        passes = self.passes(values, is_fixed=False)
+        features = torch.cat([self._pooled(one.ids_RT, one.is_token_RT) for one in passes])
+        order_N = torch.from_numpy(np.argsort(np.concatenate([one.rows for one in passes])))
+        is_present_N = torch.tensor([bool(text) for text in values], device=features.device)
+        return features[order_N.to(features.device)], is_present_N
+
+    def passes(self, values: Sequence[str], *, is_fixed: bool) -> list[TextPass]:
+        """Return the forward passes that read some texts; every text stands in one.
+
+        Args:
+            values: The texts.
+            is_fixed: Whether every pass of a length has the same number of rows, so that a text's
+                bits do not depend on the others; else texts of one length share one pass, and
+                their tokens stay in memory: training asks for them in every epoch.
+
+        Returns:
+            Passes by rising length.
+        """
+        token_ids = self._tokenize(values) if is_fixed else self._known_tokens(values)
+        lengths_N = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+        buckets_N = np.searchsorted(self._lengths, lengths_N)
+        passes = []
+        for bucket in np.unique(buckets_N):
+            members, length = np.flatnonzero(buckets_N == bucket), self._lengths[bucket]
+            num_rows = self._rows_per_forward(length) if is_fixed else len(members)
+            for begin in range(0, len(members), num_rows):
+                rows = members[begin : begin + num_rows]
+                padded = self._padded([token_ids[row] for row in rows], num_rows, length)
+                passes.append(TextPass(rows, *padded))
+        return passes
+
+    def _known_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        unknown = list(dict.fromkeys(text for text in texts if text not in self._tokens_of))
+        self._tokens_of.update(zip(unknown, self._tokenize(unknown), strict=True))
+        return [self._tokens_of[text] for text in texts]
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         # Cut first: the tokenizer would read a text of 100 kB to its end.
@@ -161,16 +198,6 @@ class TextBackbone:
         tokens = self._tokenizer(cut_texts, truncation=True, max_length=self.max_tokens)
         token_ids: list[list[int]] = tokens["input_ids"]
         return token_ids
-
-    def _passes(self, token_ids: list[list[int]]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the texts of each forward pass and its padded length."""
-        lengths_N = np.array([len(ids) for ids in token_ids], dtype=np.int64)
-        buckets_N = np.searchsorted(self._lengths, lengths_N)
-        for bucket, length in enumerate(self._lengths):
-            members = np.flatnonzero(buckets_N == bucket)
-            num_rows = self._rows_per_forward(length)
-            for begin in range(0, len(members), num_rows):
-                yield members[begin : begin + num_rows], length
 
     def _rows_per_forward(self, length: int) -> int:
         return max(1, TOKENS_PER_FORWARD[device_of(self.module).type] // length)
@@ -183,9 +210,11 @@ class TextBackbone:
         is_token_RT = torch.zeros((num_rows, length), dtype=torch.bool)
         # A dummy row attends to one token: a row that attends to none is not a number.
         is_token_RT[:, 0] = True
-        for row, ids in enumerate(token_ids):
-            ids_RT[row, : len(ids)] = torch.tensor(ids)
-            is_token_RT[row, : len(ids)] = True
+        lengths_R = torch.tensor([len(ids) for ids in token_ids])
+        has_token_RT = torch.arange(length) < lengths_R[:, None]
+        flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int64)
+        ids_RT[: len(token_ids)][has_token_RT] = flat
+        is_token_RT[: len(token_ids)] |= has_token_RT
         device = device_of(self.module)
         return ids_RT.to(device), is_token_RT.to(device)
 
