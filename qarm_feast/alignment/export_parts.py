@@ -153,7 +153,7 @@ class PartWriter:
         self._encoder = load_encoder(
             config.encoder_uri, job.encoder_version, self._items_path.parent
         )
-        self._cache = _KnownFeatures(config.features_uri)
+        self._cache = KnownFeatures(config.features_uri)
         self._on_items = on_items
 
     def __call__(self, task: PartTask) -> PartResult:
@@ -186,7 +186,7 @@ class PartWriter:
         }
 
 
-class _KnownFeatures(FeatureCache):
+class KnownFeatures(FeatureCache):
     """What training and evaluation left in the cache, read once and never added to.
 
     A catalogue may be larger than memory; what is cached of it is held while it is small.

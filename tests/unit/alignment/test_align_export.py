@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from qarm_feast.alignment import export_job
+from qarm_feast.alignment import export_job, export_parts
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import ItemEncoder
 from qarm_feast.alignment.export import raw_and_aligned_vectors, raw_vectors_folder
 from qarm_feast.alignment.export_job import ExportSummary, export_accepted, export_catalogue
 from qarm_feast.alignment.export_parts import PartTask, PartWriter, read_items
+from qarm_feast.alignment.features import FeatureCache, ItemFeatures
 from qarm_feast.errors import AlreadyRunningError, DataError, GateRefusedError
 from qarm_feast.input_data import InputData
 from qarm_feast.vector_files import EXPORT_MANIFEST, VectorFiles
@@ -256,3 +257,34 @@ def test_an_encoder_that_no_evaluation_accepts_is_exported_only_against_the_gate
     assert "was not evaluated" in refusal
     # The override is told again whenever the export is looked at, and alters no byte of it.
     assert export().ignored_gates == (refusal,)
+
+
+def test_an_export_reads_what_is_cached_while_it_is_small_and_adds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "0a" * 16
+    FeatureCache(str(tmp_path)).write("text", "b" * 64, {key: np.ones((1, 3), np.float32)})
+    cached = next(tmp_path.iterdir()).read_bytes()
+
+    known = export_parts.KnownFeatures(str(tmp_path))
+    first = known.read("text", "b" * 64)
+    first["0b" * 16] = np.zeros((1, 3), np.float32)
+    known.write("text", "b" * 64, first)
+
+    assert list(known.read("text", "b" * 64)) == [key]
+    assert next(tmp_path.iterdir()).read_bytes() == cached
+    monkeypatch.setattr(export_parts, "_CACHE_BYTES", len(cached) - 1)
+    assert export_parts.KnownFeatures(str(tmp_path)).read("text", "b" * 64) == {}
+
+
+def test_what_is_wrong_with_items_is_counted_and_what_was_cached_is_not() -> None:
+    is_present = {"text": np.array([True, True]), "image": np.array([False, True])}
+    counts = {
+        "text": {"present": 2, "encoded": 1, "repeated": 1},
+        "image": {"present": 1, "encoded": 2, "repeated": 0, "unreadable": 1},
+        "all": {"items": 2, "without_content": 0},
+    }
+
+    told = export_parts.content_counts(ItemFeatures({}, is_present, counts))
+
+    assert dict(told) == {"without_content": 0, "image_unreadable": 1}
