@@ -5,6 +5,7 @@ Shape letters in this file: N rows, D embedding width.
 May import: feast, pyarrow, the codebook, the encoder.
 """
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +45,7 @@ from qarm_feast.input_data import (
     CONTENT_COLUMNS,
     EMBEDDING,
     UPLOAD_TIMESTAMP,
+    DataConfig,
     embedding_matrix,
     plain_strings,
 )
@@ -53,6 +56,7 @@ from qarm_feast.online_tables import FeastOnlineTables
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import (
     CODE_ROWS,
+    CONTENT_BINARY_COLUMNS,
     CONTENT_LOG_ROWS,
     CONTENT_TEXT_COLUMNS,
     CREATED,
@@ -173,6 +177,8 @@ class PieceWriter:
         self._online = FeastOnlineTables(feature_store)
         self._codebook = Codebook.load(uri, job.codebook_version, placement)
         self._encoder_uri = load_section(job.config_path, "alignment", AlignmentConfig).encoder_uri
+        # Only a catalogue names files; what an event names comes as bytes, and is not opened.
+        self._media_dir = Path(load_section(job.config_path, "data", DataConfig).input_dir)
         self._encoder: Encoder | None = None
         self._enable_vectors = reads_aligned_vectors(job.config_path)
 
@@ -266,31 +272,33 @@ class PieceWriter:
 
     def _log_vectors(self, rows: pa.Table) -> tuple[EncodedItems, list[RefusedItems]]:
         manifest = self._codebook.manifest
-        rows = _with_texts(rows, manifest.encoder_version)
+        rows = with_content(rows, manifest.encoder_version)
         return vectors_of(
             rows, manifest.encoder_version, manifest.embedding_dim, self._load_encoder
         )
 
     def _catalogue_vectors(self, rows: pa.Table) -> tuple[EncodedItems, list[RefusedItems]]:
-        """Encode from text, or from the ready vectors of an encoder that reads those."""
+        """Encode from content, or of an encoder that reads ready vectors from these as well."""
         version = self._codebook.manifest.encoder_version
-        if EMBEDDING not in rows.column_names or self._reads_text():
+        if EMBEDDING not in rows.column_names or not self._reads_vectors():
             rows = _without_vectors(rows)
             return vectors_of(
                 rows, version, self._codebook.manifest.embedding_dim, self._load_encoder
             )
-        vectors_ND = self._load_encoder(version).encode(rows.select([EMBEDDING]))
+        encoder = self._load_encoder(version)
+        columns = [name for name in encoder.content_columns if name in rows.column_names]
+        vectors_ND = encoder.encode(rows.select(columns))
         return EncodedItems(version, np.arange(rows.num_rows), vectors_ND), []
 
-    def _reads_text(self) -> bool:
+    def _reads_vectors(self) -> bool:
         version = self._codebook.manifest.encoder_version
         with _naming_the_need(self._job):
-            return "text" in read_encoder_manifest(self._encoder_uri, version).modalities
+            return EMBEDDING in read_encoder_manifest(self._encoder_uri, version).modalities
 
     def _load_encoder(self, version: str) -> Encoder:
         if self._encoder is None:
             with _naming_the_need(self._job):
-                self._encoder = load_encoder(self._encoder_uri, version)
+                self._encoder = load_encoder(self._encoder_uri, version, self._media_dir)
         return self._encoder
 
 
@@ -312,20 +320,38 @@ def _naming_the_need(job: BackfillJob) -> Iterator[None]:
         ) from error
 
 
-def _with_texts(rows: pa.Table, encoder_version: str) -> pa.Table:
-    """Add the text columns; they are taken out of the JSON only where no vector serves."""
-    texts: list[dict[str, str | None]] = [{}] * rows.num_rows
+def with_content(rows: pa.Table, encoder_version: str) -> pa.Table:
+    """Return rows of the content log with the content columns as a worker sees them.
+
+    Args:
+        rows: Rows of ``schema.CONTENT_LOG_ROWS``, maybe without ``content``.
+        encoder_version: Of a row with its vector nothing is taken out of the JSON.
+
+    Returns:
+        The rows, and behind them texts, and bytes of pictures and sounds.
+    """
+    contents: list[dict[str, Any]] = [{}] * rows.num_rows
     if "content" in rows.column_names:
         is_own = pc.fill_null(pc.equal(rows[_ENCODER_VERSION], encoder_version), False)
         is_read = pc.invert(pc.or_(is_own, rows[_IS_DELETED])).to_pylist()
-        contents = rows["content"].to_pylist()
-        texts = [
+        contents = [
             json.loads(content) if wanted and content else {}
-            for wanted, content in zip(is_read, contents, strict=True)
+            for wanted, content in zip(is_read, rows["content"].to_pylist(), strict=True)
         ]
     for name in CONTENT_TEXT_COLUMNS:
-        rows = rows.append_column(name, pa.array([text.get(name) for text in texts], pa.string()))
+        texts = pa.array([content.get(name) for content in contents], pa.string())
+        rows = rows.append_column(name, texts)
+    for name in CONTENT_BINARY_COLUMNS:
+        files = pa.array([_file_bytes(content.get(name)) for content in contents], pa.binary())
+        rows = rows.append_column(name, files)
     return rows
+
+
+def _file_bytes(value: str | dict[str, str] | None) -> bytes | None:
+    """Return what the content log's JSON holds of a picture or sound: a file, or a URI."""
+    if isinstance(value, dict):
+        return base64.b64decode(value["base64"])
+    return None if value is None else value.encode()
 
 
 def _read_catalogue(piece: CataloguePiece) -> pa.Table:
@@ -358,6 +384,9 @@ def _read_catalogue(piece: CataloguePiece) -> pa.Table:
 
 def _check_vectors(rows: pa.Table, piece: CataloguePiece) -> None:
     is_bad_N = ~np.isfinite(embedding_matrix(rows[EMBEDDING])).all(axis=1)
+    if any(name in rows.column_names for name in CONTENT_COLUMNS if name != EMBEDDING):
+        # An item that has other content may lack a vector.
+        is_bad_N &= rows[EMBEDDING].is_valid().to_numpy()
     if is_bad_N.any():
         item_id = rows[ITEM_ID][int(is_bad_N.argmax())]
         raise DataError(

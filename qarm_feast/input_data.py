@@ -352,7 +352,7 @@ def _check_content(items: pa.Table, problems: _Problems) -> None:
     for name in present:
         kind = items.schema.field(name).type
         if name == EMBEDDING:
-            _check_embedding(items[name], problems)
+            _check_embedding(items[name], problems, may_lack=len(present) > 1)
         elif pa.types.is_string(kind):
             continue
         elif name in CONTENT_TEXT_COLUMNS:
@@ -363,14 +363,16 @@ def _check_content(items: pa.Table, problems: _Problems) -> None:
             )
 
 
-def _check_embedding(column: pa.ChunkedArray, problems: _Problems) -> None:
+def _check_embedding(column: pa.ChunkedArray, problems: _Problems, *, may_lack: bool) -> None:
     kind = column.type
     if not (pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type)):
         wanted = "a fixed-size list of float32"
         problems.add("items.parquet", EMBEDDING, f"has type {kind}, the contract wants {wanted}")
         return
-    problems.add_rows("items.parquet", EMBEDDING, "is null", pc.is_null(column))
-    # Filling the nulls keeps the rows aligned; a null row is already reported above.
+    if not may_lack:
+        text = "is null, and there is no other content column"
+        problems.add_rows("items.parquet", EMBEDDING, text, pc.is_null(column))
+    # Filling the nulls keeps the rows aligned.
     is_bad_N = ~np.isfinite(embedding_matrix(column)).all(axis=1)
     is_bad = pc.and_(pa.array(is_bad_N), pc.is_valid(column))
     problems.add_rows("items.parquet", EMBEDDING, "holds NaN or infinity", is_bad)

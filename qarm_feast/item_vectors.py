@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qarm_feast.errors import DataError
+from qarm_feast.media_values import is_reference, is_remote
 from qarm_feast.quantizers.base import unit_rows
 from qarm_feast.schema import (
+    CONTENT_BINARY_COLUMNS,
     CONTENT_TEXT_COLUMNS,
     CREATED,
     EVENT_TIMESTAMP,
@@ -35,23 +37,26 @@ EMBEDDING = "embedding"
 _ENCODER_VERSION = "encoder_version"
 _IS_DELETED = "is_deleted"
 _STORED = np.dtype("<f2")
+_READABLE = (*CONTENT_TEXT_COLUMNS, *CONTENT_BINARY_COLUMNS)
 _VECTOR_COLUMNS = (ITEM_ID, "content_hash", _IS_DELETED, EVENT_TIMESTAMP)
 
 
 class Encoder(Protocol):
     """Content to aligned embeddings; ``qarm_feast.alignment.encoder.ItemEncoder`` is one."""
 
+    @property
+    def content_columns(self) -> tuple[str, ...]:
+        """The content columns that it reads."""
+        ...
+
     def encode(self, items: pa.Table) -> np.ndarray:
         """Return the items' aligned embeddings.
 
         Args:
-            items: The text columns.
+            items: Columns of ``content_columns``, or some of them.
 
         Returns:
             Float32 ``[N, D]``, L2-normalised.
-
-        Raises:
-            DataError: If this encoder reads no text.
         """
         ...
 
@@ -79,8 +84,8 @@ def vectors_of(
     """Return one encoder's vectors of item rows; takedowns are passed over.
 
     Args:
-        rows: Columns ``is_deleted``, ``encoder_version``, ``embedding`` (list of float32) and the
-            text columns.
+        rows: Columns ``is_deleted``, ``encoder_version``, ``embedding`` (list of float32) and any
+            content columns. A picture or sound that is only named is none.
         encoder_version: The encoder that vectors must come from.
         width: Numbers in each of them.
         load_encoder: Gives the encoder; called only when content must be encoded.
@@ -89,18 +94,18 @@ def vectors_of(
         The vectors, and the rows that have none, by reason; some entries may be empty.
     """
     parts = _split_by_readiness(rows, encoder_version, width)
-    refused = parts.refused(encoder_version, width)
-    # Outside of the try: a missing encoder is no fault of the row, and ends the job.
-    encoder = load_encoder(encoder_version) if len(parts.readable) else None
-    try:
-        made_ND = _encode_content(rows, parts, encoder, width)
-    except DataError as error:
-        # An encoder that takes vectors only cannot read text, whatever the item.
-        refused.append(RefusedItems(parts.readable, ENCODER_MISMATCH, str(error)))
-        parts, made_ND = parts._replace(readable=parts.readable[:0]), _no_vectors(width)
+    made_ND, readable_N = np.empty((0, width), dtype=np.float32), parts.others[:0]
+    if len(parts.others) and any(_has_content(rows, name).any() for name in _READABLE):
+        encoder = load_encoder(encoder_version)
+        columns = [name for name in _READABLE if name in encoder.content_columns]
+        readable_N = _with_content(rows, parts.others, columns)
+        if len(readable_N):
+            present = [name for name in columns if name in rows.column_names]
+            made_ND = encoder.encode(rows.select(present).take(readable_N))
     ready_ND = embedding_matrix(rows[EMBEDDING].take(parts.ready), width)
-    positions_N = np.concatenate([parts.ready, parts.readable])
-    return EncodedItems(encoder_version, positions_N, np.concatenate([ready_ND, made_ND])), refused
+    positions_N = np.concatenate([parts.ready, readable_N])
+    encoded = EncodedItems(encoder_version, positions_N, np.concatenate([ready_ND, made_ND]))
+    return encoded, parts.refused(encoder_version, width, readable_N)
 
 
 def vector_rows(rows: pa.Table, encoded: EncodedItems, created: datetime) -> pa.Table:
@@ -168,11 +173,12 @@ class _Parts(NamedTuple):
     """Positions of uploads, as one encoder sees them."""
 
     ready: np.ndarray
-    readable: np.ndarray
     wrong_width: np.ndarray
-    unreadable: np.ndarray
+    others: np.ndarray
 
-    def refused(self, encoder_version: str, width: int) -> list[RefusedItems]:
+    def refused(
+        self, encoder_version: str, width: int, readable_N: np.ndarray
+    ) -> list[RefusedItems]:
         """Return the rows that cannot be encoded, by kind."""
         return [
             RefusedItems(
@@ -181,9 +187,9 @@ class _Parts(NamedTuple):
                 f"encoder {encoder_version!r} makes vectors of {width} numbers",
             ),
             RefusedItems(
-                self.unreadable,
+                np.setdiff1d(self.others, readable_N),
                 ENCODER_MISMATCH,
-                f"no text, and no embedding of encoder {encoder_version!r}",
+                f"no content that encoder {encoder_version!r} reads, and no embedding of it",
             ),
         ]
 
@@ -192,29 +198,39 @@ def _split_by_readiness(rows: pa.Table, encoder_version: str, width: int) -> _Pa
     is_upload_N = ~_mask(rows[_IS_DELETED])
     is_own_N = _mask(pc.equal(rows[_ENCODER_VERSION], encoder_version))
     is_wide_N = _mask(pc.equal(pc.list_value_length(rows[EMBEDDING]), width))
-    has_text_N = np.zeros(rows.num_rows, dtype=bool)
-    for name in CONTENT_TEXT_COLUMNS:
-        has_text_N |= _mask(pc.is_valid(rows[name]))
     return _Parts(
         ready=np.flatnonzero(is_upload_N & is_own_N & is_wide_N),
-        readable=np.flatnonzero(is_upload_N & ~is_own_N & has_text_N),
         wrong_width=np.flatnonzero(is_upload_N & is_own_N & ~is_wide_N),
-        unreadable=np.flatnonzero(is_upload_N & ~is_own_N & ~has_text_N),
+        others=np.flatnonzero(is_upload_N & ~is_own_N),
+    )
+
+
+def _with_content(rows: pa.Table, positions_N: np.ndarray, columns: Sequence[str]) -> np.ndarray:
+    """Return those of the positions at which one of the columns has something to read."""
+    has_content_N = np.zeros(rows.num_rows, dtype=bool)
+    for name in columns:
+        has_content_N |= _has_content(rows, name)
+    readable_N: np.ndarray = positions_N[has_content_N[positions_N]]
+    return readable_N
+
+
+def _has_content(rows: pa.Table, name: str) -> np.ndarray:
+    if name not in rows.column_names:
+        return np.zeros(rows.num_rows, dtype=bool)
+    has_value_N: np.ndarray = _mask(pc.is_valid(rows[name]))
+    if name in CONTENT_BINARY_COLUMNS and has_value_N.any():
+        for position in np.flatnonzero(has_value_N):
+            has_value_N[position] = _can_be_opened(rows[name][int(position)].as_py())
+    return has_value_N
+
+
+def _can_be_opened(value: str | bytes) -> bool:
+    """Tell bytes of a file and paths of a catalogue from URIs and from what events name."""
+    return bool(value) and (
+        not is_remote(value) if isinstance(value, str) else not is_reference(value)
     )
 
 
 def _mask(condition: pa.ChunkedArray) -> np.ndarray:
     mask_N: np.ndarray = pc.fill_null(condition, False).to_numpy().astype(bool)
     return mask_N
-
-
-def _encode_content(
-    rows: pa.Table, parts: _Parts, encoder: Encoder | None, width: int
-) -> np.ndarray:
-    if encoder is None:
-        return _no_vectors(width)
-    return encoder.encode(rows.select(CONTENT_TEXT_COLUMNS).take(parts.readable))
-
-
-def _no_vectors(width: int) -> np.ndarray:
-    return np.empty((0, width), dtype=np.float32)

@@ -24,7 +24,7 @@ from qarm_feast.offline_store import open_code_log
 from qarm_feast.online_tables import FeastOnlineTables
 from qarm_feast.reader import CodeReader
 from qarm_feast.repo_paths import open_feature_store
-from qarm_feast.schema import CONTENT_LOG, TIMESTAMP, code_view_name
+from qarm_feast.schema import CONTENT_LOG, CONTENT_TEXT_COLUMNS, TIMESTAMP, code_view_name
 from qarm_feast.source_rows import FeatureRows, TimeRange
 from streaming.columns import decode_items
 from streaming.messages import ItemEvent, encode_item_event
@@ -51,6 +51,8 @@ class LoggedRecord:
 
 class TitleEncoder:
     """Encoder e2: a title gives the same vector every time."""
+
+    content_columns = CONTENT_TEXT_COLUMNS
 
     def encode(self, items: pa.Table) -> np.ndarray:
         titles = items["title"].to_pylist()

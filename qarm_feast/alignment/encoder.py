@@ -26,6 +26,7 @@ from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.opening import open_stored
 from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
 from qarm_feast.alignment.fusion import FusionSizes, build_fusion
+from qarm_feast.alignment.modalities import columns_of
 from qarm_feast.artifact import MANIFEST_NAME, read_verified, replace_file, sha256
 from qarm_feast.config import Section
 from qarm_feast.errors import ConfigError, DataError
@@ -104,6 +105,11 @@ class ItemEncoder:
     def modalities(self) -> tuple[str, ...]:
         """What the encoder reads."""
         return self.manifest.modalities
+
+    @property
+    def content_columns(self) -> tuple[str, ...]:
+        """The content columns that the encoder reads."""
+        return tuple(name for modality in self.modalities for name in columns_of(modality))
 
     def encode(self, items: pa.Table) -> np.ndarray:
         """Return the aligned embeddings of the items: float32 ``[N, D]``, L2-normalised.

@@ -21,7 +21,7 @@ from torch import Tensor
 from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.modalities import MODALITIES, choose_modalities, content_values
+from qarm_feast.alignment.modalities import FAULTS, MODALITIES, choose_modalities, content_values
 from qarm_feast.artifact import replace_file
 from qarm_feast.errors import DataError
 
@@ -155,7 +155,7 @@ def read_features(
     if has_none_N.any():
         _check_not_ready_only(names, int(has_none_N.sum()))
         present[names[0]] = present[names[0]] | has_none_N
-    counts = {name: dict(reader.counts) for name, reader in readers.items()}
+    counts = {name: reader.outcomes() for name, reader in readers.items()}
     counts["all"] = {"items": items.num_rows, "without_content": int(has_none_N.sum())}
     return ItemFeatures({name: part[0] for name, part in parts.items()}, present, counts)
 
@@ -213,16 +213,31 @@ class _Reader:
             rows = slice(begin, begin + _ROWS_AT_ONCE[self._modality])
             content = content_values(items[rows], self._modality, media_dir)
             self.counts.update(content.faults)
+            # What could not be opened came as None; it is counted once, by its fault.
+            self.counts["absent"] -= content.faults.total()
             features_NTE[rows], is_present_N[rows] = self._read_part(content.values)
         self.counts["present"] = int(is_present_N.sum())
+        self._warn()
         if self._cache is not None and len(self._known) > num_known:
             self._cache.write(self._modality, backbone_hash, self._known)
         return features_NTE, is_present_N
+
+    def outcomes(self) -> dict[str, int]:
+        """Return the counts of what happened at all, and how many values there were."""
+        return {name: n for name, n in self.counts.items() if n or name == "present"}
+
+    def _warn(self) -> None:
+        faults = sorted((name, self.counts[name]) for name in self.counts if name in FAULTS)
+        if faults:
+            logger.warning("content_unreadable modality=%s %s", self._modality,
+                           " ".join(f"{name}={count}" for name, count in faults))  # fmt: skip
 
     def _read_part(self, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         hashes = [_value_hash(value) for value in values]
         unread = self._encode_unknown(values, hashes)
         self.counts.update(unread[key].fault or "absent" for key in hashes if key in unread)
+        present = [key for key in hashes if key not in unread]
+        self.counts["repeated"] += len(present) - len(set(present))
         features_NTE = np.stack(
             [unread[key].features_TE if key in unread else self._known[key] for key in hashes]
         )
@@ -232,14 +247,13 @@ class _Reader:
         """Add what can be read to the known features; return what cannot, by value hash."""
         # The same text may stand in many items; the first of each is read.
         first = {value_hash: row for row, value_hash in reversed(list(enumerate(hashes)))}
-        self.counts["repeated"] += len(hashes) - len(first)
         rows = sorted(row for value_hash, row in first.items() if value_hash not in self._known)
-        self.counts["encoded"] += len(rows)
         encoded = self._backbone.encode([values[row] for row in rows])
         unread = {}
         for n, row in enumerate(rows):
             if encoded.is_present_N[n]:
                 self._known[hashes[row]] = encoded.features_NTE[n]
+                self.counts["encoded"] += 1
             else:
                 unread[hashes[row]] = _Unread(encoded.features_NTE[n], encoded.faults[n])
         return unread

@@ -13,14 +13,15 @@ import pyarrow as pa
 
 from qarm_feast.errors import DataError
 from qarm_feast.input_data import EMBEDDING, embedding_matrix
+from qarm_feast.media_values import is_reference, is_remote
 from qarm_feast.schema import CONTENT_BINARY_COLUMNS, CONTENT_TEXT_COLUMNS
 
 Modality = Literal["text", "image", "audio", "embedding"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 """In the order in which a fusion concatenates them."""
 
-REMOTE = "remote"
-"""Why a picture or sound is absent: it is named by a URI, and no encoder here follows one."""
+NOT_FOLLOWED = "not_followed"
+"""Why a picture or sound is absent: it is named by a URI, or by an event; neither is opened."""
 NOT_FOUND = "not_found"
 """Why a picture or sound is absent: its file cannot be read."""
 TOO_LARGE = "too_large"
@@ -29,6 +30,8 @@ UNDECODABLE = "undecodable"
 """Why a picture or sound is absent: its bytes are none that the decoder knows."""
 EMPTY = "empty"
 """Why a sound is absent: it holds no sample, or silence alone."""
+
+FAULTS = (NOT_FOLLOWED, NOT_FOUND, TOO_LARGE, UNDECODABLE, EMPTY)
 
 MAX_MEDIA_BYTES = 64 * 1024 * 1024
 """Largest file of a picture or sound that is read."""
@@ -42,6 +45,11 @@ class ContentValues(NamedTuple):
 
     values: Sequence[Any]
     faults: Counter[str]
+
+
+def columns_of(modality: str) -> tuple[str, ...]:
+    """Return the content columns that hold a modality."""
+    return CONTENT_TEXT_COLUMNS if modality == "text" else (modality,)
 
 
 def modalities_of(items: pa.Table) -> tuple[Modality, ...]:
@@ -140,11 +148,7 @@ def _has_media(items: pa.Table, name: str) -> bool:
         return False
     if not pa.types.is_string(items.schema.field(name).type):
         return True
-    return any(value and not _is_remote(value) for value in items[name].to_pylist())
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path
+    return any(value and not is_remote(value) for value in items[name].to_pylist())
 
 
 def _ready_vectors(items: pa.Table) -> np.ndarray:
@@ -165,10 +169,14 @@ def _read_media(
     if not value:
         return None
     if isinstance(value, str):
-        if media_dir is None or _is_remote(value):
-            faults[REMOTE] += 1
-            return None
-        return _read_file(media_dir / value, faults)
+        if media_dir is not None and not is_remote(value):
+            return _read_file(media_dir / value, faults)
+        faults[NOT_FOLLOWED] += 1
+        return None
+    # A name that came as bytes came with an event, and what that names is never opened.
+    if is_reference(value):
+        faults[NOT_FOLLOWED] += 1
+        return None
     if len(value) > MAX_MEDIA_BYTES:
         faults[TOO_LARGE] += 1
         return None

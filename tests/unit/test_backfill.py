@@ -151,7 +151,9 @@ def test_a_newer_streamed_row_wins_online_whoever_writes_first(
 def test_events_without_a_vector_of_the_encoder_are_encoded_from_content_or_told_by_reason(
     stream: LoggedStream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    monkeypatch.setattr(
+        backfill_writer, "load_encoder", lambda uri, version, media_dir: TitleEncoder()
+    )
     stream.log(upload(1, title="mug"), upload(2), upload(3), takedown(4, minute=1))
     both = LoggedStream(stream.repo, {"v3": _codebook(stream.repo, "v3")})
     both.next_offsets[0] = 4
@@ -425,7 +427,9 @@ def test_large_parts_are_cut_by_row_group_and_small_ones_are_read_together(
 def test_catalogue_items_get_a_row_at_their_upload_unless_an_event_of_that_time_has_one(
     repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    monkeypatch.setattr(
+        backfill_writer, "load_encoder", lambda uri, version, media_dir: TitleEncoder()
+    )
     monkeypatch.setattr(backfill_parts, "CATALOGUE_ROWS", 2)
     streamed = LoggedStream(repo, {"v3": _codebook(repo, "v3")})
     streamed.log(ItemEvent(1, START, {"title": "as streamed"}))
@@ -451,7 +455,9 @@ def test_an_item_of_the_catalogue_that_was_taken_down_stays_away(
     repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its upload is written offline, where joins as of that time find it."""
-    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    monkeypatch.setattr(
+        backfill_writer, "load_encoder", lambda uri, version, media_dir: TitleEncoder()
+    )
     streamed = LoggedStream(repo, {"v3": _codebook(repo, "v3")})
     streamed.log(takedown(1, minute=7), takedown(2, minute=7))
     [codes] = streamed.codes["v3"]
@@ -471,7 +477,9 @@ def test_an_item_of_the_catalogue_that_was_taken_down_stays_away(
 def test_catalogue_rows_are_those_that_the_stream_makes_of_the_same_content(
     repo: StreamRepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backfill_writer, "load_encoder", lambda uri, version: TitleEncoder())
+    monkeypatch.setattr(
+        backfill_writer, "load_encoder", lambda uri, version, media_dir: TitleEncoder()
+    )
     titles = ["cup", "lamp", "tablecloth"]
     write_catalogue(repo, item_id=[1, 2, 3], title=pa.array(titles).dictionary_encode())
 

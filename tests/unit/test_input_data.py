@@ -81,6 +81,21 @@ def add(file: str, column: str, values: object) -> Change:
     return change
 
 
+def replace_title_by_vectors(vectors: list[list[float] | None]) -> Change:
+    def change(tables: Tables) -> None:
+        drop("items", "title")(tables)
+        add("items", "embedding", pa.array(vectors, VECTOR))(tables)
+
+    return change
+
+
+def test_an_item_with_other_content_may_lack_a_ready_vector(tmp_path: Path) -> None:
+    tables = good_tables()
+    add("items", "embedding", pa.array([[1, 2], None, [1, 1]], VECTOR))(tables)
+
+    assert load_input_data(write(tables, tmp_path)).items["embedding"].null_count == 1
+
+
 def test_load_input_data_returns_tables_tasks_in_file_order_and_train_rows(tmp_path: Path) -> None:
     checked = load_input_data(write(good_tables(), tmp_path))
 
@@ -195,8 +210,9 @@ BREACHES: list[tuple[str, Change, str]] = [
     ),
     (
         "vector missing",
-        add("items", "embedding", pa.array([[1, 2], [1, 1], None], VECTOR)),
-        "items.parquet, column 'embedding': is null (first at row 2, counted from 0; 1 row(s))",
+        replace_title_by_vectors([[1, 2], [1, 1], None]),
+        "items.parquet, column 'embedding': is null, and there is no other content column (first "
+        "at row 2, counted from 0; 1 row(s))",
     ),
     (
         "user column type",

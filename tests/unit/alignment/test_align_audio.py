@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media import tone
 
 from qarm_feast.alignment.backbones.audio import AudioBackbone, read_samples
 from qarm_feast.alignment.backbones.opening import open_backbones, open_stored
@@ -14,6 +13,7 @@ from qarm_feast.alignment.backbones.speaker_lstm import (
 )
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.errors import ConfigError
+from tests.media_files import tone
 
 SOUNDS = [
     tone(220, 1.0),

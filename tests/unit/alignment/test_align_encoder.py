@@ -254,6 +254,6 @@ def test_cached_features_are_computed_once_per_content(tmp_path: Path) -> None:
     assert later.by_modality["text"].tolist() == [[[3, 1]], [[1, 1]]]
     assert backbone.asked == ["aa", "b", "", "ccc"]
     assert features.counts == {
-        "text": {"repeated": 1, "encoded": 3, "absent": 1, "present": 3},
+        "text": {"repeated": 1, "encoded": 2, "absent": 1, "present": 3},
         "all": {"items": 4, "without_content": 1},
     }

@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from media import picture, stripes
 
 from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.efficientnet import EfficientNetLite
@@ -13,6 +12,7 @@ from qarm_feast.alignment.backbones.opening import open_backbones, open_stored
 from qarm_feast.alignment.backbones.transformers_models import read_recipe
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.errors import ConfigError
+from tests.media_files import picture, stripes
 
 RECIPE = PixelRecipe(
     size=2, crop_share=None, mean=(0.0, 0.0, 0.0), spread=(1.0, 1.0, 1.0), resample=0

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from qarm_feast.codebook import ItemCodes
+from qarm_feast.schema import CONTENT_TEXT_COLUMNS
 from streaming.messages import SCHEMA_VERSION, SCHEMA_VERSION_HEADER, Message
 from streaming.rows import LiveCodebooks
 
@@ -78,6 +79,8 @@ class FixedCodebooks:
 
 class TitleEncoder:
     """The vector of a title is (its length, -1)."""
+
+    content_columns = CONTENT_TEXT_COLUMNS
 
     def encode(self, items: pa.Table) -> np.ndarray:
         lengths = [len(title or "") for title in items["title"].to_pylist()]

@@ -5,7 +5,6 @@ import pyarrow as pa
 from stream_fakes import NOW, FakeRecord, SignCodebook, TitleEncoder, png_of, record_of
 
 from qarm_feast.encode import TAKEDOWN_HASH
-from qarm_feast.errors import DataError
 from qarm_feast.schema import CODE_ROWS, CONTENT_LOG_ROWS, interaction_rows
 from streaming.columns import decode_interactions, decode_items
 from streaming.messages import InteractionEvent, ItemEvent, encode_interaction_event
@@ -98,8 +97,10 @@ def test_what_no_encoder_can_read_is_refused_for_its_versions_only() -> None:
 
 def test_text_for_an_encoder_that_takes_vectors_only_is_refused_and_the_batch_goes_on() -> None:
     class VectorsOnly:
+        content_columns = ("embedding",)
+
         def encode(self, items: pa.Table) -> np.ndarray:
-            raise DataError("this encoder reads ready vectors")
+            raise AssertionError("nothing that it reads has come")
 
     records = _records(
         ItemEvent(1, NOW, {"title": "A"}), ItemEvent(2, NOW, {}, _vector(1, 1), "e1")
