@@ -15,6 +15,7 @@ from benchmarks import refresh
 from benchmarks.drift import Drift, planted_drift
 from benchmarks.trainer_ranks import growth, measured
 from benchmarks.trainer_rows import publish_made_rows
+from qarm_feast.alignment.config import AlignmentConfig
 from torchrec_models.config import RankerConfig
 from torchrec_models.sharding import process_group
 
@@ -48,6 +49,19 @@ def test_a_refresh_learns_from_train_and_valid_rows_and_test_rows_stay(drift: Dr
     assert pc.sum(pc.equal(drift.checked.interactions["split"], "valid")).as_py() == 300
 
 
+def test_the_refreshed_encoder_goes_on_from_the_first_unless_told_not_to(drift: Drift) -> None:
+    config = AlignmentConfig(num_epochs=1, embedding_dim=32, geometry_weight=100.0)
+
+    before, after = refresh.vectors_of_both(drift.checked, config, goes_on=True)
+    _, fresh = refresh.vectors_of_both(drift.checked, config, goes_on=False)
+
+    def moved(x_ND: np.ndarray) -> float:
+        return float(1 - (x_ND * before.aligned_ND).sum(axis=1).mean())
+
+    assert moved(after.aligned_ND) < 0.05
+    assert moved(after.aligned_ND) < moved(fresh.aligned_ND)
+
+
 def test_a_shortened_run_reports_every_arm_with_intervals_and_truth(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +84,8 @@ def test_a_shortened_run_reports_every_arm_with_intervals_and_truth(
         assert low <= naive - stale + 2e-5
         assert naive - stale - 2e-5 <= high
     assert figures["churn_kept_drift"] < figures["churn_naive_drift"]
+    assert figures["churn_lists_kept_drift"] <= figures["churn_lists_nearest_drift"]
+    assert 0.5 < figures["list_neighbor_recall_kept_drift"] <= 1
     assert result["targets"] == {"kept_minus_stale_auc_drift": {"op": "ge", "value": 0.0}}
 
 
