@@ -30,7 +30,8 @@ EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "shared_history": ("shared_history",),
 }
-"""Parts that did not pay on valid rows; each is added to the full model once."""
+"""Parts that did not pay on valid rows; each is added to the full model where it is asked for."""
+EXTRA_ARM = "full_plus_"
 
 FROZEN: Mapping[str, Any] = {"code_table_training": "frozen"}
 RANDOM: Mapping[str, Any] = {"enable_centroid_start": False}
@@ -109,22 +110,22 @@ def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
         rest = tuple(feature for feature in FULL if feature not in features)
         arms.append(Arm(f"full_minus_{part}", ALIGNED, rest, RAW_VECTOR))
     for part, features in EXTRA_PARTS.items():
-        arms.append(Arm(f"full_plus_{part}", ALIGNED, (*FULL, *features), RAW_VECTOR))
+        arms.append(Arm(f"{EXTRA_ARM}{part}", ALIGNED, (*FULL, *features), RAW_VECTOR))
     return tuple(arms)
 
 
 def chosen_arms(arms: Sequence[Arm], names: str | None) -> tuple[Arm, ...]:
-    """Return the arms of a comma-separated list, or all.
+    """Return the arms of a comma-separated list, or those that run by default.
 
     Args:
         arms: All arms.
-        names: Names, or None.
+        names: Names, or None for all arms but those with a part of :data:`EXTRA_PARTS`.
 
     Raises:
         SystemExit: If there is no arm of that name.
     """
     if names is None:
-        return tuple(arms)
+        return tuple(arm for arm in arms if not arm.name.startswith(EXTRA_ARM))
     known = {arm.name: arm for arm in arms}
     wanted = names.split(",")
     if unknown := [name for name in wanted if name not in known]:

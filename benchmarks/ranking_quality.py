@@ -113,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="Folder in the input contract; default: ML-100K.")
     parser.add_argument("--seeds", type=int, default=5, help="Runs per arm.")
-    parser.add_argument("--arms", help="Only these arms, comma-separated.")
+    parser.add_argument("--arms", help="These arms, comma-separated.")
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep outputs of the text model in.")
     parser.add_argument("--page", help="HTML file to write; default: in runs/.")

@@ -125,6 +125,13 @@ def test_arms_have_names_of_their_own_and_only_known_ones_can_be_chosen() -> Non
 
     assert len({arm.name for arm in arms}) == len(arms)
     assert [arm.name for arm in chosen_arms(arms, "full,id")] == ["full", "id"]
+    by_default = [arm.name for arm in chosen_arms(arms, None)]
+    assert {arm.name for arm in arms} - set(by_default) == {
+        "full_plus_item_cf",
+        "full_plus_prefix",
+        "full_plus_attention",
+        "full_plus_shared_history",
+    }
     with pytest.raises(SystemExit, match="no such arms: nothing; there are id, fixed"):
         chosen_arms(arms, "id,nothing")
 
