@@ -3,7 +3,7 @@
 One file without any outside resource, in the style of the codebook's quality page.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.ranking_arms import ID, RQ, VQ, all_arms, tuned
 from benchmarks.ranking_runs import Run
 from torchrec_models.slices import SLICES
 
@@ -19,6 +20,13 @@ MOST_LEFT = -0.05
 """Left end of a plot: an arm far below would press all others together."""
 MAX_TICKS = 8
 PART_PREFIX = "worth_of_"
+NAMED_DIFFERENCES = {
+    "full_minus_fixed": "full less fixed",
+    "trainable_minus_frozen": "trained less frozen codes",
+    "aligned_minus_raw_codes": "aligned less raw codes",
+}
+CODE_FEATURES = {"code_cf", "cross", *RQ, *VQ}
+"""Of these each arm that depends on codes reads one."""
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -48,6 +56,11 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
         _cards(result),
     ]
     for task, figures in tasks.items():
+        if named := _named_lines(figures):
+            body += [
+                f"<h2>{escape(task)}: what codes, their training and alignment are worth</h2>",
+                _plot(named, "difference in AUC, all rows and by train positives of the item"),
+            ]
         body += [
             f"<h2>{escape(task)}: arms against ID + fixed vector</h2>",
             _plot(_lines(figures, "", "_minus_fixed_auc"), "AUC less that of arm fixed"),
@@ -58,6 +71,7 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
                 _plot(parts, "AUC of arm full less that without the part"),
             ]
         body += [f"<h2>{escape(task)}: all arms</h2>", _table(task, figures, runs)]
+    body += ["<h2>What the arms are</h2>", _arms_table({run.arm for run in runs})]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -71,7 +85,8 @@ def _style() -> str:
     shared = template[template.index("<style>") : template.index("</style>")]
     own = (
         ".zero { stroke: var(--soft); stroke-width: 1.5; } .whisker { stroke: var(--c); "
-        "stroke-width: 2; } .dot { fill: var(--c); } .plot { padding: 10px 14px; }"
+        "stroke-width: 2; } .dot { fill: var(--c); } .plot { padding: 10px 14px; } "
+        ".arms td { white-space: normal; }"
     )
     return f"{shared}{own}</style>"
 
@@ -103,6 +118,37 @@ def _lines(figures: Mapping[str, float], prefix: str, suffix: str) -> list[Line]
             continue
         lines.append(Line(name, value, figures[f"{key}_low"], figures[f"{key}_high"]))
     return sorted(lines, key=lambda line: -line.value)
+
+
+def _named_lines(figures: Mapping[str, float]) -> list[Line]:
+    """Return the differences that the benchmark is about, of all rows and of each slice."""
+    lines = []
+    for name, title in NAMED_DIFFERENCES.items():
+        for part in ("", *SLICES):
+            key = f"{name}_{part}_auc" if part else f"{name}_auc"
+            if f"{key}_low" in figures:
+                shown = f"· {part}" if part else title
+                lines.append(
+                    Line(shown, figures[key], figures[f"{key}_low"], figures[f"{key}_high"])
+                )
+    return lines
+
+
+def _arms_table(names: Set[str]) -> str:
+    """Return what each arm reads beside the arm ``id``, and the settings that it chose."""
+    lines = ["".join(f'<th class="left">{name}</th>' for name in ("arm", "codes", "reads", "set"))]
+    for arm in all_arms(has_third_party_codes=True):
+        if arm.name not in names:
+            continue
+        own = [name for name in arm.features if name not in ID]
+        reads = ", ".join(["id's", *own] if own else ID)
+        chosen = {**tuned(arm.name), **arm.overrides}
+        settings = ", ".join(f"{key} {value}" for key, value in chosen.items())
+        codes = arm.codes if CODE_FEATURES & set(own) else "-"
+        cells = [arm.name, codes, reads, settings]
+        lines.append("".join(f'<td class="left">{escape(cell)}</td>' for cell in cells))
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="panel scroll"><table class="arms">{rows}</table></div>'
 
 
 def _plot(lines: Sequence[Line], x_label: str) -> str:

@@ -169,7 +169,10 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     low, high = (figures[f"full_minus_fixed_auc_{end}"] for end in ("low", "high"))
     assert low <= figures["full_minus_fixed_auc"] <= high
     assert {"third_party_minus_fixed_auc_low", "worth_of_vq_auc_high"} <= set(figures)
-    assert "third_party" in page.read_text("utf-8")
+    text = page.read_text("utf-8")
+    assert "full less fixed" in text
+    assert "less raw codes" not in text, "its arms were not run"
+    assert '<td class="left">third_party</td><td class="left">third_party</td>' in text
 
 
 def test_a_quick_run_takes_data_with_one_task_and_neither_users_nor_split(
