@@ -114,6 +114,7 @@ def test_every_script_with_a_result_is_run_and_nothing_else(
     names = [path.name for path in _module("run_all", monkeypatch).benchmark_scripts()]
 
     assert names == [
+        "alignment.py",
         "alignment_quality.py",
         "backfill.py",
         "codebook_options.py",
