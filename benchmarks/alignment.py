@@ -16,8 +16,9 @@ machine with a GPU everything runs there.
     cached_memory_vs_small_batch  what a step of 4,096 pairs with gradient caching takes in memory
                                by what a plain one of 256 pairs does; LoRA, a process for each
 
-Ratios of speeds are medians over three rounds, the two arms in turns. Progress goes to stderr, the
-last line of stdout is one JSON object.
+Ratios of speeds are medians over three rounds, the two arms in turns; on a CPU a second is one of
+CPU time, so that other work on the machine does not count. Progress goes to stderr, the last line
+of stdout is one JSON object.
 """
 
 import argparse
@@ -49,8 +50,8 @@ FULL = Sizes(
     memory_items=4_000,
 )  # fmt: skip
 QUICK = Sizes(
-    head_items=5_000, head_steps=12, lora_items=96, lora_steps=2, export_items=300,
-    memory_items=1_200,
+    head_items=5_000, head_steps=12, lora_items=64, lora_steps=1, export_items=150,
+    memory_items=600,
 )  # fmt: skip
 
 

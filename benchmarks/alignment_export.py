@@ -1,7 +1,6 @@
 """An export of ``alignment.py`` beside its backbone's forward passes alone."""
 
 import shutil
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.alignment_steps import Sizes, finish, lora_features, made_titles, pooled
+from benchmarks.alignment_steps import Sizes, lora_features, made_titles, pooled, seconds
 from qarm_feast.alignment.backbones.text import TextBackbone
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_manifests
@@ -59,19 +58,17 @@ class ExportArms:
         """Return items per second of an export into an empty folder, nothing cached."""
         for name in ("vectors", "features"):
             shutil.rmtree(self._folder / "data" / name, ignore_errors=True)
-        started = time.perf_counter()
+        started = seconds()
         export_catalogue(str(self._config_path), self._version)
-        return self._num_items / (time.perf_counter() - started)
+        return self._num_items / (seconds() - started)
 
     def backbone_alone(self) -> float:
         """Return items per second of the forward passes over tokens that lie in memory."""
-        finish()
-        started = time.perf_counter()
+        started = seconds()
         with torch.inference_mode():
             for one in self._passes:
                 pooled(self._reader.module, one.ids_RT, one.is_token_RT)
-        finish()
-        return self._num_items / (time.perf_counter() - started)
+        return self._num_items / (seconds() - started)
 
 
 def _write_catalogue(folder: Path, titles: list[str]) -> None:

@@ -174,11 +174,9 @@ class Arms:
         )
 
     def _steps_per_second(self, epoch: Callable[[], object]) -> float:
-        finish()
-        started = time.perf_counter()
+        started = seconds()
         epoch()
-        finish()
-        return len(self._batches) / (time.perf_counter() - started)
+        return len(self._batches) / (seconds() - started)
 
 
 class HeadArms(Arms):
@@ -267,7 +265,9 @@ def pooled(network: nn.Module, ids_RT: Tensor, is_token_RT: Tensor) -> Tensor:
     return pool_tokens(hidden_RTE, is_token_RT, 1)
 
 
-def finish() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds() -> float:
+    """Return a clock's reading: of CPU time, or with a GPU of time once it has done its work."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
