@@ -16,12 +16,13 @@ May import: the jobs behind the single commands.
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qarm_feast.alignment.encoder import ItemEncoder, load_encoder, read_encoder_manifest
+from qarm_feast.alignment.evaluate import NEIGHBOR_AUC
 from qarm_feast.alignment.evaluation_job import check_accepted, evaluate_encoder
 from qarm_feast.alignment.export_job import EngineName, export_accepted, export_catalogue
 from qarm_feast.alignment.pairs import read_pairs, report_of, write_pairs
@@ -125,14 +126,8 @@ class RefreshSteps:
         )
         check_accepted(self._alignment)
         gates = [str(reading) for reading in found.readings]
-        gain = found.report["gains"]["aligned"].get("neighbor_auc_all")
-        told = (
-            "no neighbours to measure"
-            if gain is None
-            else f"{gain['gain']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
-        )
         return StepResult(
-            f"neighbour AUC, aligned less raw: {told}; gates kept",
+            f"{gain_words(found.report, 'aligned')}; gates kept",
             {"gains": found.report["gains"], "gates": gates, "page": str(found.page_path)},
         )
 
@@ -216,7 +211,8 @@ class RefreshSteps:
             self._state.codebook_version,
             self._state.encoder_version,
         )
-        return StepResult(str(found.page_path), {"gains": found.report["gains"]})
+        told = ", ".join(gain_words(found.report, kind) for kind in ("decoded_rq", "decoded_vq"))
+        return StepResult(told, {"gains": found.report["gains"]})
 
     @cached_property
     def _checked(self) -> InputData:
@@ -248,6 +244,23 @@ class RefreshSteps:
             return None
         media_folder = Path(self._sections.data.input_dir)
         return load_encoder(self._alignment.encoder_uri, parent, media_folder)
+
+
+def gain_words(report: Mapping[str, Any], kind: str) -> str:
+    """Return in words how much nearer vectors bring later behaviour's neighbours than raw ones.
+
+    Args:
+        report: An evaluation of the encoder.
+        kind: A kind of vectors in it.
+
+    Returns:
+        The difference of the neighbour AUC with its 95 % interval.
+    """
+    gain = report["gains"][kind].get(f"{NEIGHBOR_AUC}_all")
+    if gain is None:
+        return f"{kind}: no neighbours to measure"
+    interval = f"[{gain['low']:+.4f}, {gain['high']:+.4f}]"
+    return f"{kind}: neighbour AUC {gain['gain']:+.4f} {interval} against raw"
 
 
 def churn_readings(manifest: Manifest, config: RefreshConfig) -> list[GateReading]:
