@@ -31,13 +31,12 @@ def refresh_command(
     log_level: str | None,
     **names: str | None,
 ) -> None:
-    r"""Pairs, encoder, vectors and a codebook that keeps its labels, up to the data of today.
+    """Pairs, encoder, vectors and a codebook that keeps its labels, up to the data of today.
 
     Made for cron and Airflow: where nothing changed since the last run nothing is done; a run that
     was killed goes on when it is called again; two at once cannot be. What comes out is staged;
     `qarm rollout start` takes it to the readers.
 
-    \b
     Exit status: 0 published, or nothing to do; 1 a bug; 2 settings; 3 codebook or registry;
     4 data; 5 a gate refused, nothing was published; 6 a service is away; 7 another refresh is at
     work.
