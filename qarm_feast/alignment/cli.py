@@ -46,7 +46,11 @@ def pairs(config_path: str, log_level: str | None) -> None:
 @click.option("--parent", help="Encoder version that the new one refreshes, like e1.")
 @log_level_option
 def train(config_path: str, parent: str | None, log_level: str | None) -> None:
-    """Train the encoder on the pairs and store it as an immutable artifact."""
+    """Train the encoder on the pairs and store it as an immutable artifact.
+
+    A training that was killed goes on when it is started again. On many processes: torchrun
+    --nproc-per-node 2 -m qarm_feast.alignment.train --config feature_repo/qarm.yaml.
+    """
     from qarm_feast.alignment.encoder import check_version_is_free, load_encoder
     from qarm_feast.alignment.gathering import is_first_process
     from qarm_feast.alignment.pairs import read_pairs

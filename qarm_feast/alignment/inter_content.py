@@ -40,7 +40,7 @@ class ItemsWithViews(TrainableItems, Protocol):
 class Views:
     """The views of items, one after the other, as trainable items of their own.
 
-    ``items_V`` tells the item of each view, ``starts`` at which view each modality begins.
+    ``items_V`` tells the item of each view.
 
     Args:
         items: The items.

@@ -51,7 +51,7 @@ def one_step(chunk_size: int | None) -> dict[str, Tensor]:
     torch.nn.init.normal_(
         items.module.correction.weight, generator=torch.Generator().manual_seed(0)
     )
-    split = hold_items_out(pairs, NUM_ITEMS, 1e-9, np.random.default_rng(0))
+    split = hold_items_out(pairs, NUM_ITEMS, 1e-9, seed=0)
     content_MD = torch.randn(NUM_ITEMS, 16, generator=torch.Generator().manual_seed(1))
     content_MD = torch.nn.functional.normalize(content_MD, dim=1)
     task = PairTask(items, content_MD, split, BatchNegatives(pairs, NUM_ITEMS), 10.0)

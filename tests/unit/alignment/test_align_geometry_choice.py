@@ -42,7 +42,7 @@ def test_held_out_auc_equals_the_plain_count() -> None:
     generator = np.random.default_rng(0)
     embeddings = generator.integers(-2, 3, size=(40, 3)).astype(np.float32)
     pairs = pairs_of(*generator.integers(0, 40, size=(2, 90)))
-    split = hold_items_out(pairs, 40, 0.3, generator)
+    split = hold_items_out(pairs, 40, 0.3, seed=0)
 
     ranking = HeldOutRanking(split, BatchNegatives(pairs, 40), seed=0)
     aucs_Q = ranking.aucs(embeddings[ranking.items])
@@ -59,7 +59,7 @@ def test_held_out_auc_equals_the_plain_count() -> None:
 def test_no_training_pair_names_a_held_out_item_and_each_valid_pair_does() -> None:
     pairs = pairs_of(*np.random.default_rng(0).integers(0, 50, size=(2, 200)))
 
-    split = hold_items_out(pairs, 50, 0.2, np.random.default_rng(1))
+    split = hold_items_out(pairs, 50, 0.2, seed=1)
 
     for part, expected in ((split.train, False), (split.valid, True)):
         names_held = split.is_held_M[part.triggers] | split.is_held_M[part.targets]
@@ -139,7 +139,7 @@ def test_without_held_out_items_nothing_is_tried(caplog: pytest.LogCaptureFixtur
 def test_a_split_that_leaves_no_pair_on_one_side_is_none() -> None:
     pairs = pairs_of(np.array([0, 1]), np.array([1, 0]))
 
-    split = hold_items_out(pairs, 2, 1.0 - 1e-9, np.random.default_rng(0))
+    split = hold_items_out(pairs, 2, 1.0 - 1e-9, seed=0)
 
     assert split == PairSplit(pairs, pairs, split.is_held_M)
     assert not split.is_held_M.any()
