@@ -258,6 +258,12 @@ class AlignmentConfig(Section):
         description="Weight of the term that keeps content similarities; auto: the one whose head "
         "ranks the pairs of held-out items best, and the untrained head where none is better.",
     )
+    parent_weight: float = Field(
+        default=30.0,
+        ge=0,
+        description="Weight of 1 - cosine to the parent's vector, per item, where training goes on "
+        "from a parent: more keeps more codes, less lets new behaviour say more.",
+    )
     inter_content_epochs: int = Field(
         default=0,
         ge=0,

@@ -101,6 +101,21 @@ def info_nce(
     return (weights_B[own] * losses_Q).sum() / (2.0 * weights_B.sum())
 
 
+def anchor_loss(embeddings_SD: Tensor, anchors_SD: Tensor, own: slice = WHOLE) -> Tensor:
+    """Return how far items are from where they were: the mean of 1 - cosine.
+
+    Args:
+        embeddings_SD: L2-normalised embeddings.
+        anchors_SD: Embeddings that the same items had before, L2-normalised.
+        own: This rank's items; by default all.
+
+    Returns:
+        A scalar in [0, 2]; the sum over ranks is the loss of all items.
+    """
+    cosines_Q = (embeddings_SD[own] * anchors_SD[own]).sum(dim=1)
+    return (1.0 - cosines_Q).sum() / len(embeddings_SD)
+
+
 def geometry_loss(embeddings_SD: Tensor, content_SD: Tensor, own: slice = WHOLE) -> Tensor:
     """Return the mean squared change of cosines between items (AlignRec's regulariser).
 

@@ -153,7 +153,8 @@ def train_head(
     """Train the head until the loss on held-out items stops falling.
 
     It starts from the content geometry and is held to it, or it starts from a parent and is held to
-    the parent's: then what behaviour does not move stays where it is, and so do its codes.
+    the parent's, and each item to its place there (``parent_weight``): then what behaviour does not
+    move stays where it is, and so do its codes.
 
     Args:
         features: Content features of the train items.
@@ -167,7 +168,8 @@ def train_head(
     """
     head = start_head(features, config) if parent is None else copy.deepcopy(parent)
     items = HeadItems(head, features, training_device(config))
-    data = TrainingData(items, pairs, items.embeddings(), features.raw_vectors())
+    anchor_weight = 0.0 if parent is None else config.parent_weight
+    data = TrainingData(items, pairs, items.embeddings(), features.raw_vectors(), anchor_weight)
     run = Training(data, config, files, "head").run()
     return head.cpu(), run
 

@@ -32,7 +32,14 @@ from qarm_feast.alignment.gathering import (
     take_from_first,
 )
 from qarm_feast.alignment.held_out import PairSplit
-from qarm_feast.alignment.losses import WHOLE, Temperature, geometry_loss, info_nce, pair_logits
+from qarm_feast.alignment.losses import (
+    WHOLE,
+    Temperature,
+    anchor_loss,
+    geometry_loss,
+    info_nce,
+    pair_logits,
+)
 from qarm_feast.alignment.pair_rows import BatchNegatives, PairRows
 from qarm_feast.alignment.progress import StepProgress
 
@@ -72,6 +79,8 @@ class PairTask:
         split: Training pairs, and those that tell when to stop.
         negatives: Knows all pairs.
         geometry_weight: Weight of the geometry term.
+        anchor_weight: Weight of the term that keeps items at ``content_MD`` itself; above zero
+            where that is a parent's, in whose space the training starts.
     """
 
     items: TrainableItems
@@ -79,6 +88,7 @@ class PairTask:
     split: PairSplit
     negatives: BatchNegatives
     geometry_weight: float
+    anchor_weight: float = 0.0
 
 
 class PairTrainer:
@@ -209,17 +219,20 @@ class PairTrainer:
     def _step_loss(
         self, batch: PairRows, drawn: np.ndarray, places: Tensor, num_items: int, own_PD: Tensor
     ) -> Tensor:
-        """Return this rank's share of pair loss plus weighted geometry loss."""
+        """Return this rank's share of pair loss plus weighted geometry and anchor loss."""
         embeddings_UD = gather_rows(own_PD, num_items)
         sizes = [len(batch), len(batch), len(drawn)]
         triggers_BD, targets_BD, drawn_SD = torch.split(embeddings_UD[places], sizes)
         ranks = current_ranks()
         content_SD = self._task.content_MD[self._moved(drawn)]
-        geometry = geometry_loss(drawn_SD, content_SD, ranks.share(len(drawn)))
+        own = ranks.share(len(drawn))
+        geometry = self._task.geometry_weight * geometry_loss(drawn_SD, content_SD, own)
+        if self._task.anchor_weight:
+            geometry = geometry + self._task.anchor_weight * anchor_loss(drawn_SD, content_SD, own)
         pair_loss = self._pair_loss(
             batch, triggers_BD, targets_BD, self._temperature(), ranks.share(len(batch))
         )
-        return pair_loss + self._task.geometry_weight * geometry
+        return pair_loss + geometry
 
     def _pair_loss(
         self,

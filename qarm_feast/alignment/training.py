@@ -35,12 +35,14 @@ class TrainingData:
         content_MD: Embeddings whose cosines the geometry term keeps, on the model's device.
         raw_ME: Content vectors without any model, L2-normalised: what is chosen by ``auto`` has to
             beat them, too.
+        anchor_weight: Weight of the term that keeps items at ``content_MD`` itself.
     """
 
     items: ItemsWithViews
     pairs: PairRows
     content_MD: Tensor
     raw_ME: np.ndarray
+    anchor_weight: float = 0.0
 
 
 class Training:
@@ -149,7 +151,9 @@ class Training:
 
     def _fit(self, weight: float, config: AlignmentConfig) -> TrainingRun:
         data = self._data
-        task = PairTask(data.items, data.content_MD, self._split, self._negatives, weight)
+        task = PairTask(
+            data.items, data.content_MD, self._split, self._negatives, weight, data.anchor_weight
+        )
         place = self._place(f"weight_{weight:g}") if config.num_epochs else RunPlace("untrained")
         # Each weight sees the same batches.
         return Fit(task, config, place).run(copy.deepcopy(self._generator))

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from qarm_feast.alignment.losses import Temperature, geometry_loss, info_nce, pair_logits
+from qarm_feast.alignment.losses import (
+    Temperature,
+    anchor_loss,
+    geometry_loss,
+    info_nce,
+    pair_logits,
+)
 from qarm_feast.alignment.pair_rows import BatchNegatives, PairRows
 
 
@@ -142,3 +148,15 @@ def test_a_fixed_temperature_has_nothing_to_train() -> None:
 
     assert temperature() == 0.07
     assert not list(temperature.parameters())
+
+
+def test_anchor_loss_is_the_mean_distance_from_each_anchor_whole_and_as_a_sum_of_shares() -> None:
+    embeddings_SD = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    anchors_SD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+
+    shares = [float(anchor_loss(embeddings_SD, anchors_SD, slice(a, a + 1))) for a in range(3)]
+
+    # Cosines 1, 0 and .8.
+    assert float(anchor_loss(embeddings_SD, anchors_SD)) == pytest.approx((0 + 1 + 0.2) / 3)
+    assert sum(shares) == pytest.approx((0 + 1 + 0.2) / 3)
+    assert float(anchor_loss(embeddings_SD, anchors_SD, slice(3, 3))) == 0.0

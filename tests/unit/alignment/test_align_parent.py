@@ -70,13 +70,32 @@ def test_the_geometry_that_is_kept_is_the_parents() -> None:
     features = features_of_vectors(features_ME)
     parent, _ = train_head(features, pairs[0], loose)
 
-    child, _ = train_head(features, pairs[1], tight, parent=parent)
+    child, _ = train_head(
+        features, pairs[1], tight.model_copy(update={"parent_weight": 0.0}), parent=parent
+    )
     content, _ = train_head(features, pairs[1], tight)
 
     moved = np.abs(_cosines(child, features_ME) - _cosines(parent, features_ME)).max()
     apart = np.abs(_cosines(content, features_ME) - _cosines(parent, features_ME)).max()
     assert moved < 0.05
     assert apart > 0.15
+
+
+def test_a_heavy_parent_weight_keeps_each_item_where_the_parent_has_it(
+    clustered: InputData,
+) -> None:
+    parent = _encoder(clustered, SMALL.model_copy(update={"seed": 1}))
+
+    free, held = (
+        _encoder(clustered, NEXT.model_copy(update={"parent_weight": weight}), parent)
+        for weight in (0.0, 300.0)
+    )
+
+    before_ND = parent.encode(clustered.items)
+    moved = [1 - (before_ND * each.encode(clustered.items)).sum(axis=1).mean()
+             for each in (free, held)]  # fmt: skip
+    assert held.manifest.training["best_epoch"] > 0
+    assert 0 < moved[1] < 0.5 * moved[0]
 
 
 @pytest.mark.parametrize(
