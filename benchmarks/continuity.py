@@ -5,11 +5,10 @@
 Without ``--data`` it runs on the quickstart's ML-100K. The text model is the one that
 `make quickstart` fetches.
 
-The encoder is trained on the earlier half of the train rows and then on more and more of them, up
-to all: each time from the content, the harder case, or with ``--encoder-goes-on`` from the encoder
-before, as `qarm align train --parent` does. Churn and error of the refreshed codebook stand beside
+The encoder is trained on the earlier half of the train rows; then it goes on to more and more of
+them, up to all, as `qarm refresh` does. Churn and error of the refreshed codebook stand beside
 those of the naive refit, plain and with its labels matched; once for the step from the half to all,
-and over a chain of five steps.
+and over a chain of five steps. ``…_fresh_encoder`` is that step with an encoder that has no parent.
 Progress goes to stderr, the last line of stdout is one JSON object.
 
 Shape letters in this file: N items, D embedding width, L levels, Q sampled items, k neighbours.
@@ -21,6 +20,7 @@ import json
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from benchmarks.ranking_data import align
 from examples.quickstart.layout import BACKBONE
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.features import content_features
+from qarm_feast.alignment.fusion import ContentFusion
 from qarm_feast.codebook import Codebook, EncoderFacts, ItemVectors, QuantizerConfig
 from qarm_feast.codebook_config import ContinuityConfig
 from qarm_feast.continuity import NO_CODE, ParentCodes, codes_churn, match_labels, refresh_codebook
@@ -53,6 +54,8 @@ TARGETS = {
     "churn_full_same_space": 0.01,
     "churn_full_rotated_space": 0.01,
 }
+BESIDE = ("neighbor_overlap", "churn_level1_kept", "churn_full_kept", "churn_lists_kept")
+"""Figures that are printed of an encoder without a parent, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +72,22 @@ def main() -> None:
     config = AlignmentConfig(backbone=arguments.backbone, num_epochs=arguments.epochs)
     with tempfile.TemporaryDirectory() as folder:
         uri = arguments.features or folder
-        shares = (SHARES[0], SHARES[-1]) if arguments.quick else SHARES
         config = config.model_copy(update={"features_uri": uri})
         checked = load_input_data(DataConfig(input_dir=str(data_dir(arguments.data, folder))))
-        steps = _steps(checked, config, shares, goes_on=arguments.encoder_goes_on)
+        encoders = _Encoders(checked, config)
+        head, first = encoders.step(SHARES[0], None)
+        _, last = encoders.step(SHARES[-1], head)
+        _, fresh = encoders.step(SHARES[-1], None)
+        steps = [first, last] if arguments.quick else [first, *encoders.chain(SHARES[1:], head)]
     # ML-100K's 1,600 items are too few for larger levels.
     sizes_text = arguments.sizes or ("256x256x256" if arguments.data else "32x32x32")
     sizes = tuple(int(size) for size in sizes_text.split("x"))
     rq = RqConfig(codebook_size=sizes, last_level=arguments.last_level)
     settings = QuantizerConfig(rq=rq, vq=VqConfig())
     continuity = ContinuityConfig(hysteresis=arguments.hysteresis)
-    figures = _one_refresh(steps[0], steps[-1], settings, continuity)
+    figures = _one_refresh(first, last, settings, continuity)
+    without_parent = _one_refresh(first, fresh, settings, continuity)
+    figures |= {f"{name}_fresh_encoder": without_parent[name] for name in BESIDE}
     figures |= _same_space(steps[0], settings, continuity)
     figures |= _chain(steps, settings, continuity)
     print(
@@ -93,7 +101,6 @@ def main() -> None:
                     "data": Path(arguments.data).name if arguments.data else "ml-100k",
                     "sizes": list(sizes),
                     "last_level": arguments.last_level,
-                    "encoder_goes_on": arguments.encoder_goes_on,
                     "num_items": len(steps[0].vectors.item_ids_N),
                     "num_train_items": [len(step.train_item_ids) for step in steps],
                     **continuity.model_dump(),
@@ -113,30 +120,36 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--last-level", choices=("kmeans", "fsq"), default="kmeans")
     parser.add_argument("--hysteresis", type=float, default=ContinuityConfig().hysteresis)
-    parser.add_argument(
-        "--encoder-goes-on", action="store_true", help="Each encoder goes on from the one before."
-    )
     parser.add_argument("--epochs", type=int, default=AlignmentConfig().num_epochs)
     parser.add_argument("--quick", action="store_true", help="Two encoders, one step.")
     return parser.parse_args()
 
 
-def _steps(
-    checked: InputData, config: AlignmentConfig, shares: tuple[float, ...], *, goes_on: bool
-) -> list[Step]:
-    features = content_features(checked.items, config, checked.directory)
-    hashes = content_hashes(checked.items)
-    item_ids_N = checked.items[ITEM_ID].to_numpy()
-    times = checked.train_interactions()[EVENT_TIMESTAMP].to_numpy()
-    steps: list[Step] = []
-    head = None
-    for share in shares:
-        part = _until(checked, np.quantile(times.astype(np.int64), share))
-        head, vectors = align(part, features, config, head if goes_on else None)
-        x_ND = vectors.aligned_ND
-        steps.append(Step(ItemVectors(item_ids_N, hashes, x_ND), part.train_item_ids()))
-        _say(f"encoder of {share:.0%} of the train rows: {len(steps[-1].train_item_ids)} items")
-    return steps
+class _Encoders:
+    """Trains encoders on parts of the train rows."""
+
+    def __init__(self, checked: InputData, config: AlignmentConfig) -> None:
+        self._checked = checked
+        self._config = config
+        self._features = content_features(checked.items, config, checked.directory)
+        self._hashes = content_hashes(checked.items)
+        self._times = checked.train_interactions()[EVENT_TIMESTAMP].to_numpy().astype(np.int64)
+
+    def step(self, share: float, parent: ContentFusion | None) -> tuple[ContentFusion, Step]:
+        """Train on the first rows in time; from a parent's head if there is one."""
+        part = _until(self._checked, np.quantile(self._times, share))
+        head, vectors = align(part, self._features, self._config, parent)
+        item_ids_N = self._checked.items[ITEM_ID].to_numpy()
+        items = ItemVectors(item_ids_N, self._hashes, vectors.aligned_ND)
+        step = Step(items, part.train_item_ids())
+        _say(f"encoder of {share:.0%} of the train rows: {len(step.train_item_ids)} items")
+        return head, step
+
+    def chain(self, shares: Sequence[float], parent: ContentFusion) -> Iterator[Step]:
+        """Train on ever more rows, each encoder from the one before."""
+        for share in shares:
+            parent, step = self.step(share, parent)
+            yield step
 
 
 def _until(checked: InputData, last_microsecond: float) -> InputData:

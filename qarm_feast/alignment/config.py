@@ -259,7 +259,7 @@ class AlignmentConfig(Section):
         "ranks the pairs of held-out items best, and the untrained head where none is better.",
     )
     parent_weight: float = Field(
-        default=30.0,
+        default=10.0,
         ge=0,
         description="Weight of 1 - cosine to the parent's vector, per item, where training goes on "
         "from a parent: more keeps more codes, less lets new behaviour say more.",
