@@ -57,7 +57,8 @@ class ContinuityConfig(Section):
         ge=0,
         le=1,
         description="Most of refresh MSE / naive refit's MSE - 1; above it, more iterations, then "
-        "less hysteresis.",
+        "less hysteresis. Where even that is not enough, and there are n times too few items for "
+        "the level's 39 per code, n times as much.",
     )
 
 

@@ -10,7 +10,9 @@ refit) names and cuts all cells anew, so those weights would stand for other ite
    by item id and content hash; centroids end as the means of the items that hold their code.
 3. Where the mean squared error on the training items is above ``(1 + mse_budget)`` times the naive
    refit's, a few k-means iterations are taken, then more, then the hysteresis is lowered; at last
-   the naive refit itself is taken, its labels matched.
+   the naive refit itself is taken, its labels matched. A thin level has less than
+   ``POINTS_PER_CENTROID`` items per code: what a refit gains on just these items it has mostly
+   learnt by heart. There the budget is stretched by as much before the naive refit is taken.
 4. A level cannot start from members if its size differs from the parent's, or if fewer than half
    of the parent's codes have a member among the training items. Such a level is trained afresh,
    and its codes get the parent's labels by Hungarian matching of the items they share.
@@ -47,7 +49,12 @@ from qarm_feast.quantizers.balance import balanced_lloyd
 from qarm_feast.quantizers.base import Codes, Embeddings, unit_rows
 from qarm_feast.quantizers.fsq import fit_lattice, paired_codes, train_lattice
 from qarm_feast.quantizers.kmeans import cell_means, lloyd, plus_plus_start, sample_rows
-from qarm_feast.quantizers.rq import ResidualQuantizer, RqConfig, level_kinds
+from qarm_feast.quantizers.rq import (
+    POINTS_PER_CENTROID,
+    ResidualQuantizer,
+    RqConfig,
+    level_kinds,
+)
 from qarm_feast.quantizers.search import nearest, squared_distances
 from qarm_feast.quantizers.vq import NeighborQuantizer
 from qarm_feast.training_reference import TrainingReference
@@ -336,6 +343,7 @@ def _fit_within_budget(
     trainer = _LevelTrainer(x_MD, old_ML, naive.rq.level_sizes, parent, rq_config)
     search = _BudgetSearch(trainer, limit, naive_mse)
     fit = search.more_iterations(config, rq_config.num_iterations) or search.less_hysteresis()
+    fit = fit or search.first_within((1 + _thinness(x_MD, naive) * config.mse_budget) * naive_mse)
     if fit is not None:
         return fit
     logger.warning(
@@ -346,6 +354,12 @@ def _fit_within_budget(
     return _Fit(_matched_levels(naive, x_MD, old_ML, parent, kinds), 0.0, 0, naive_mse)
 
 
+def _thinness(x_MD: Embeddings, naive: Codebook) -> float:
+    """Return how many times too few items the largest level has, at least 1."""
+    wanted = POINTS_PER_CENTROID * max(naive.rq.level_sizes)
+    return max(1.0, wanted / len(np.unique(x_MD, axis=0)))
+
+
 class _BudgetSearch:
     """Looks for a fit within the budget that keeps as many codes as it can."""
 
@@ -354,6 +368,7 @@ class _BudgetSearch:
         self._limit = limit
         self._naive_mse = naive_mse
         self._last: _Fit | None = None
+        self._tried: list[_Fit] = []
 
     def more_iterations(self, config: ContinuityConfig, most_iterations: int) -> _Fit | None:
         """Return the first fit within the budget of ever more iterations, None if there is none."""
@@ -383,8 +398,14 @@ class _BudgetSearch:
                 best, low = fit, middle
         return best
 
+    def first_within(self, limit: float) -> _Fit | None:
+        """Return the one of the fits tried that keeps most codes at an error up to ``limit``."""
+        # They come in the order in which they give up codes.
+        return next((fit for fit in self._tried if fit.quantization_mse <= limit), None)
+
     def _try(self, hysteresis: float, num_iterations: int) -> _Fit | None:
         fit = self._last = self._trainer.fit(hysteresis, num_iterations)
+        self._tried.append(fit)
         logger.info(
             "codebook_refresh hysteresis=%.4f num_iterations=%d mse_over_naive=%.4f",
             hysteresis, num_iterations, fit.quantization_mse / self._naive_mse - 1,

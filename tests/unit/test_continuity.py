@@ -274,6 +274,27 @@ def test_out_of_reach_of_the_budget_the_naive_refit_gets_matched_labels(
     assert "codebook_refresh_over_budget" in caplog.text
 
 
+def test_with_few_items_per_code_the_budget_is_stretched_before_the_naive_refit_is_taken() -> None:
+    old, new = _vectors(120), _drifted(_vectors(120), 0.3, seed=3)
+    thin = CONFIG.model_copy(update={"rq": CONFIG.rq.model_copy(update={"codebook_size": (32,)})})
+    few = thin.rq.model_copy(update={"num_iterations": 1})
+    parent, naive = _parent(old, thin), _train(new, "v2", thin)
+
+    # 120 items for 32 codes of 39 each: 10.4 times too few.
+    kept, refit = (
+        refresh_codebook(
+            naive, new, new.item_ids_N, parent, ContinuityConfig(mse_budget=budget), few
+        )
+        for budget in (0.03, 0.0)
+    )
+
+    assert 0.03 < _excess(kept) <= 10.4 * 0.03
+    assert kept.manifest.continuity["level_starts"] == ["warm"]
+    assert refit.manifest.continuity["level_starts"] == ["matched"]
+    churns = [each.manifest.continuity["churn"]["full"] for each in (kept, refit)]
+    assert churns[0] < 0.5 * churns[1]
+
+
 def test_pool_items_that_survive_keep_their_row_and_freed_rows_are_recycled() -> None:
     old = _vectors(20)
     parent = replace(_parent(_vectors()), pool_item_ids_P=old.item_ids_N[::-1].copy())
