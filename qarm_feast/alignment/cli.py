@@ -131,3 +131,18 @@ def export(
     click.echo(json.dumps(summary.counts))
     for refusal in summary.ignored_gates:
         click.echo(f"exported AGAINST THE GATES: {refusal}", err=True)
+
+
+@align_group.command("onnx", epilog="Example: qarm align onnx --config feature_repo/qarm.yaml")
+@config_option
+@log_level_option
+def onnx(config_path: str, log_level: str | None) -> None:
+    """Write the encoder as ONNX graphs, for servers without torch."""
+    from qarm_feast.alignment.encoder import load_encoder
+    from qarm_feast.alignment.onnx_export import export_onnx
+
+    start_logging(config_path, log_level)
+    config = load_section(config_path, "alignment", AlignmentConfig)
+    encoder = load_encoder(config.encoder_uri, config.encoder_version)
+    folder = export_onnx(encoder, config.encoder_uri)
+    click.echo(f"{len(list(folder.iterdir()))} graphs of encoder {encoder.version} -> {folder}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qarm_feast.alignment.backbones.base import Encoded, Weights, device_of
+from qarm_feast.alignment.backbones.base import Encoded, TowerInput, Weights, device_of
 from qarm_feast.alignment.modalities import EMPTY, TOO_LARGE, UNDECODABLE
 from qarm_feast.errors import MissingDependencyError
 
@@ -129,10 +129,21 @@ class AudioBackbone:
             windows = self._windows(value)
             is_present.append(isinstance(windows, Tensor))
             if isinstance(windows, Tensor):
-                rows.append(self._tokens(self._network.embed(self.module, windows.to(device))))
+                rows.append(self._tokens(self.tower(windows)))
             else:
                 rows.append(torch.zeros((self.num_tokens, self.width), device=device))
         return torch.stack(rows), torch.tensor(is_present, device=device)
+
+    def tower(self, *inputs: Tensor) -> Tensor:
+        """Return one vector per window, ``[R, E]``; of several the mean is a sound's token."""
+        return self._network.embed(self.module, inputs[0].to(device_of(self.module)))
+
+    def tower_inputs(self) -> list[TowerInput]:
+        """Return two windows of noise."""
+        rate = self._network.sampling_rate
+        samples_S = np.random.default_rng(0).normal(size=rate).astype(np.float32)
+        windows = torch.from_numpy(self._network.windows(samples_S)[:1])
+        return [TowerInput("windows", torch.cat([windows, windows]))]
 
     def _windows(self, value: bytes | None) -> Tensor | str | None:
         """Return the network's input; None for no sound, or the reason why there is none."""
@@ -144,13 +155,12 @@ class AudioBackbone:
         return torch.from_numpy(self._network.windows(samples_S))
 
     def _embed_in_passes(self, windows: Tensor) -> Tensor:
-        device = device_of(self.module)
-        num_rows = ROWS_PER_FORWARD[device.type]
+        num_rows = ROWS_PER_FORWARD[device_of(self.module).type]
         parts = []
         for begin in range(0, len(windows), num_rows):
             part = windows[begin : begin + num_rows]
             dummies = part.new_zeros((num_rows - len(part), *part.shape[1:]))
-            vectors_RE = self._network.embed(self.module, torch.cat([part, dummies]).to(device))
+            vectors_RE = self.tower(torch.cat([part, dummies]))
             parts.append(vectors_RE[: len(part)])
         return torch.cat(parts)
 

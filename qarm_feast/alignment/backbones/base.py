@@ -33,6 +33,14 @@ class Encoded(NamedTuple):
     faults: Sequence[str | None]
 
 
+class TowerInput(NamedTuple):
+    """An input of a backbone's network: its name, an example, and the dimensions that vary."""
+
+    name: str
+    example: Tensor
+    free_dims: tuple[int, ...] = (0,)
+
+
 class Backbone(Protocol):
     """A model of one modality."""
 
@@ -82,6 +90,21 @@ class TunableBackbone(Backbone, Protocol):
 
     def replace_module(self, module: nn.Module) -> None:
         """Put a tuned network of the same architecture in place."""
+        ...
+
+    def tower(self, *inputs: Tensor) -> Tensor:
+        """Return what the network makes of prepared values.
+
+        Args:
+            inputs: As :meth:`tower_inputs` names them.
+
+        Returns:
+            Feature tokens; of sounds one vector per window.
+        """
+        ...
+
+    def tower_inputs(self) -> list[TowerInput]:
+        """Return what :meth:`tower` reads, with examples of two values."""
         ...
 
     def forward(self, values: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qarm_feast.alignment.backbones.base import Encoded, Weights, device_of
+from qarm_feast.alignment.backbones.base import Encoded, TowerInput, Weights, device_of
 from qarm_feast.alignment.modalities import TOO_LARGE, UNDECODABLE
 from qarm_feast.errors import MissingDependencyError
 
@@ -146,7 +146,7 @@ class ImageBackbone:
         is_present_N = np.zeros(len(values), dtype=bool)
         for rows, pixels_R3PP in _passes(self._decoded(values, faults), num_rows):
             with torch.inference_mode():
-                tokens_RTE = self._tokens(pixels_R3PP)
+                tokens_RTE = self.tower(pixels_R3PP)
             features_NTE[rows] = tokens_RTE[: len(rows)].cpu().numpy()
             is_present_N[rows] = True
         return Encoded(features_NTE, is_present_N, faults)
@@ -160,13 +160,20 @@ class ImageBackbone:
         is_present_N = torch.tensor(
             [row in decoded for row in range(len(values))], device=device_of(self.module)
         )
-        tokens_NTE = self._tokens(torch.from_numpy(pixels_N3PP))
+        tokens_NTE = self.tower(torch.from_numpy(pixels_N3PP))
         return tokens_NTE * is_present_N[:, None, None], is_present_N
 
-    def _tokens(self, pixels_R3PP: Tensor) -> Tensor:
-        feature_map = self._network.feature_map(self.module, pixels_R3PP.to(device_of(self.module)))
+    def tower(self, *inputs: Tensor) -> Tensor:
+        """Return the feature tokens ``[R, T, E]`` of pixels ``[R, 3, P, P]``."""
+        pixels_R3PP = inputs[0].to(device_of(self.module))
+        feature_map = self._network.feature_map(self.module, pixels_R3PP)
         cells = functional.adaptive_avg_pool2d(feature_map, self.grid)
         return cells.flatten(2).transpose(1, 2)
+
+    def tower_inputs(self) -> list[TowerInput]:
+        """Return the pixels of two pictures."""
+        size = self._network.recipe.size
+        return [TowerInput("pixels", torch.zeros((2, 3, size, size)))]
 
     def _decoded(
         self, values: Sequence[bytes | None], faults: list[str | None]

@@ -19,7 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qarm_feast.alignment.backbones.base import WEIGHTS_FILE, Encoded, Weights, device_of
+from qarm_feast.alignment.backbones.base import (
+    WEIGHTS_FILE,
+    Encoded,
+    TowerInput,
+    Weights,
+    device_of,
+)
 from qarm_feast.alignment.backbones.packages import packaged_file
 from qarm_feast.alignment.backbones.transformers_models import folder_payloads, load_model
 from qarm_feast.errors import ConfigError
@@ -144,7 +150,7 @@ class TextBackbone:
         passes = self.passes(values, is_fixed=True)
         for index, one in enumerate(passes, start=1):
             with torch.inference_mode():
-                pooled_RFE = self._pooled(one.ids_RT, one.is_token_RT)
+                pooled_RFE = self.tower(one.ids_RT, one.is_token_RT)
             features_NFE[one.rows] = pooled_RFE[: len(one.rows)].cpu().numpy()
             if index % _PROGRESS_PASSES == 0:
                 logger.info("backbone_progress passes=%d of=%d", index, len(passes))
@@ -154,7 +160,7 @@ class TextBackbone:
     def forward(self, values: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the features with gradients, and which texts are not empty."""
         passes = self.passes(values, is_fixed=False)
-        features = torch.cat([self._pooled(one.ids_RT, one.is_token_RT) for one in passes])
+        features = torch.cat([self.tower(one.ids_RT, one.is_token_RT) for one in passes])
         order_N = torch.from_numpy(np.argsort(np.concatenate([one.rows for one in passes])))
         is_present_N = torch.tensor([bool(text) for text in values], device=features.device)
         return features[order_N.to(features.device)], is_present_N
@@ -218,13 +224,25 @@ class TextBackbone:
         device = device_of(self.module)
         return ids_RT.to(device), is_token_RT.to(device)
 
-    def _pooled(self, ids_RT: Tensor, is_token_RT: Tensor) -> Tensor:
+    def tower(self, *inputs: Tensor) -> Tensor:
+        """Return the feature tokens ``[R, F, E]`` of token ids and their mask, each ``[R, T]``."""
+        ids_RT, is_token_RT = inputs[0], inputs[1].bool()
         num_rows, length = ids_RT.shape
         # The mask is given per query: transformers drops a flat mask without padding, and the
         # attention kernel would then depend on which texts share the pass.
         mask_R1TT = is_token_RT[:, None, None, :].expand(num_rows, 1, length, length)
         hidden_RTE = self.module(input_ids=ids_RT, attention_mask=mask_R1TT).last_hidden_state
         return pool_tokens(hidden_RTE, is_token_RT, self.num_tokens)
+
+    def tower_inputs(self) -> list[TowerInput]:
+        """Return token ids and mask of two texts; their number and length vary."""
+        length = max(2, self.num_tokens)
+        ids_RT = torch.full((2, length), self._tokenizer.pad_token_id, dtype=torch.int64)
+        mask_RT = torch.ones_like(ids_RT)
+        return [
+            TowerInput("input_ids", ids_RT, (0, 1)),
+            TowerInput("attention_mask", mask_RT, (0, 1)),
+        ]
 
 
 def pool_tokens(hidden_RTE: Tensor, is_token_RT: Tensor, num_parts: int) -> Tensor:
