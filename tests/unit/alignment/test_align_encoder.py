@@ -1,3 +1,4 @@
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from qarm_feast.alignment.encoder import (
     ItemEncoder,
     backbone_manifests,
     load_encoder,
+    read_encoder_manifest,
 )
 from qarm_feast.alignment.features import FeatureCache, read_features
 from qarm_feast.alignment.fusion import AlignmentHead, FusionSizes
@@ -75,6 +77,47 @@ def test_a_loaded_encoder_equals_the_saved_one(tmp_path: Path) -> None:
     assert loaded.manifest.files.keys() == {"head.safetensors"}
     assert loaded.manifest.model_copy(update={"files": {}}) == encoder.manifest
     assert np.array_equal(loaded.encode(ready_vectors(5)), encoder.encode(ready_vectors(5)))
+
+
+def test_an_artifact_of_format_1_still_loads(tmp_path: Path) -> None:
+    encoder = new_encoder()
+    path = encoder.save(str(tmp_path)) / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    for name in ("format", "backbones", "fusion", "parent"):
+        del manifest[name]
+    manifest |= {"source": "embedding", "feature_dim": 16, "hidden_dim": 24}
+    path.write_text(json.dumps(manifest | {"max_tokens": None, "backbone_hash": None}))
+
+    loaded = load_encoder(str(tmp_path), "e1")
+
+    assert np.array_equal(loaded.encode(ready_vectors(5)), encoder.encode(ready_vectors(5)))
+
+
+def test_a_text_artifact_of_format_1_names_its_old_folder(tmp_path: Path) -> None:
+    old = {
+        "version": "e1",
+        "source": "text",
+        "embedding_dim": 128,
+        "feature_dim": 384,
+        "hidden_dim": 256,
+        "max_tokens": 64,
+        "backbone_hash": "f" * 64,
+        "behaviour_cutoff": "2024-01-01T00:00:00Z",
+        "created": "2024-01-02T00:00:00Z",
+        "training": {},
+        "files": {},
+    }
+    path = tmp_path / "e1" / "manifest.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(old))
+
+    text = read_encoder_manifest(str(tmp_path), "e1").backbones["text"]
+
+    assert (text.folder, text.num_tokens, text.width) == ("backbone", 1, 384)
+    assert text.settings == {"max_tokens": 64, "num_tokens": 1}
+    path.write_text(json.dumps(old | {"format": 3}))
+    with pytest.raises(DataError, match=r"manifest\.json is no manifest of an encoder"):
+        read_encoder_manifest(str(tmp_path), "e1")
 
 
 def test_a_changed_file_of_an_artifact_is_refused(tmp_path: Path) -> None:

@@ -48,8 +48,9 @@ def run_graph(path: Path, **inputs: np.ndarray) -> np.ndarray:
 
 
 def assert_tower_alike(
-    folder: Path, modality: str, backbone: Backbone, *inputs: torch.Tensor
+    folder: Path, modality: str, encoder: ItemEncoder, *inputs: torch.Tensor
 ) -> None:
+    backbone = encoder.backbones[modality]
     assert is_tunable(backbone)
     names = [one.name for one in backbone.tower_inputs()]
     with torch.inference_mode():
