@@ -17,6 +17,9 @@ from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_
 from qarm_feast.alignment.fusion import build_fusion, fusion_sizes
 from qarm_feast.alignment.onnx_export import export_onnx
 
+# The exporter of torch 2.13 takes some 6 s of CPU per graph, whatever its size.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
 START = datetime(2024, 1, 1, tzinfo=UTC)
 ITEMS = pa.table({"embedding": pa.array([[1.0] * 6], pa.list_(pa.float32(), 6))})
 
