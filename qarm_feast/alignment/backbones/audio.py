@@ -191,7 +191,7 @@ def read_samples(payload: bytes, sampling_rate: int, max_seconds: float) -> np.n
     """
     try:
         import librosa
-        import soundfile  # type: ignore[import-untyped]  # it ships no types
+        import soundfile
     except ImportError as error:
         raise MissingDependencyError(
             package="librosa",
