@@ -41,7 +41,7 @@ class ContinuityConfig(Section):
         "times that of the nearest.",
     )
     list_hysteresis: float = Field(
-        default=0.2,
+        default=0.5,
         ge=0,
         description="A neighbour stays in an item's VQ list while its squared distance is at most "
         "1 + this times that of the last of the nearest. 0: no farther than that one.",

@@ -199,7 +199,7 @@ def test_over_a_chain_no_member_is_farther_than_the_hysteresis_allows() -> None:
         nearest_Nk = refreshed.vq.encode(unit_ND, vectors.item_ids_N)
         last_N = np.square(unit_ND - pool_PD[nearest_Nk[:, -1]]).sum(axis=1)
         farthest_N = np.square(unit_ND - pool_PD[parent.vq_NV[:, -1]]).sum(axis=1)
-        assert (farthest_N <= 1.2 * last_N * (1 + 1e-5)).all()
+        assert (farthest_N <= 1.5 * last_N * (1 + 1e-5)).all()
         assert (farthest_N > last_N).any()
 
 
