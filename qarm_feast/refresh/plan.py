@@ -243,7 +243,9 @@ def _decide(
     if is_finished and last.codebook_version not in registry.states():
         return "new", f"{last.codebook_version} of the last run is not in the registry any more"
     is_own_parent = parent is not None and parent.codebook_version == last.codebook_version
-    if parent != last.parent and not (is_finished and is_own_parent):
+    # Also of a run that was killed between its publication and its end: in an empty registry the
+    # version that it has published is the default, and so the parent, by now.
+    if parent != last.parent and not is_own_parent:
         return "new", "the parent is another one than that of the last run"
     if is_finished:
         return "nothing", f"{last.codebook_version} was made from just this data and these settings"

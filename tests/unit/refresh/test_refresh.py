@@ -137,6 +137,25 @@ def test_a_refresh_killed_after_the_work_of_each_step_comes_to_the_same_as_one_t
     assert not {name for name in names if name.startswith(".e")}
 
 
+@pytest.mark.parametrize("step", ["publish", "report"])
+def test_the_first_refresh_that_was_killed_after_it_has_published_is_gone_on_with(
+    first_refresh: Path, tmp_path: Path, step: str
+) -> None:
+    repo = Repo(shutil.copytree(first_refresh, tmp_path / "repo") / "qarm.yaml")
+    state = read_state(repo.data / "refresh")
+    assert state is not None
+    # As it stood when v1 was the default already, and the step was not noted yet.
+    state.outcome, state.finished = "running", None
+    state.steps = {name: state.steps[name] for name in STEPS[: STEPS.index(step)]}
+    state.write(repo.data / "refresh")
+
+    report = repo.refresh()
+
+    assert repo.lines[0].startswith("resume: the last run was stopped")
+    assert (report["outcome"], report["codebook_version"]) == ("published", "v1")
+    assert repo.registry.states() == {"v1": VersionState.DEFAULT}
+
+
 def kill_after_work_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work: Callable[[RefreshSteps], object] = getattr(RefreshSteps, name)
 
