@@ -96,7 +96,7 @@ class TunableBackbone(Backbone, Protocol):
         """Return what the network makes of prepared values.
 
         Args:
-            inputs: As :meth:`tower_inputs` names them.
+            *inputs: As :meth:`tower_inputs` names them.
 
         Returns:
             Feature tokens; of sounds one vector per window.

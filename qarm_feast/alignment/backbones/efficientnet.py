@@ -26,6 +26,10 @@ class EfficientNetLite:
 
     Args:
         folder: Folder with the weights as an artifact holds them; None takes the package's.
+
+    Attributes:
+        width: Numbers of a cell's vector.
+        recipe: How a picture becomes its input.
     """
 
     width = 1280

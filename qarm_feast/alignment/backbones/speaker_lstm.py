@@ -54,6 +54,10 @@ class SpeakerLstm:
 
     Args:
         folder: Folder with the weights as an artifact holds them; None takes the package's.
+
+    Attributes:
+        width: Numbers of a vector.
+        sampling_rate: Samples per second that it takes.
     """
 
     width = HIDDEN_SIZE
