@@ -182,7 +182,7 @@ def seed_vectors(checked: InputData, features: ItemFeatures, config: AlignmentCo
         encoder=EncoderFacts("e1", "", checked.behaviour_cutoff()),
         created=datetime.now(UTC),
     )
-    codes = decoded_vectors(checked.items, aligned_MD, codebook)
+    codes = decoded_vectors(checked.items, codebook, aligned_MD)
     return {RAW: features.raw_vectors(), ALIGNED: aligned_MD, **codes}
 
 

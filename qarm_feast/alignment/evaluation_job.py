@@ -6,9 +6,11 @@ May import: the configuration, the encoder, the codebook, the input data.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from qarm_feast.alignment.config import AlignmentConfig
@@ -94,8 +96,10 @@ def _measure(
     encoder = load_encoder(config.encoder_uri, config.encoder_version, checked.directory)
     features = catalogue_features(checked.items, encoder, config)
     vectors = {RAW: features.raw_vectors(), "aligned": encoder.project(features)}
+    decode = None
     if codebook is not None:
-        vectors |= decoded_vectors(checked.items, vectors["aligned"], codebook)
+        decode = partial(decoded_vectors, checked.items, codebook)
+        vectors |= decode(vectors["aligned"])
     behaviour = read_behaviour(checked, "valid", max_queries=config.evaluation.max_queries)
     return {
         "encoder_version": encoder.version,
@@ -103,7 +107,7 @@ def _measure(
         "codebook_version": None if codebook is None else codebook.version,
         "data": _data_facts(checked),
         **report_of(measure_vectors(behaviour, vectors), config.evaluation.num_draws),
-        "masked": mask_figures(encoder, features, behaviour),
+        "masked": mask_figures(encoder, features, behaviour, decode),
     }
 
 
@@ -124,7 +128,12 @@ def check_accepted(config: AlignmentConfig) -> list[EncoderGateReading]:
     path = evaluation_path(config)
     report: Mapping[str, Any] = {}
     if path.is_file():
-        report = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise GateRefusedError(
+                f"{path} is damaged ({error}); run `qarm align evaluate` again"
+            ) from error
     if report.get("encoder_hash") != _encoder_hash(config):
         raise GateRefusedError(
             f"encoder {config.encoder_version!r} was not evaluated as it is ({path} holds "
@@ -140,7 +149,10 @@ def evaluation_path(config: AlignmentConfig) -> Path:
 
 
 def decoded_vectors(
-    items: pa.Table, aligned_ND: Embeddings, codebook: Codebook
+    items: pa.Table,
+    codebook: Codebook,
+    aligned_ND: Embeddings,
+    is_changed_N: np.ndarray | None = None,
 ) -> dict[str, Embeddings]:
     """Return what the codes of items stand for, not scaled.
 
@@ -150,13 +162,20 @@ def decoded_vectors(
 
     Args:
         items: Items with their content.
-        aligned_ND: Their aligned vectors.
-        codebook: A codebook of the same encoder.
+        codebook: A codebook of the encoder.
+        aligned_ND: Aligned vectors of the items.
+        is_changed_N: Which of the vectors are of other content than that of ``items``; such an
+            item gets fresh codes, as after an edit.
 
     Returns:
         ``decoded_rq``: the sums of centroids; ``decoded_vq``: the means of the listed pool vectors.
     """
-    codes = codebook.encode(items[ITEM_ID].to_numpy(), content_hashes(items), aligned_ND)
+    hashes = content_hashes(items)
+    if is_changed_N is not None:
+        # No content has the empty hash, so no stored code is found.
+        for row in np.flatnonzero(is_changed_N).tolist():
+            hashes[row] = ""
+    codes = codebook.encode(items[ITEM_ID].to_numpy(), hashes, aligned_ND)
     return {
         "decoded_rq": codebook.decode_rq(codes.rq_NL),
         "decoded_vq": codebook.vq.decode(codes.vq_NV),

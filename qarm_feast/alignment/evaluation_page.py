@@ -110,10 +110,12 @@ def _verdict(readings: Sequence[EncoderGateReading]) -> str:
     if missed:
         text = f"Export is refused, worse than raw vectors: {', '.join(missed)}."
         return f'<div class="verdict missed">{escape(text)}</div>'
+    if all(each.verdict == "off" for each in readings):
+        return '<div class="verdict missed">Every gate is switched off: export asks nothing.</div>'
     if not any(each.verdict == "kept" for each in readings):
         text = (
             "No gate could be read. Export is refused while alignment.gates.allow_unmeasured is "
-            "false and a gate is on."
+            "false."
         )
         return f'<div class="verdict missed">{text}</div>'
     return '<div class="verdict kept">All gates that could be read are kept.</div>'
@@ -151,9 +153,10 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
             labels = [f"{v:.1f}" if is_share else f"{v:.2f}".removeprefix("0") for v in values]
             series.append(Series(name.replace("_", " "), values, labels))
         title, text = _MEASURE_TEXTS[measure]
-        y_label = f"% of {'users' if measure == ZERO_SHOT else 'items'}" if is_share else "AUC"
+        sample = "users by next item" if measure == ZERO_SHOT else "items"
+        y_label = f"% of {sample.partition(' ')[0]}" if is_share else "AUC"
         y_max = None if is_share else 1.0
-        chart = bar_chart(keys, series, x_label="items", y_label=y_label, y_max=y_max)
+        chart = bar_chart(keys, series, x_label=sample, y_label=y_label, y_max=y_max)
         charts.append(
             f"<figure><figcaption>{title}<small>{text}</small></figcaption>{chart}</figure>"
         )
@@ -163,14 +166,14 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
 def _mask_charts(report: Mapping[str, Any]) -> str:
     charts = []
     for modality, by_share in report["masked"].items():
-        shares = ["0 %", *(f"{float(share) * 100:.0f} %" for share in by_share)]
+        shares = ["0 %", *map(_percent, by_share)]
         for measure in (NEIGHBOR_AUC, ZERO_SHOT):
             series = []
-            for name in (RAW, "aligned"):
+            for name in vector_names(report):
                 values = [report[name][f"{measure}_all"]]
-                values += [figures[name][measure] for figures in by_share.values()]
-                labels = [f"{value:.3f}".removeprefix("0") for value in values]
-                series.append(Series(name, values, labels))
+                values += [figures[name][f"{measure}_all"] for figures in by_share.values()]
+                labels = [f"{value:.2f}".removeprefix("0") for value in values]
+                series.append(Series(name.replace("_", " "), values, labels))
             title = _MEASURE_TEXTS[measure][0]
             y_max = 1.0 if measure == NEIGHBOR_AUC else None
             chart = bar_chart(
@@ -183,7 +186,33 @@ def _mask_charts(report: Mapping[str, Any]) -> str:
     if not charts:
         return ""
     note = "Items lose one modality; one that loses its last gets the vector of no content."
-    return f'<h2>Mask-modality</h2><p>{note}</p><div class="charts">{"".join(charts)}</div>'
+    return (
+        f'<h2>Mask-modality</h2><p>{note}</p><div class="charts">{"".join(charts)}</div>'
+        f"{_mask_table(report)}"
+    )
+
+
+def _mask_table(report: Mapping[str, Any]) -> str:
+    names = vector_names(report)
+    rows = [
+        (
+            f"{escape(modality)}, {_percent(share)}",
+            _shown(key),
+            *(f"{figures[name][key]:.4f}" for name in names),
+        )
+        for modality, by_share in report["masked"].items()
+        for share, figures in by_share.items()
+        for key in figures[RAW]
+    ]
+    return _panel(("masked, of items", "measure, slice", *map(_titled, names)), rows, num_left=2)
+
+
+def _percent(share: str) -> str:
+    return f"{float(share) * 100:.0f} %"
+
+
+def _titled(name: str) -> str:
+    return escape(name.replace("_", " "))
 
 
 class _Line(NamedTuple):
@@ -250,15 +279,22 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 def _figure_table(report: Mapping[str, Any]) -> str:
     names = vector_names(report)
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
     rows = []
     for key in report[RAW]:
         cells = []
         for name in names:
             low, high = report["intervals"][name][key]
-            cells.append(f"<td>{report[name][key]:.4f} [{low:.3f}, {high:.3f}]</td>")
-        rows.append(f'<tr><td class="left">{_shown(key)}</td>{"".join(cells)}</tr>')
-    return (
-        f'<div class="panel scroll"><table><tr><th class="left">measure, slice</th>{head}</tr>'
-        f"{''.join(rows)}</table></div>"
-    )
+            cells.append(f"{report[name][key]:.4f} [{low:.3f}, {high:.3f}]")
+        rows.append((_shown(key), *cells))
+    return _panel(("measure, slice", *map(_titled, names)), rows, num_left=1)
+
+
+def _panel(head: Sequence[str], rows: Sequence[Sequence[str]], num_left: int) -> str:
+    """Return a table of cells that are HTML; the first ``num_left`` columns stand at the left."""
+    kinds = [' class="left"' if number < num_left else "" for number in range(len(head))]
+    lines = [
+        "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        for tag, cells in (("th", head), *(("td", row) for row in rows))
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="panel scroll"><table>{body}</table></div>'

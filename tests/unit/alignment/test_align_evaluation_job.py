@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from qarm_feast.alignment import evaluation_job
 from qarm_feast.alignment.cli import align_group
-from qarm_feast.alignment.config import AlignmentConfig
+from qarm_feast.alignment.config import AlignmentConfig, EncoderGateConfig
 from qarm_feast.alignment.encoder import load_encoder
 from qarm_feast.alignment.evaluation_job import (
     Evaluation,
@@ -21,13 +21,14 @@ from qarm_feast.alignment.evaluation_job import (
     evaluate_encoder,
 )
 from qarm_feast.alignment.evaluation_page import evaluation_page
-from qarm_feast.alignment.gates import gate_readings
+from qarm_feast.alignment.gates import GATE_MEASURES, gate_readings
 from qarm_feast.artifact import MANIFEST_NAME, sha256
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.config import load_section
 from qarm_feast.encode import content_hashes
 from qarm_feast.errors import CodebookMismatchError, GateRefusedError
 from qarm_feast.input_data import InputData
+from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.rq import RqConfig
 from qarm_feast.quantizers.vq import VqConfig
 from qarm_feast.schema import ITEM_ID
@@ -114,7 +115,7 @@ def test_decoded_vectors_are_sums_of_centroids_and_means_of_listed_items(
     codebook = train_codebook(config_path, clustered, "v1")
     aligned_ND = load_encoder(settings(config_path).encoder_uri, "e7").encode(clustered.items)
 
-    decoded = decoded_vectors(clustered.items, aligned_ND, codebook)
+    decoded = decoded_vectors(clustered.items, codebook, aligned_ND)
 
     ids_N = clustered.items[ITEM_ID].to_numpy()
     codes = codebook.encode(ids_N, content_hashes(clustered.items), aligned_ND)
@@ -236,13 +237,14 @@ def test_the_page_shows_how_figures_fall_when_a_modality_is_masked(config_path: 
     # An encoder of ready vectors alone has nothing to mask.
     assert evaluation.report["masked"] == {}
     assert "Mask-modality" not in page_text(evaluation)
-    means = {"neighbor_auc": 0.61234, "zero_shot_recall_at_10": 0.01, "item_cf_recall_at_10": 0.0}
+    means = {"neighbor_auc_all": 0.61234, "zero_shot_recall_at_10_all": 0.01}
     masked = {"image": {"0.5": {"raw": means, "aligned": means}}}
 
     text = page_text(evaluation._replace(report={**evaluation.report, "masked": masked}))
 
     assert "Neighbour AUC, image masked" in text
-    assert ".612" in text
+    assert "image, 50 %" in text
+    assert "0.6123" in text
 
 
 def test_the_page_tells_a_missed_gate_and_an_evaluation_without_data(config_path: Path) -> None:
@@ -262,3 +264,38 @@ def test_the_page_tells_a_missed_gate_and_an_evaluation_without_data(config_path
     assert "Encoder <b>e7: evaluation" in missed
     assert "No gate could be read." in unread
     assert "Protocols" not in unread
+
+
+def test_the_page_does_not_call_gates_that_are_off_missed_or_kept(config_path: Path) -> None:
+    evaluation = evaluate_encoder(str(config_path))
+    gates = EncoderGateConfig(**dict.fromkeys(GATE_MEASURES))
+
+    text = page_text(evaluation._replace(readings=gate_readings(evaluation.report, gates)))
+
+    assert "Every gate is switched off" in text
+    assert "No gate could be read" not in text
+
+
+def test_codes_of_changed_content_are_not_those_that_are_stored(
+    config_path: Path, clustered: InputData
+) -> None:
+    codebook = train_codebook(config_path, clustered, "v1")
+    aligned_ND = load_encoder(settings(config_path).encoder_uri, "e7").encode(clustered.items)
+    item_ids_N, hashes = clustered.items[ITEM_ID].to_numpy(), content_hashes(clustered.items)
+    nearest_L = codebook.rq.encode(aligned_ND[:1])[0]
+    stored = Overrides.from_rows(item_ids_N[:1], hashes[:1], (nearest_L[None] + 1) % 4)
+    stored_book = codebook.with_overrides(stored)
+    is_changed_N = np.arange(len(item_ids_N)) == 0
+
+    kept = decoded_vectors(clustered.items, stored_book, aligned_ND)["decoded_rq"]
+    fresh = decoded_vectors(clustered.items, stored_book, aligned_ND, is_changed_N)["decoded_rq"]
+
+    np.testing.assert_array_equal(kept[0], codebook.decode_rq((nearest_L[None] + 1) % 4)[0])
+    np.testing.assert_array_equal(fresh[0], codebook.decode_rq(nearest_L[None])[0])
+
+
+def test_a_damaged_report_is_refused_with_the_next_command(config_path: Path) -> None:
+    evaluate_encoder(str(config_path)).report_path.write_text("{")
+
+    with pytest.raises(GateRefusedError, match=r"damaged.*run `qarm align evaluate` again"):
+        check_accepted(settings(config_path))

@@ -82,10 +82,32 @@ def test_figures_with_a_share_masked_are_those_of_the_masked_vectors(
     )
     for name in ("raw", "aligned"):
         for measure, each in expected.items():
-            found = figures["text"]["0.5"][name][measure]
-            assert found == pytest.approx(each.values_by_name[name].mean())
-    aucs = [figures["text"][share]["aligned"]["neighbor_auc"] for share in ("0.25", "0.5", "1")]
+            values = each.values_by_name[name]
+            found = figures["text"]["0.5"][name]
+            for key, mask_S in each.slices().items():
+                assert found[f"{measure}_{key}"] == pytest.approx(values[mask_S].mean())
+    assert "neighbor_auc_cold" in figures["text"]["0.5"]["aligned"]
+    aucs = [figures["text"][share]["aligned"]["neighbor_auc_all"] for share in ("0.25", "0.5", "1")]
     assert aucs[0] > aucs[1] > aucs[2]
+
+
+def test_codes_of_masked_items_are_decoded_beside_their_vectors(clustered: InputData) -> None:
+    features, changed = two_modalities(), []
+
+    def decode(aligned_ND: np.ndarray, is_changed_N: np.ndarray) -> dict[str, np.ndarray]:
+        changed.append(is_changed_N)
+        return {"decoded_rq": 2 * aligned_ND}
+
+    figures = mask_figures(
+        TwoModalityEncoder(),  # type: ignore[arg-type]
+        features,
+        read_behaviour(clustered),
+        decode,
+    )
+
+    assert figures["image"]["1"]["decoded_rq"] == figures["image"]["1"]["aligned"]
+    # Who has no picture loses none, and keeps its codes.
+    np.testing.assert_array_equal(changed[-1], features.present["image"])
 
 
 def test_ready_vectors_and_data_without_later_behaviour_have_nothing_to_mask(
