@@ -6,6 +6,7 @@ May import: pyarrow, numpy.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -185,7 +186,12 @@ def _read_media(
 
 def _read_file(path: Path, faults: Counter[str]) -> bytes | None:
     try:
-        if path.stat().st_size > MAX_MEDIA_BYTES:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            # A pipe or a device may have no end.
+            faults[NOT_FOUND] += 1
+            return None
+        if status.st_size > MAX_MEDIA_BYTES:
             faults[TOO_LARGE] += 1
             return None
         return path.read_bytes() or None

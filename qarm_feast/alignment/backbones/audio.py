@@ -24,6 +24,8 @@ ROWS_PER_FORWARD = {"cpu": 8, "cuda": 64}
 """Windows of a forward pass by kind of device; one item costs a stream a whole pass."""
 MAX_CHANNELS = 8
 MAX_SAMPLING_RATE = 192_000
+SILENCE = 2.0**-24
+"""Below half a step of 24 bits a sample is none."""
 
 
 class AudioNetwork(Protocol):
@@ -184,7 +186,8 @@ def read_samples(payload: bytes, sampling_rate: int, max_seconds: float) -> np.n
         max_seconds: How much is decoded at most.
 
     Returns:
-        Float32 samples in -1 … 1, at least one of them not zero; or the reason why there are none.
+        Float32 samples, cut off at -1 and 1 before they are mixed, and not silent; or the
+        reason why there are none.
 
     Raises:
         MissingDependencyError: If librosa, which brings soundfile, is not installed.
@@ -206,12 +209,18 @@ def read_samples(payload: bytes, sampling_rate: int, max_seconds: float) -> np.n
             samples_SC = file.read(int(max_seconds * given_rate), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError):
         return UNDECODABLE
-    samples_S = samples_SC.mean(axis=1)
-    if not np.isfinite(samples_S).all():
+    if not np.isfinite(samples_SC).all():
         return UNDECODABLE
-    if not samples_S.any():
+    # A file of floats may hold anything: beyond 1 nothing could be played, and the powers of huge
+    # samples, as the gain of tiny ones, would be infinite.
+    samples_S = samples_SC.clip(-1.0, 1.0).mean(axis=1)
+    if _is_silent(samples_S):
         return EMPTY
     if given_rate != sampling_rate:
         samples_S = librosa.resample(samples_S, orig_sr=given_rate, target_sr=sampling_rate)
     # A resampled blip may leave nothing.
-    return np.asarray(samples_S, dtype=np.float32) if samples_S.any() else EMPTY
+    return EMPTY if _is_silent(samples_S) else np.asarray(samples_S, dtype=np.float32)
+
+
+def _is_silent(samples_S: np.ndarray) -> bool:
+    return bool(np.abs(samples_S).max(initial=0.0) < SILENCE)

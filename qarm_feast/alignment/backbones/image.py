@@ -32,6 +32,8 @@ PICTURE_FORMS = ("PNG", "JPEG", "GIF", "WEBP")
 """What is decoded: the forms that a streaming worker lets pass."""
 ROWS_PER_FORWARD = {"cpu": 1, "cuda": 64}
 """Pictures of a forward pass by kind of device; on a CPU more of them are slower per picture."""
+_TURNS: dict[Any, Any] = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""Exif's orientation to Pillow's number of the turn or mirroring that undoes it."""
 _DECODER_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """What Pillow raises on damaged bytes; some of its plug-ins stumble instead of saying so."""
 
@@ -226,14 +228,27 @@ def read_pixels(payload: bytes, recipe: PixelRecipe, max_pixels: int) -> np.ndar
 
 def _opaque(image: "Image") -> "Image":
     """Return the picture as it would be seen on white, the right way up."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     return image.convert("RGB")
+
+
+def _upright(image: "Image") -> "Image":
+    """Return the picture turned as its Exif notes say.
+
+    Pillow's own ``exif_transpose`` writes the notes anew, and stumbles over damaged ones.
+    """
+    from PIL.ExifTags import Base
+
+    # The pixels first: a PNG file may have its notes behind them.
+    image.load()
+    turn = _TURNS.get(image.getexif().get(Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _recipe_pixels(image: "Image", recipe: PixelRecipe) -> np.ndarray:

@@ -1,8 +1,10 @@
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from qarm_feast.alignment.backbones.audio import AudioBackbone, read_samples
 from qarm_feast.alignment.backbones.opening import open_backbones, open_stored
@@ -69,6 +71,27 @@ def test_another_sampling_rate_keeps_the_sound() -> None:
 )
 def test_what_is_no_sound_says_why(payload: bytes, reason: str) -> None:
     assert read_samples(payload, 16_000, 30) == reason
+
+
+def float_file(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples.astype(np.float32), 16_000, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def test_a_file_of_floats_cannot_bring_numbers_without_bound() -> None:
+    wave = np.sin(np.arange(16_000) / 10)
+
+    # Its gain, or its power, would be infinite.
+    for huge in (1e30, 3e38):
+        samples = read_samples(float_file(wave * huge), 16_000, 30)
+        assert isinstance(samples, np.ndarray)
+        assert np.abs(samples).max() == 1.0
+    assert read_samples(float_file(wave * 1e-41), 16_000, 30) == "empty"
+    assert read_samples(float_file(wave + np.inf), 16_000, 30) == "undecodable"
+    for strength in (1e30, 1e-7):
+        samples = read_samples(float_file(wave * strength), 16_000, 30)
+        assert np.isfinite(mel_frames(raise_volume(np.asarray(samples)))).all()
 
 
 def test_damaged_bytes_never_stop_a_job() -> None:

@@ -1,6 +1,7 @@
 """Bad content: every item gets a vector, and a report says what was wrong."""
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -127,16 +128,17 @@ def test_files_of_a_catalogue_are_read_below_its_folder(tmp_path: Path) -> None:
         "huge.png",
         "s3://b/c",
         "\0",
+        os.devnull,
     ]
     items = pa.table({"image": names})
 
     values, faults = content_values(items, "image", tmp_path)
     unread, not_followed = content_values(items, "image")
 
-    assert values == [PICTURE, PICTURE, None, None, None, None, None]
-    assert faults == {"not_found": 2, "too_large": 1, "not_followed": 1}
-    assert unread == [None] * 7
-    assert not_followed == {"not_followed": 7}
+    assert values == [PICTURE, PICTURE, None, None, None, None, None, None]
+    assert faults == {"not_found": 3, "too_large": 1, "not_followed": 1}
+    assert unread == [None] * 8
+    assert not_followed == {"not_followed": 8}
 
 
 def test_raw_vectors_hold_each_modality_that_an_item_has_at_equal_weight() -> None:

@@ -1,9 +1,12 @@
+import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.efficientnet import EfficientNetLite
@@ -59,6 +62,33 @@ def test_transparent_parts_count_as_white_and_the_camera_s_rotation_is_undone() 
     assert seen[:, 1, 0].tolist() == [255, 255, 255]
     assert isinstance(upright, np.ndarray)
     assert upright[0].tolist() == [[0, 0], [255, 255]]
+
+
+def test_damaged_notes_beside_the_pixels_do_not_hide_a_picture() -> None:
+    # The picture stands on its side, and its description is a fraction instead of a text.
+    entries = [(0x010E, 5, 1, struct.pack("<I", 38)), (0x0112, 3, 1, b"\x06\0\0\0")]
+    notes = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + notes + struct.pack("<III", 0, 72, 1)
+    turned = np.zeros((1, 2, 3), dtype=np.uint8)
+    turned[0, 1] = 255
+
+    upright = read_pixels(picture(turned, exif=damaged), RECIPE, LIMIT)
+
+    assert isinstance(upright, np.ndarray)
+    assert upright[0].tolist() == [[0, 0], [255, 255]]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_each_of_the_camera_s_eight_ways_is_undone_as_pillow_does(orientation: int) -> None:
+    pixels = np.arange(18).reshape(2, 3, 3) * 10
+    notes = Image.Exif()
+    notes[0x0112] = orientation
+    payload = picture(pixels, exif=notes.tobytes())
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(payload)))
+
+    assert isinstance(turned, Image.Image)
+    expected = read_pixels(picture(np.asarray(turned)), RECIPE, LIMIT)
+    assert np.array_equal(read_pixels(payload, RECIPE, LIMIT), expected)
 
 
 def test_the_middle_square_is_cut_out_before_a_thin_picture_is_scaled() -> None:
