@@ -64,13 +64,17 @@ def judge_pairs(judge: Judge, pairs: pa.Table, items: pa.Table) -> np.ndarray:
     Raises:
         DataError: If the judge returns anything but one bool per pair.
     """
-    ids = items[ITEM_ID].combine_chunks()
     content = items.drop_columns([ITEM_ID])
+    # Of all pairs at once: each call would index the whole catalogue anew.
+    rows = {
+        side: pc.index_in(pairs[f"{side}_item_id"], items[ITEM_ID].combine_chunks())
+        for side in ("trigger", "target")
+    }
     masks = [np.zeros(0, dtype=bool)]
     for first in range(0, pairs.num_rows, PAIRS_PER_CALL):
         batch = pairs.slice(first, PAIRS_PER_CALL)
-        for side in ("trigger", "target"):
-            of_side = content.take(pc.index_in(batch[f"{side}_item_id"], ids))
+        for side, rows_of_side in rows.items():
+            of_side = content.take(rows_of_side.slice(first, PAIRS_PER_CALL))
             for column in of_side.column_names:
                 batch = batch.append_column(f"{side}_{column}", of_side[column])
         masks.append(_mask(judge(batch), batch.num_rows))

@@ -116,7 +116,8 @@ def _first_positives(checked: InputData, memory_limit_mib: int | None) -> dict[s
         connection.execute("SET enable_progress_bar = false")
         if memory_limit_mib is not None:
             connection.execute(f"SET memory_limit = '{memory_limit_mib}MiB'")
-        connection.execute(f"SET temp_directory = '{folder}'")
+        quoted = folder.replace("'", "''")
+        connection.execute(f"SET temp_directory = '{quoted}'")
         connection.register("interactions", checked.interactions)
         columns: dict[str, np.ndarray] = connection.execute(query).fetchnumpy()
     return columns

@@ -1,4 +1,5 @@
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from qarm_feast.alignment import judge
 from qarm_feast.alignment.config import AlignmentConfig, PairConfig
 from qarm_feast.alignment.pairs import (
     PAIR_ROWS,
@@ -197,6 +199,25 @@ def test_a_judge_keeps_pairs_by_the_content_of_both_items(liked: InputData) -> N
     steps = report_of(pairs).sources["swing"].steps
     assert (steps["min_score"], steps["judge"]) == (6, 2)
     assert pairs.column_names == PAIR_ROWS.names
+
+
+def test_a_judge_sees_the_same_content_however_many_pairs_a_call_holds(
+    liked: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = build_pairs(liked, judged_by("keep_titles_alike"), seed=0)
+
+    monkeypatch.setattr(judge, "PAIRS_PER_CALL", 1)
+
+    assert build_pairs(liked, judged_by("keep_titles_alike"), seed=0).equals(at_once)
+
+
+def test_the_folder_of_temporary_files_may_have_a_quote_in_its_name(
+    liked: InputData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "o'brien").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "o'brien"))
+
+    assert read_positives(liked).num_items > 0
 
 
 @pytest.mark.parametrize(
