@@ -27,7 +27,7 @@ from qarm_feast.alignment.backbones.opening import open_stored
 from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
 from qarm_feast.alignment.fusion import FusionSizes, build_fusion
 from qarm_feast.alignment.modalities import columns_of
-from qarm_feast.artifact import MANIFEST_NAME, read_verified, replace_file, sha256
+from qarm_feast.artifact import MANIFEST_NAME, read_verified, replace_file, sha256, sync_folder
 from qarm_feast.config import Section
 from qarm_feast.errors import ConfigError, DataError
 
@@ -172,6 +172,8 @@ class ItemEncoder:
         manifest = self.manifest.model_copy(update={"files": files})
         replace_file(temporary / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode())
         temporary.rename(final)
+        # Before the caller removes what it would go on from.
+        sync_folder(final.parent)
         return final
 
     def _payloads(self) -> list[tuple[str, bytes]]:

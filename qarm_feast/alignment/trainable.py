@@ -15,6 +15,9 @@ from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.features import ItemFeatures
 from qarm_feast.errors import ConfigError
 
+_ROWS = 8192
+"""Items of a pass over all of them: what a fusion holds between its layers does not grow."""
+
 
 class HeadItems:
     """Items whose backbones are frozen: their features are read once, the head is trained.
@@ -54,8 +57,9 @@ class HeadItems:
     @torch.no_grad()
     def embeddings(self) -> Tensor:
         """Return the embeddings of all items as they are now ``[M, D]``."""
-        embeddings_MD: Tensor = self._head(self._tokens, self._present)
-        return embeddings_MD
+        every_M = np.arange(len(self))
+        parts = [self.embed(every_M[n : n + _ROWS]) for n in range(0, len(self), _ROWS)]
+        return torch.cat(parts)
 
     def embed(self, rows: np.ndarray) -> Tensor:
         """Return the head's output ``[N, D]`` for some items."""

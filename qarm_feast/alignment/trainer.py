@@ -46,6 +46,8 @@ from qarm_feast.alignment.progress import StepProgress
 GEOMETRY_ITEMS = 512
 """Random train items per step whose cosines are compared with what they shall stay."""
 _EMBED_ROWS = 8192
+_EMBED_ROWS_TUNED = 128
+"""Items at a time where backbones read them anew: a picture's first layers alone take megabytes."""
 
 
 class TrainableItems(Protocol):
@@ -293,7 +295,8 @@ def _parameter_groups(
 def embeddings(items: TrainableItems, rows: np.ndarray) -> Tensor:
     """Return embeddings ``[N, D]`` of some items as they are now, float32, by all ranks."""
     items.module.eval()
-    parts = [items.embed(part) for part in batches(own_rows(rows), _EMBED_ROWS)]
+    num_rows = _EMBED_ROWS_TUNED if items.backbone_parameters() else _EMBED_ROWS
+    parts = [items.embed(part) for part in batches(own_rows(rows), num_rows)]
     return gather_rows(torch.cat(parts), len(rows))
 
 

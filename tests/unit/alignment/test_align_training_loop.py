@@ -20,11 +20,13 @@ from made_training import (
 from torch import nn
 from torch.nn import functional
 
-from qarm_feast.alignment import gradient_cache
+from qarm_feast.alignment import gradient_cache, trainable
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.features import features_of_vectors
 from qarm_feast.alignment.fusion import AlignmentHead
-from qarm_feast.alignment.train import train_head
+from qarm_feast.alignment.train import start_head, train_head
+from qarm_feast.alignment.trainable import HeadItems
+from qarm_feast.alignment.trainer import embeddings
 
 CENTRED_WITHOUT_LOGQ = {"center_content": True, "logq_weight": 0.0}
 
@@ -90,6 +92,42 @@ def test_training_is_the_plain_loop_to_the_last_bit(changed: dict[str, object]) 
     expected = plain_loop(config)
     for name, tensor in head.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(("is_tuned", "expected"), [(False, [300]), (True, [128, 128, 44])])
+def test_backbones_that_are_tuned_read_few_items_at_a_time(
+    is_tuned: bool, expected: list[int]
+) -> None:
+    network = nn.Linear(1, 2)
+    passes = []
+
+    class Items:
+        module = network
+
+        def __len__(self) -> int:
+            return 300
+
+        def backbone_parameters(self) -> list[nn.Parameter]:
+            return list(network.parameters()) if is_tuned else []
+
+        def embed(self, rows: np.ndarray) -> torch.Tensor:
+            passes.append(len(rows))
+            return torch.from_numpy(rows[:, None]).float()
+
+    found = embeddings(Items(), np.arange(300))
+
+    assert passes == expected
+    assert found[:, 0].tolist() == list(range(300))
+
+
+def test_all_items_are_embedded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = features_of_vectors(made_features())
+    items = HeadItems(start_head(features, SMALL), features, torch.device("cpu"))
+    expected = items.module(*features.tensors())
+
+    monkeypatch.setattr(trainable, "_ROWS", 7)
+
+    torch.testing.assert_close(items.embeddings(), expected.detach())
 
 
 def test_gradients_in_chunks_are_those_of_the_whole_batch() -> None:
