@@ -23,7 +23,13 @@ from typing import Any
 from qarm_feast.alignment.export_job import EngineName
 from qarm_feast.artifact import replace_file
 from qarm_feast.errors import GateRefusedError
-from qarm_feast.refresh.plan import RefreshPlan, RefreshRequest, Sections, plan_refresh
+from qarm_feast.refresh.plan import (
+    RefreshPlan,
+    RefreshRequest,
+    Sections,
+    check_settings,
+    plan_refresh,
+)
 from qarm_feast.refresh.state import (
     Outcome,
     RefreshState,
@@ -65,7 +71,7 @@ def refresh(
         AlreadyRunningError: If another refresh is at work.
         GateRefusedError: If a gate is missed; nothing is published then.
         DataError: If the data cannot be used, or changes meanwhile.
-        ConfigError: If settings contradict each other.
+        ConfigError: If settings contradict each other, or change meanwhile.
         CodebookError: If the parent is not published, or the data is too small for a codebook.
         ServiceUnavailableError: If an object store does not answer.
     """
@@ -133,6 +139,7 @@ class _Run:
         tell: Tell,
         check_held: CheckHeld,
     ) -> None:
+        self._sections = sections
         self._folder = sections.state_folder
         self._plan = plan
         self._state = plan.state
@@ -159,6 +166,8 @@ class _Run:
         """Return what is noted of a step, after doing it if nothing is."""
         if name not in self._state.steps:
             self._plan.files.check_unchanged()
+            # Each step reads the file anew.
+            check_settings(self._sections, self._state.inputs)
             self._check_held()
             logger.info("refresh_step name=%s state=begins", name)
             started = time.monotonic()

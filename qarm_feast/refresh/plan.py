@@ -20,7 +20,7 @@ from qarm_feast.artifact import file_sha256, sha256
 from qarm_feast.codebook import QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import Section, load_section
-from qarm_feast.errors import DataError
+from qarm_feast.errors import ConfigError, DataError
 from qarm_feast.input_data import INTERACTIONS_FILE, ITEMS_FILE, DataConfig
 from qarm_feast.refresh.config import RefreshConfig
 from qarm_feast.refresh.state import Inputs, Parent, RefreshState, read_state
@@ -199,6 +199,26 @@ def plan_refresh(sections: Sections, request: RefreshRequest, now: datetime) -> 
         )
     waiting = set(registry.versions(VersionState.STAGED)) - {last.codebook_version}
     return RefreshPlan(decision, reason, last, files, tuple(sorted(waiting)))
+
+
+def check_settings(sections: Sections, inputs: Inputs) -> None:
+    """Refuse to go on with other settings than those of the steps before.
+
+    Args:
+        sections: What the run began with.
+        inputs: The run's inputs.
+
+    Raises:
+        ConfigError: If ``qarm.yaml`` was changed where it decides what comes out.
+    """
+    path = sections.config_path
+    now = _settings_hashes(Sections.load(path))
+    changed = [name for name, found in now.items() if found != inputs.settings[name]]
+    if changed:
+        raise ConfigError(
+            f"section {', '.join(changed)} of {path} changed while the refresh ran: its steps "
+            "would be of unequal settings; run `qarm refresh` again, which begins anew"
+        )
 
 
 def _settings_hashes(sections: Sections) -> dict[str, str]:

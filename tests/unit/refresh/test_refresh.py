@@ -247,6 +247,21 @@ def test_data_that_is_replaced_meanwhile_ends_the_refresh(
     assert repo.lines[0] == "new: changed since the last run: interactions.parquet"
 
 
+def test_settings_that_are_changed_meanwhile_end_the_refresh(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = RefreshSteps.pairs
+
+    def change_settings(steps: RefreshSteps) -> object:
+        found = pairs(steps)
+        repo.config_path.write_text(SETTINGS.replace("codebook_size: 8", "codebook_size: 4"))
+        return found
+
+    monkeypatch.setattr(RefreshSteps, "pairs", change_settings)
+    with pytest.raises(ConfigError, match=r"section quantizer of .* changed while the refresh ran"):
+        repo.refresh()
+
+
 def test_a_dry_run_says_what_is_to_be_done_and_writes_nothing(repo: Repo) -> None:
     before = {path for path in repo.data.rglob("*") if path.is_file()}
 
