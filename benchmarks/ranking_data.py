@@ -173,6 +173,9 @@ def third_party_items(checked: InputData, x_ND: Embeddings) -> CodedItems | None
     Args:
         checked: The data; its folder may hold ``third_party_codes.parquet``.
         x_ND: Vectors whose means over each code's train items stand for the unknown centroids.
+
+    Raises:
+        SystemExit: If an item has no code there.
     """
     path = checked.directory / THIRD_PARTY
     if not path.is_file():
@@ -180,6 +183,11 @@ def third_party_items(checked: InputData, x_ND: Embeddings) -> CodedItems | None
     table = pq.read_table(path)
     item_ids_N = checked.items[ITEM_ID].to_numpy()
     rows = pc.index_in(pa.array(item_ids_N), table[ITEM_ID].combine_chunks())
+    if rows.null_count:
+        raise SystemExit(
+            f"{path} holds codes of {table.num_rows} items, {rows.null_count} of the catalogue's "
+            f"{len(item_ids_N)} are not among them; give each a code, or take the file away"
+        )
     rq_NL: Codes = np.array(table["rq_code"].take(rows).to_pylist(), dtype=np.int64)
     is_train_N = np.isin(item_ids_N, checked.train_item_ids())
     residual_ND = x_ND[is_train_N].copy()
@@ -249,14 +257,28 @@ def publish_coded_rows(
         vectors_ID=vectors.aligned_ND,
         raw_vectors_IE=vectors.raw_NE,
     )
-    manifest = RowsManifest(
+    store: RowStore = publish_rows(
+        str(folder),
+        _manifest(checked, coded, vectors, name, rows),
+        rows,
+        replace(vocabularies, item_columns=column_vocabularies),
+        snapshot,
+        side_tables,
+    )
+    return TrainInputs(store=store, codebook=coded.starts)
+
+
+def _manifest(
+    checked: InputData, coded: CodedItems, vectors: Vectors, name: str, rows: pa.Table
+) -> RowsManifest:
+    return RowsManifest(
         service=f"{SERVICE}_{name}",
         codebook_version=name,
         encoder_version="e1",
         build="build-1",
         created=CREATED.isoformat(),
         label_names=checked.task_names,
-        user_columns=user_columns,
+        user_columns=_user_columns(checked),
         level_sizes=tuple(len(codebook_KD) for codebook_KD in coded.starts.codebooks),
         num_neighbors=coded.vq_NV.shape[1],
         pool_size=len(coded.pool_item_ids_P),
@@ -265,15 +287,6 @@ def publish_coded_rows(
         num_rows={split: pc.sum(pc.equal(rows["split"], split)).as_py() or 0 for split in SPLITS},
         counts={},
     )
-    store: RowStore = publish_rows(
-        str(folder),
-        manifest,
-        rows,
-        replace(vocabularies, item_columns=column_vocabularies),
-        snapshot,
-        side_tables,
-    )
-    return TrainInputs(store=store, codebook=coded.starts)
 
 
 def _joined_rows(checked: InputData, coded: CodedItems) -> pa.Table:

@@ -14,7 +14,9 @@ import pytest
 
 from benchmarks import ranking_arms, ranking_quality
 from benchmarks.ranking_arms import all_arms, chosen_arms
+from benchmarks.ranking_data import third_party_items
 from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights, weighted_aucs
+from qarm_feast.input_data import DataConfig, load_input_data
 from torchrec_models.metrics import auc
 
 DAY = 86_400_000_000
@@ -173,6 +175,16 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     assert "full less fixed" in text
     assert "less raw codes" not in text, "its arms were not run"
     assert '<td class="left">third_party</td><td class="left">third_party</td>' in text
+
+
+def test_third_party_codes_must_be_there_for_every_item(tmp_path: Path) -> None:
+    data = _write_data(tmp_path / "made", num_tasks=1, has_users=False, has_split=False)
+    codes = pa.table({"item_id": np.arange(58) + 100, "rq_code": [[0, 1]] * 58})
+    pq.write_table(codes, data / "third_party_codes.parquet")
+    checked = load_input_data(DataConfig(input_dir=str(data)))
+
+    with pytest.raises(SystemExit, match="codes of 58 items, 2 of the catalogue's 60 are not"):
+        third_party_items(checked, np.ones((60, 4), dtype=np.float32))
 
 
 def test_a_quick_run_takes_data_with_one_task_and_neither_users_nor_split(
