@@ -209,7 +209,7 @@ def _seed_hits(
 ) -> dict[str, np.ndarray]:
     """Return per way of encoding whether each held-out emoji's neighbour has its category."""
     num_emojis = emojis.items.num_rows
-    is_held_N = np.random.default_rng(config.seed).random(num_emojis) < HELD_OUT_SHARE
+    is_held_N = held_out(num_emojis, config.seed)
     triggers_P, targets_P = subcategory_pairs(emojis.subcategories_N, ~is_held_N, config.seed)
     ones_P = np.ones(len(triggers_P), dtype=np.float32)
     pairs = PairRows(triggers_P, targets_P, np.full(len(triggers_P), -1), ones_P)
@@ -234,6 +234,18 @@ def _seed_hits(
     return by_name
 
 
+def held_out(num_emojis: int, seed: int) -> np.ndarray:
+    """Return which emojis are held out: bool ``[N]``."""
+    chance_N: np.ndarray = np.random.default_rng([seed, 0]).random(num_emojis)
+    return chance_N < HELD_OUT_SHARE
+
+
+def masks(num_emojis: int, seed: int) -> dict[int, np.ndarray]:
+    """Return by percent which emojis lose a modality: bool ``[N]``, independent of who is held out."""
+    chance_N = np.random.default_rng([seed, 1]).random(num_emojis)
+    return {percent: chance_N < percent / 100 for percent in MASKED_PERCENTS}
+
+
 def only(features: ItemFeatures, modalities: tuple[str, ...]) -> ItemFeatures:
     """Return some of the modalities of items."""
     return ItemFeatures(
@@ -243,14 +255,13 @@ def only(features: ItemFeatures, modalities: tuple[str, ...]) -> ItemFeatures:
 
 
 def _masked_parts(features: ItemFeatures, seed: int) -> dict[str, ItemFeatures]:
-    chance_N = np.random.default_rng(seed).random(len(features))
     # Every emoji has name and picture, so none is left without content.
     return {
         f"{modality}_masked_{percent}": masked_features(
-            features, modality, chance_N < percent / 100, features.take(slice(0, 1))
+            features, modality, is_masked_N, features.take(slice(0, 1))
         )
         for modality in features.by_modality
-        for percent in MASKED_PERCENTS
+        for percent, is_masked_N in masks(len(features), seed).items()
     }
 
 

@@ -147,3 +147,15 @@ def test_an_interval_over_one_seed_is_that_of_its_samples() -> None:
 
     assert high - low == pytest.approx(4 / 400**0.5, rel=0.1)
     assert [low_of_copies, high_of_copies] == pytest.approx([low, high])
+
+
+def test_as_many_of_the_held_out_emojis_are_masked_as_the_percentage_says() -> None:
+    is_held = alignment_emoji.held_out(3000, seed=0)
+
+    shares = {
+        percent: is_masked[is_held].mean()
+        for percent, is_masked in alignment_emoji.masks(3000, seed=0).items()
+    }
+
+    # Five standard errors of a share among a thousand.
+    assert shares == pytest.approx({25: 0.25, 50: 0.5, 100: 1.0}, abs=0.08)
