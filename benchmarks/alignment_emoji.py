@@ -241,7 +241,7 @@ def held_out(num_emojis: int, seed: int) -> np.ndarray:
 
 
 def masks(num_emojis: int, seed: int) -> dict[int, np.ndarray]:
-    """Return by percent which emojis lose a modality: bool ``[N]``, independent of who is held out."""
+    """Return by percent which emojis lose a modality, bool ``[N]``: not those held out alone."""
     chance_N = np.random.default_rng([seed, 1]).random(num_emojis)
     return {percent: chance_N < percent / 100 for percent in MASKED_PERCENTS}
 
