@@ -34,8 +34,11 @@ ROWS_PER_FORWARD = {"cpu": 1, "cuda": 64}
 """Pictures of a forward pass by kind of device; on a CPU more of them are slower per picture."""
 _TURNS: dict[Any, Any] = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """Exif's orientation to Pillow's number of the turn or mirroring that undoes it."""
-_DECODER_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What Pillow raises on damaged bytes; some of its plug-ins stumble instead of saying so."""
+_DECODER_FAULTS = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError),
+)
+"""What Pillow raises on damaged bytes; where it stumbles instead of saying so, the second line."""
 
 
 @dataclass(frozen=True)

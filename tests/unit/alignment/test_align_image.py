@@ -135,6 +135,18 @@ def test_damaged_bytes_never_stop_a_job() -> None:
             assert isinstance(got, str | np.ndarray)
 
 
+def test_a_picture_of_palette_numbers_without_a_palette_is_no_picture() -> None:
+    file = io.BytesIO()
+    Image.fromarray(stripes().astype(np.uint8)).convert("P").save(file, "PNG")
+    head, _, rest = file.getvalue().partition(b"PLTE")
+    # A chunk is its length, name, content and checksum.
+    length = int.from_bytes(head[-4:], "big")
+    without = head[:-4] + rest[length + 4 :]
+
+    assert isinstance(read_pixels(file.getvalue(), RECIPE, LIMIT), np.ndarray)
+    assert read_pixels(without, RECIPE, LIMIT) == "undecodable"
+
+
 PICTURES = [
     picture(stripes()),
     None,
