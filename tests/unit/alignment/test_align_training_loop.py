@@ -139,6 +139,15 @@ def test_gradients_in_chunks_are_those_of_the_whole_batch() -> None:
             torch.testing.assert_close(chunked[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_mixed_precision_trains_float32_weights_to_nearly_the_same_place() -> None:
+    start, full, mixed = trained(num_epochs=0), trained(), trained(enable_bf16=True)
+
+    for name in ("linear.weight", "hidden.weight", "correction.weight"):
+        assert mixed[name].dtype == torch.float32
+        way = torch.linalg.norm(full[name] - start[name])
+        assert 0 < torch.linalg.norm(mixed[name] - full[name]) < 0.05 * way
+
+
 def test_gradients_and_training_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
         rank_job, args=(str(tmp_path),), nprocs=2, start_method="spawn"
