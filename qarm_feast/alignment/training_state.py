@@ -128,7 +128,11 @@ def fingerprint(settings: str, pairs: PairRows, contents: Iterable[bytes]) -> st
         SHA-256 as hex text.
     """
     digest = hashlib.sha256(settings.encode())
-    for array in (pairs.triggers, pairs.targets, pairs.users, pairs.weights):
+    arrays = [pairs.triggers, pairs.targets, pairs.users, pairs.weights]
+    if pairs.item_ids_M is not None:
+        # They say which items are held out.
+        arrays.append(pairs.item_ids_M)
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     for part in contents:
         digest.update(hashlib.sha256(part).digest())

@@ -1,10 +1,12 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from made_training import SMALL, made_features, made_pairs
+from made_training import NUM_ITEMS, SMALL, made_features, made_pairs
 from torch import Tensor
 
 from qarm_feast.alignment.features import features_of_vectors
@@ -92,6 +94,20 @@ def test_a_state_of_other_settings_is_left_aside(
 
     assert "alignment_started_anew" in caplog.text
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_state_of_items_with_other_ids_is_left_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = features_of_vectors(made_features())
+    files = RunFiles(tmp_path / "states", tmp_path / "logs")
+
+    # The same rows, but other items among them are held out.
+    for first_id in (0, 1000):
+        item_ids_M = np.arange(first_id, first_id + NUM_ITEMS)
+        train_head(features, replace(made_pairs(), item_ids_M=item_ids_M), LONG, files)
+
+    assert "alignment_started_anew" in caplog.text
 
 
 def test_each_epoch_leaves_its_numbers(tmp_path: Path) -> None:
