@@ -95,7 +95,8 @@ def vectors_of(
     """
     parts = _split_by_readiness(rows, encoder_version, width)
     made_ND, readable_N = np.empty((0, width), dtype=np.float32), parts.others[:0]
-    if len(parts.others) and any(_has_content(rows, name).any() for name in _READABLE):
+    # Not for content of items that bring a vector: the encoder may be on another machine.
+    if len(_with_content(rows, parts.others, _READABLE)):
         encoder = load_encoder(encoder_version)
         columns = [name for name in _READABLE if name in encoder.content_columns]
         readable_N = _with_content(rows, parts.others, columns)

@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from qarm_feast.item_vectors import (
     decode_vectors,
     encode_vectors,
     vector_rows,
+    vectors_of,
 )
 from qarm_feast.schema import TIMESTAMP, VECTOR_ROWS
 
@@ -57,3 +59,22 @@ def test_rows_hold_uploads_scaled_to_length_one_and_takedowns_without_a_vector()
     np.testing.assert_allclose(decode_vectors(vectors[:1], 2, "x"), [[0.6, 0.8]], atol=2**-12)
     assert vectors[1] == b""
     assert table["created"].to_pylist() == [CREATED] * 2
+
+
+def test_no_encoder_is_loaded_for_content_of_items_that_bring_their_vector() -> None:
+    def load_encoder(version: str) -> NoReturn:
+        raise AssertionError(f"{version} was loaded")
+
+    rows = pa.table(
+        {
+            "is_deleted": [False, False],
+            "encoder_version": ["e1", "e9"],
+            "embedding": pa.array([[1.0, 0.0], [0.0, 1.0]], pa.list_(pa.float32())),
+            "title": ["a hammer", None],
+        }
+    )
+
+    encoded, refused = vectors_of(rows, "e1", 2, load_encoder)
+
+    assert encoded.positions_N.tolist() == [0]
+    assert [part.positions_N.tolist() for part in refused] == [[], [1]]
