@@ -12,7 +12,8 @@ refit) names and cuts all cells anew, so those weights would stand for other ite
    refit's, a few k-means iterations are taken, then more, then the hysteresis is lowered; at last
    the naive refit itself is taken, its labels matched. A thin level has less than
    ``POINTS_PER_CENTROID`` items per code: what a refit gains on just these items it has mostly
-   learnt by heart. There the budget is stretched by as much before the naive refit is taken.
+   learnt by heart. There the budget is stretched by as much, unless the naive refit changes few
+   codes (``FEW_CHANGES``): in the same space none but those that a cap had moved.
 4. A level cannot start from members if its size differs from the parent's, or if fewer than half
    of the parent's codes have a member among the training items. Such a level is trained afresh,
    and its codes get the parent's labels by Hungarian matching of the items they share.
@@ -63,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 NO_CODE = -1
 """In place of a parent's code: there is none."""
+FEW_CHANGES = 0.25
+"""A naive refit that changes at most this share of full codes needs no stretched budget."""
 MIN_SHARE_WITH_MEMBERS = 0.5
 """Below this share of the parent's codes with a member, a level is matched instead."""
 NUM_HELD_MEANS = 2
@@ -343,15 +346,27 @@ def _fit_within_budget(
     trainer = _LevelTrainer(x_MD, old_ML, naive.rq.level_sizes, parent, rq_config)
     search = _BudgetSearch(trainer, limit, naive_mse)
     fit = search.more_iterations(config, rq_config.num_iterations) or search.less_hysteresis()
-    fit = fit or search.first_within((1 + _thinness(x_MD, naive) * config.mse_budget) * naive_mse)
     if fit is not None:
         return fit
+    kinds = level_kinds(rq_config, naive.rq.level_sizes)
+    matched = _Fit(_matched_levels(naive, x_MD, old_ML, parent, kinds), 0.0, 0, naive_mse)
+    stretched = search.first_within((1 + _thinness(x_MD, naive) * config.mse_budget) * naive_mse)
+    if stretched is not None and _full_churn(matched, x_MD, old_ML) > FEW_CHANGES:
+        return stretched
     logger.warning(
         "codebook_refresh_over_budget mse_budget=%.3f: the naive refit is taken, labels matched",
         config.mse_budget,
     )
-    kinds = level_kinds(rq_config, naive.rq.level_sizes)
-    return _Fit(_matched_levels(naive, x_MD, old_ML, parent, kinds), 0.0, 0, naive_mse)
+    return matched
+
+
+def _full_churn(fit: _Fit, x_MD: Embeddings, old_ML: Codes) -> float:
+    """Return which share of the items that the parent has coded change their full code."""
+    is_known_M = old_ML[:, 0] != NO_CODE
+    codes_ML = held_codes(fit.levels, x_MD[is_known_M], old_ML[is_known_M], fit.hysteresis)
+    label_map = [level.parent_code_K for level in fit.levels]
+    churn: float = codes_churn(old_ML[is_known_M], codes_ML, label_map)["full"]
+    return churn
 
 
 def _thinness(x_MD: Embeddings, naive: Codebook) -> float:
