@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qarm_feast.alignment.backbones.base import Encoded, TowerInput, Weights, device_of
+from qarm_feast.alignment.backbones.base import (
+    Encoded,
+    NetworkBackbone,
+    TowerInput,
+    Weights,
+    device_of,
+)
 from qarm_feast.alignment.modalities import EMPTY, TOO_LARGE, UNDECODABLE
 from qarm_feast.errors import MissingDependencyError
 
@@ -58,7 +64,7 @@ class AudioNetwork(Protocol):
         ...
 
 
-class AudioBackbone:
+class AudioBackbone(NetworkBackbone):
     """Means of a network's vectors over parts of equal length of a sound's windows.
 
     Args:
@@ -71,7 +77,7 @@ class AudioBackbone:
         self._network = network
         self.max_seconds = max_seconds
         self.num_tokens = num_tokens
-        self._weights = Weights(network.load, network.payloads)
+        super().__init__(Weights(network.load, network.payloads))
 
     @property
     def width(self) -> int:
@@ -82,24 +88,6 @@ class AudioBackbone:
     def settings(self) -> dict[str, Any]:
         """What a manifest says beside the files."""
         return {"max_seconds": self.max_seconds, "num_tokens": self.num_tokens}
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over files and settings."""
-        return self._weights.hash(self.settings)
-
-    @property
-    def module(self) -> nn.Module:
-        """The network, read when it is first needed."""
-        return self._weights.module
-
-    def replace_module(self, module: nn.Module) -> None:
-        """Put a tuned network of the same architecture in place."""
-        self._weights.replace(module)
-
-    def payloads(self) -> dict[str, bytes]:
-        """Return the network's files."""
-        return self._weights.payloads()
 
     def encode(self, values: Sequence[bytes | None]) -> Encoded:
         """Return the features of the sounds, not normalised.

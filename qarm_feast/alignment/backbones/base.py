@@ -4,6 +4,7 @@ Shape letters in this file: N items, T feature tokens, E feature width.
 May import: torch, numpy, safetensors.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -172,6 +173,36 @@ class Weights:
         if self._hash is None:
             self._hash = hash_files(self.payloads(), settings)
         return self._hash
+
+
+class NetworkBackbone(ABC):
+    """What backbones with weights have in common."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What a manifest says beside the files."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over files and settings."""
+        return self._weights.hash(self.settings)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, read when it is first needed."""
+        return self._weights.module
+
+    def replace_module(self, module: nn.Module) -> None:
+        """Put a tuned network of the same architecture in place."""
+        self._weights.replace(module)
+
+    def payloads(self) -> dict[str, bytes]:
+        """Return the network's files."""
+        return self._weights.payloads()
 
 
 def weights_file(weights: Mapping[str, Tensor]) -> bytes:

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qarm_feast.alignment.backbones.base import Encoded, TowerInput, Weights, device_of
+from qarm_feast.alignment.backbones.base import (
+    Encoded,
+    NetworkBackbone,
+    TowerInput,
+    Weights,
+    device_of,
+)
 from qarm_feast.alignment.modalities import TOO_LARGE, UNDECODABLE
 from qarm_feast.errors import MissingDependencyError
 
@@ -87,7 +93,7 @@ class ImageNetwork(Protocol):
         ...
 
 
-class ImageBackbone:
+class ImageBackbone(NetworkBackbone):
     """Means of an image network's feature map over the cells of a grid.
 
     Args:
@@ -100,7 +106,7 @@ class ImageBackbone:
         self._network = network
         self.max_pixels = max_pixels
         self.grid = grid
-        self._weights = Weights(network.load, network.payloads)
+        super().__init__(Weights(network.load, network.payloads))
 
     @property
     def num_tokens(self) -> int:
@@ -116,24 +122,6 @@ class ImageBackbone:
     def settings(self) -> dict[str, Any]:
         """What a manifest says beside the files."""
         return {"max_pixels": self.max_pixels, "grid": self.grid}
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over files and settings."""
-        return self._weights.hash(self.settings)
-
-    @property
-    def module(self) -> nn.Module:
-        """The network, read when it is first needed."""
-        return self._weights.module
-
-    def replace_module(self, module: nn.Module) -> None:
-        """Put a tuned network of the same architecture in place."""
-        self._weights.replace(module)
-
-    def payloads(self) -> dict[str, bytes]:
-        """Return the network's files."""
-        return self._weights.payloads()
 
     def encode(self, values: Sequence[bytes | None]) -> Encoded:
         """Return the features of the pictures, not normalised.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qarm_feast.alignment.backbones.base import (
     WEIGHTS_FILE,
     Encoded,
+    NetworkBackbone,
     TowerInput,
     Weights,
     device_of,
@@ -80,7 +81,7 @@ class TextPass(NamedTuple):
     is_token_RT: Tensor
 
 
-class TextBackbone:
+class TextBackbone(NetworkBackbone):
     """A text model with mean pooling over its last layer (as sentence-transformers does).
 
     The model is read when it is first needed.
@@ -97,7 +98,7 @@ class TextBackbone:
         self.num_tokens = num_tokens
         self._lengths = [n for n in BUCKET_LENGTHS if n < max_tokens] + [max_tokens]
         self._tokens_of: dict[str, list[int]] = {}
-        self._weights = Weights(lambda: load_model(folder), self._payloads)
+        super().__init__(Weights(lambda: load_model(folder), self._payloads))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -115,24 +116,6 @@ class TextBackbone:
     def settings(self) -> dict[str, Any]:
         """What a manifest says beside the files."""
         return {"max_tokens": self.max_tokens, "num_tokens": self.num_tokens}
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over files and settings."""
-        return self._weights.hash(self.settings)
-
-    @property
-    def module(self) -> nn.Module:
-        """The network, read when it is first needed."""
-        return self._weights.module
-
-    def replace_module(self, module: nn.Module) -> None:
-        """Put a tuned network of the same architecture in place."""
-        self._weights.replace(module)
-
-    def payloads(self) -> dict[str, bytes]:
-        """Return the network's files."""
-        return self._weights.payloads()
 
     def _payloads(self, tuned: nn.Module | None) -> dict[str, bytes]:
         return folder_payloads(self.folder, BACKBONE_FILES, tuned)
