@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from qarm_feast.schema import CODES, TIMESTAMP
-from torchrec_models.batch import RowColumns
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.item_columns import ItemColumns
 from torchrec_models.popularity import count_items
+from torchrec_models.row_columns import RowColumns
 from torchrec_models.row_store import RowsManifest, SnapshotArrays, publish_rows, row_schema
 from torchrec_models.side_tables import SideTables
 from torchrec_models.vocabulary import build_vocabularies

@@ -8,12 +8,11 @@ May import: numpy, pyarrow, torch, torchrec; does no I/O.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
@@ -22,6 +21,7 @@ from qarm_feast.cross_features import cross_features
 from qarm_feast.schema import ABSENT_CODE
 from torchrec_models.config import FeatureName, RankerConfig
 from torchrec_models.pair_counts import ITEM_PAIRS, prefix_things
+from torchrec_models.row_columns import Ints, RowColumns
 from torchrec_models.sequence_inputs import (
     PickedItems,
     bag_features,
@@ -62,9 +62,6 @@ _READS_HISTORY_CODES: tuple[FeatureName, ...] = (
     "history_prefix",
 )
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-
 
 @dataclass
 class RankingBatch(Pipelineable):
@@ -96,41 +93,6 @@ class RankingBatch(Pipelineable):
         return RankingBatch(
             **{part.name: getattr(self, part.name).pin_memory() for part in fields(self)}
         )
-
-
-@dataclass(frozen=True)
-class RowColumns:
-    """B rows as columns, before any vocabulary is applied.
-
-    History items stand newest first, row after row, ``history_lengths_B`` of them per row.
-    A missing code is :data:`~qarm_feast.schema.ABSENT_CODE`; times are microseconds, UTC.
-    ``is_train_B`` tells the rows that what is counted in train rows must not see themselves.
-    ``has_one_history``: all rows have the same history, as candidates of one request have, so that
-    what follows from it alone is found once.
-    """
-
-    user_ids_B: Ints
-    item_ids_B: Ints
-    label_times_B: Ints
-    rq_BL: Ints
-    vq_BK: Ints
-    history_item_ids_H: Ints
-    history_lengths_B: Ints
-    labels_BT: Floats
-    is_train_B: npt.NDArray[np.bool_]
-    user_columns: Mapping[str, pa.Array] = field(default_factory=dict)
-    has_one_history: bool = False
-
-    def one_history(self) -> "tuple[Ints, Ints, int]":
-        """Return the items and label times of the first history, and how many rows repeat it.
-
-        Where histories differ, all of them are one, which nothing repeats.
-        """
-        label_times_H = np.repeat(self.label_times_B, self.history_lengths_B)
-        if not self.has_one_history:
-            return self.history_item_ids_H, label_times_H, 1
-        length = int(self.history_lengths_B[0])
-        return self.history_item_ids_H[:length], label_times_H[:length], len(self.item_ids_B)
 
 
 @dataclass(frozen=True)
@@ -182,13 +144,15 @@ class BatchBuilder:
 
         Args:
             rows: Columns of B rows.
-            dropout_rng: Source of ID dropout; given for train rows only.
+            dropout_rng: Source of ID and code dropout; given for train rows only.
 
         Returns:
             A batch whose sparse features stand in the order of ``feature_names``.
         """
+        if dropout_rng is not None and self.config.code_dropout:
+            rows = rows.without_some_codes(self.config.code_dropout, dropout_rng)
         searched = self._searched(rows)
-        rows = _cut_histories(rows, self.config.history_length)
+        rows = rows.with_latest_history(self.config.history_length)
         history = self._history_codes(rows)
         hidden = self._hidden(len(rows.user_ids_B), dropout_rng)
         features = self._sparse_features(rows, hidden) | self._code_features(rows, history)
@@ -317,7 +281,7 @@ class BatchBuilder:
         """Return the items of the long history that are most like the target by their vectors."""
         if not self.config.has("long_history"):
             return None
-        rows = _cut_histories(rows, self.config.long_history_length)
+        rows = rows.with_latest_history(self.config.long_history_length)
         assert self.vector_lookup is not None
         lengths_B = rows.history_lengths_B
         similarities_H = searched_cosines(
@@ -405,15 +369,3 @@ def _segment_sums(values_H: Ints, lengths_B: Ints) -> Ints:
     ends_B = np.cumsum(lengths_B)
     sums_B: Ints = cumulative[ends_B] - cumulative[ends_B - lengths_B]
     return sums_B
-
-
-def _cut_histories(rows: RowColumns, history_length: int) -> RowColumns:
-    lengths_B = rows.history_lengths_B
-    if not len(lengths_B) or lengths_B.max() <= history_length:
-        return rows
-    starts_B = np.cumsum(lengths_B) - lengths_B
-    places_H = np.arange(len(rows.history_item_ids_H)) - np.repeat(starts_B, lengths_B)
-    parts = {part.name: getattr(rows, part.name) for part in fields(rows)}
-    parts["history_item_ids_H"] = rows.history_item_ids_H[places_H < history_length]
-    parts["history_lengths_B"] = np.minimum(lengths_B, history_length)
-    return RowColumns(**parts)

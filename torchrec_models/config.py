@@ -225,6 +225,14 @@ class RankerConfig(Section):
         lt=1,
         description="Share of train rows whose user id, and whose item id, reads as unseen.",
     )
+    code_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of train rows whose candidate reads as an item without codes. Codes of "
+        "an item that has train rows have learnt from these rows, those of a cold item have not: "
+        "without dropout the ranker trusts cold items' codes too much.",
+    )
     embedding_dropout: float = Field(
         default=0.0,
         ge=0,
@@ -302,7 +310,7 @@ class RankerConfig(Section):
     keep_checkpoints: int = Field(
         default=3, gt=0, description="Newest finished checkpoints of a service that are kept."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of weights, shuffling and ID dropout.")
+    seed: int = Field(default=0, ge=0, description="Seed of weights, shuffling and dropout.")
 
     @model_validator(mode="after")
     def _check_shapes(self) -> "RankerConfig":

@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qarm_feast.errors import DataError
-from torchrec_models.batch import BatchBuilder, Ints, RankingBatch, RowColumns
+from torchrec_models.batch import BatchBuilder, RankingBatch
 from torchrec_models.prefetch import prefetched
+from torchrec_models.row_columns import Ints, RowColumns
 from torchrec_models.sharding import Ranks
 
 _SCAN_ROWS = 16384

@@ -23,14 +23,7 @@ from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import CodeReader, ScoringInputs
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.serving_log import open_serving_log
-from torchrec_models.batch import (
-    BatchBuilder,
-    Floats,
-    HistoryCodes,
-    Ints,
-    RankingBatch,
-    RowColumns,
-)
+from torchrec_models.batch import BatchBuilder, HistoryCodes, RankingBatch
 from torchrec_models.checkpoint import Checkpoint, CheckpointManifest
 from torchrec_models.config import FeatureName, RankerConfig
 from torchrec_models.dependency import silence_tracing_notice
@@ -39,6 +32,7 @@ from torchrec_models.inputs import resolve_codebook_version
 from torchrec_models.leaks import to_microseconds
 from torchrec_models.options import TrainedName
 from torchrec_models.ranker import ranker_logits
+from torchrec_models.row_columns import Floats, Ints, RowColumns
 from torchrec_models.side_tables import SideTables
 from torchrec_models.tables import ranker_tables, sparse_feature_names
 from torchrec_models.vocabulary import Vocabularies

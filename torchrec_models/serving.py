@@ -20,12 +20,12 @@ from qarm_feast.reader import CodeReader
 from qarm_feast.registry import CodebookRegistry, VersionState
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.serving_log import open_serving_log
-from torchrec_models.batch import Ints
 from torchrec_models.checkpoint import CheckpointManifest
 from torchrec_models.config import RankerConfig
 from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.inputs import resolve_codebook_version
 from torchrec_models.options import TrainedName
+from torchrec_models.row_columns import Ints
 from torchrec_models.score import READS_VECTORS, OnlineScorer, Ranking, open_trained
 
 _SERVED_STATES = (VersionState.LIVE, VersionState.DEFAULT)

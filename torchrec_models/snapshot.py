@@ -16,8 +16,9 @@ import torch
 
 from qarm_feast.errors import ConfigError
 from qarm_feast.schema import ABSENT_CODE
-from torchrec_models.batch import HistoryCodes, Ints
+from torchrec_models.batch import HistoryCodes
 from torchrec_models.id_index import IdIndex
+from torchrec_models.row_columns import Ints
 from torchrec_models.row_store import vectors_file
 
 

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RowColumns
+from torchrec_models.batch import BatchBuilder, HistoryCodes
 from torchrec_models.config import FeatureName, RankerConfig
+from torchrec_models.row_columns import Ints, RowColumns
 from torchrec_models.vector_inputs import Bools
 from torchrec_models.vocabulary import IdVocabulary, Vocabularies
 

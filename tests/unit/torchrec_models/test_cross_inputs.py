@@ -24,8 +24,9 @@ from qarm_feast.online_stores import code_online_store
 from qarm_feast.reader import CodeReader
 from qarm_feast.repo_paths import open_feature_store
 from qarm_feast.schema import CODE_ROWS, RECENT_ITEM_ROWS
-from torchrec_models.batch import BatchBuilder, RowColumns
+from torchrec_models.batch import BatchBuilder
 from torchrec_models.config import RankerConfig
+from torchrec_models.row_columns import RowColumns
 from torchrec_models.score import ReadHistory
 from torchrec_models.vocabulary import IdVocabulary, Vocabularies
 

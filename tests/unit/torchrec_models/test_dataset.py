@@ -208,6 +208,23 @@ def test_id_dropout_hits_the_target_ids_of_train_rows_only(inputs: TrainInputs) 
     assert (trained["history_item_id"].values() != 0).all()
 
 
+def test_code_dropout_hits_the_codes_of_train_candidates_only(inputs: TrainInputs) -> None:
+    features = ("rq_code", "vq_code", "history_rq_code", "cross")
+    config = RankerConfig(features=features, batch_size=4000, code_dropout=0.5)
+    dataset = make_dataset(inputs, "train", config, Ranks(0, 1))
+
+    trained = next(dataset.train_batches(seed=0, epoch=0, window_rows=10_000))
+    evaluated = next(dataset.eval_batches())
+
+    lost = trained.sparse_features["rq_0"].lengths() == 0
+    assert 0.45 < lost.float().mean() < 0.55
+    for name in ("rq_1", "vq_code"):
+        assert torch.equal(trained.sparse_features[name].lengths() == 0, lost)
+    assert not trained.dense_features[lost].any()
+    assert trained.sparse_features["history_rq_0"].lengths()[lost].any()
+    assert evaluated.sparse_features["rq_0"].lengths().all()
+
+
 def test_item_rows_stay_themselves_where_ids_are_dropped(inputs: TrainInputs) -> None:
     dataset = make_dataset(inputs, "train", RankerConfig(batch_size=4000), Ranks(0, 1))
     items = pq.read_table(inputs.store.split_path("train"))["item_id"].to_numpy()

@@ -20,11 +20,11 @@ from qarm_feast.errors import ConfigError
 from qarm_feast.online_stores.codec import Column
 from qarm_feast.online_stores.rows import ColumnBatch
 from qarm_feast.reader import ScoringInputs
-from torchrec_models.batch import Floats, Ints
 from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, build_trained_ranker
 from torchrec_models.config import FeatureName, RankerConfig, TaskConfig
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.ranker import RankerTrainTask, build_ranker, ranker_logits
+from torchrec_models.row_columns import Floats, Ints
 from torchrec_models.row_store import code_sizes
 from torchrec_models.score import OnlineScorer
 from torchrec_models.sharding import Ranks, process_group

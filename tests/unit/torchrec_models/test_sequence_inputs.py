@@ -3,8 +3,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from torchrec_models.batch import BatchBuilder, HistoryCodes, Ints, RankingBatch, RowColumns
+from torchrec_models.batch import BatchBuilder, HistoryCodes, RankingBatch
 from torchrec_models.config import RankerConfig
+from torchrec_models.row_columns import Ints, RowColumns
 from torchrec_models.sequence_inputs import (
     PickedItems,
     most_similar_places,

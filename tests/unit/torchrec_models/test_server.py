@@ -14,8 +14,8 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from qarm_feast.errors import CodebookMismatchError, ConfigError, DataError, ServiceUnavailableError
-from torchrec_models.batch import Ints
 from torchrec_models.config import FeatureName, RankerConfig
+from torchrec_models.row_columns import Ints
 from torchrec_models.score import Ranking
 from torchrec_models.server import RankServer
 from torchrec_models.serving import Agreement, Served, ServingConfig
