@@ -7,16 +7,18 @@ that starts again fetches no codebook anew. May import: the standard library, th
 """
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from qarm_feast.errors import CorruptArtifactError
+from qarm_feast.errors import ConfigError, CorruptArtifactError
 from qarm_feast.object_store import Place, StorePath
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ _CACHE_DAYS = 30.0
 _CACHED_NAME = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\..*")
 """A cached file, or one that is being written, or was when a kill ended it."""
 _DAY_SECONDS = 86_400.0
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def replace_file(path: Place, payload: bytes) -> None:
@@ -39,6 +43,44 @@ def replace_file(path: Place, payload: bytes) -> None:
     temporary = _write_temporary(path, payload)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def replace_folder(filled: Path, final: Path) -> None:
+    """Give a filled folder its final name, in place of another one; readers see old or new.
+
+    1. Its files are fsynced, and its entries.
+    2. It takes the name; where a folder has that, the two names are exchanged in one step.
+    3. The old folder, which has the temporary name by now, is removed.
+
+    Args:
+        filled: A folder of files beside ``final``, complete.
+        final: Its name to be.
+
+    Raises:
+        ConfigError: If a folder has the name and the file system cannot exchange (as NFS).
+    """
+    for path in filled.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(filled)
+    if final.exists():
+        _exchange(filled, final)
+    else:
+        filled.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(filled, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchange two names: Linux can, and the standard library has no call for it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(first), os.fsencode(second)
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise ConfigError(
+            f"the file system cannot exchange {first} and {second} ({reason}), so {second} stays "
+            "as it was; remove it, then run the same command again"
+        )
 
 
 def remove_file(path: Place) -> None:

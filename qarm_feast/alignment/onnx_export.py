@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qarm_feast.alignment.backbones.base import TowerInput, TunableBackbone, is_tunable
 from qarm_feast.alignment.encoder import ItemEncoder
+from qarm_feast.artifact import replace_folder
 from qarm_feast.errors import MissingDependencyError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def onnx_folder(encoder_uri: str, encoder_version: str) -> Path:
 def export_onnx(encoder: ItemEncoder, encoder_uri: str) -> Path:
     """Write the graphs of an encoder, all of them or nothing, in place of earlier ones.
 
+    A kill at any point leaves the earlier ones or all of the new ones.
+
     Args:
         encoder: A loaded encoder.
         encoder_uri: Folder of encoder artifacts.
@@ -53,6 +56,7 @@ def export_onnx(encoder: ItemEncoder, encoder_uri: str) -> Path:
 
     Raises:
         MissingDependencyError: If onnx or onnxscript is not installed.
+        ConfigError: If earlier ones are there and the file system cannot exchange folders.
     """
     _check_packages()
     final = onnx_folder(encoder_uri, encoder.version)
@@ -65,8 +69,7 @@ def export_onnx(encoder: ItemEncoder, encoder_uri: str) -> Path:
             _write(_Tower(backbone), inputs, "features", temporary / f"{modality}.onnx")
     fusion = _Fusion(encoder.head, list(encoder.backbones))
     _write(fusion, _fusion_inputs(encoder), "embeddings", temporary / f"{FUSION}.onnx")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    replace_folder(temporary, final)
     return final
 
 

@@ -1,5 +1,6 @@
 """ONNX graphs against torch: largest difference of any number 1e-4, of unit vectors 1e-5."""
 
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from qarm_feast.alignment import onnx_export
 from qarm_feast.alignment.backbones.base import Backbone, is_tunable
 from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.config import AlignmentConfig, QFormerConfig
@@ -124,3 +126,27 @@ def test_bundled_backbones_have_graphs(
 
     inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     assert_tower_alike(folder, modality, encoder, inputs)
+
+
+def test_an_export_that_is_killed_leaves_the_earlier_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = new_encoder(AlignmentConfig(), ("embedding",))
+    made = b"earlier"
+    # The exporter itself takes seconds.
+    monkeypatch.setattr(onnx_export, "_write", lambda *given: given[-1].write_bytes(made))
+    folder = export_onnx(encoder, str(tmp_path))
+
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    made = b"new"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(encoder, str(tmp_path))
+
+    assert (folder / "fusion.onnx").read_bytes() == b"earlier"
+    export_onnx(encoder, str(tmp_path))
+    assert (folder / "fusion.onnx").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["e1.onnx"]
