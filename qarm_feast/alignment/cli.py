@@ -51,7 +51,7 @@ def train(config_path: str, parent: str | None, log_level: str | None) -> None:
     A training that was killed goes on when it is started again. On many processes: torchrun
     --nproc-per-node 2 -m qarm_feast.alignment.train --config feature_repo/qarm.yaml.
     """
-    from qarm_feast.alignment.encoder import check_version_is_free, load_encoder
+    from qarm_feast.alignment.encoder import load_encoder
     from qarm_feast.alignment.gathering import is_first_process
     from qarm_feast.alignment.pairs import read_pairs
     from qarm_feast.alignment.train import train_and_save
@@ -59,7 +59,6 @@ def train(config_path: str, parent: str | None, log_level: str | None) -> None:
     # Of many processes the first one tells; the others only what went wrong.
     start_logging(config_path, log_level if is_first_process() else "error")
     checked, config = _read_sections(config_path)
-    check_version_is_free(config.encoder_uri, config.encoder_version)
     known = None if parent is None else load_encoder(config.encoder_uri, parent)
     pairs = read_pairs(checked, config)
     encoder = train_and_save(checked, pairs, config, datetime.now(UTC), known)

@@ -12,7 +12,8 @@ May import: torch, numpy, pyarrow.
 import copy
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -24,18 +25,25 @@ import torch
 from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.config import AlignmentConfig
-from qarm_feast.alignment.encoder import EncoderManifest, ItemEncoder, backbone_manifests
+from qarm_feast.alignment.encoder import (
+    EncoderManifest,
+    ItemEncoder,
+    backbone_manifests,
+    check_version_is_free,
+)
 from qarm_feast.alignment.features import FeatureCache, ItemFeatures, read_features
 from qarm_feast.alignment.fitting import RunFiles, TrainingRun
 from qarm_feast.alignment.fusion import ContentFusion, build_fusion, content_width, fusion_sizes
-from qarm_feast.alignment.gathering import first_rank_first, joined_ranks
+from qarm_feast.alignment.gathering import first_rank_first, is_first_process, joined_ranks
 from qarm_feast.alignment.modalities import choose_modalities
 from qarm_feast.alignment.pair_rows import PairRows, pair_rows
 from qarm_feast.alignment.trainable import HeadItems, training_device
 from qarm_feast.alignment.training import Training, TrainingData
 from qarm_feast.alignment.tuning_run import TunedContent, Tuning
+from qarm_feast.errors import AlreadyRunningError
 from qarm_feast.input_data import InputData
 from qarm_feast.schema import ITEM_ID
+from qarm_feast.shared_state import LockTakenError, exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +61,9 @@ def train_and_save(
     2. The first rank saves the artifact.
     3. The states are removed; numbers of the run stay in ``<encoder_uri>/<version>.logs``.
 
-    A process that was killed before 3 goes on where it was when it is started again.
+    A process that was killed before 3 goes on where it was when it is started again. Two that train
+    one version at once would write over each other's states: the first rank holds a lock, which the
+    system gives back when it dies.
 
     Args:
         checked: Input data.
@@ -68,18 +78,37 @@ def train_and_save(
     Raises:
         DataError: If the items have no content that an encoder reads, or there are no pairs.
         ConfigError: If that version exists.
+        AlreadyRunningError: If another process trains that version.
     """
     folder = Path(config.encoder_uri)
     files = RunFiles(
         states=folder / f".{config.encoder_version}.training",
         logs=folder / f"{config.encoder_version}.logs",
     )
-    with joined_ranks() as ranks:
+    with _lock(folder, config.encoder_version), joined_ranks() as ranks:
         encoder = train_encoder(checked, pairs, config, created, parent, files)
         if ranks.is_first:
             encoder.save(config.encoder_uri)
             shutil.rmtree(files.states, ignore_errors=True)
     return encoder
+
+
+@contextmanager
+def _lock(folder: Path, version: str) -> Iterator[None]:
+    """Keep others from training this version; ranks but the first rest on the first one's lock."""
+    if not is_first_process():
+        yield
+        return
+    try:
+        with exclusive(folder / f".{version}.lock", wait_seconds=0):
+            # Only now: another process may just have saved it.
+            check_version_is_free(str(folder), version)
+            yield
+    except LockTakenError as error:
+        raise AlreadyRunningError(
+            f"another process trains encoder {version!r} in {folder}; let it finish, set "
+            f"alignment.encoder_version to another name, or {error}"
+        ) from error
 
 
 def train_encoder(

@@ -103,8 +103,8 @@ class RefreshSteps:
                 f"{folder} was made by another process after this refresh had chosen its name; "
                 "run `qarm refresh --encoder-version OTHER`"
             )
-        # What runs leave behind that were killed while they saved, or right after it.
-        for left_over in list(folder.parent.glob(f".{folder.name}.*")):
+        # Folders that runs leave behind which were killed while they saved, or right after it.
+        for left_over in list(folder.parent.glob(f".{folder.name}.*/")):
             shutil.rmtree(left_over)
         return StepResult(
             f"encoder {manifest.version} of {manifest.embedding_dim} numbers, parent "
