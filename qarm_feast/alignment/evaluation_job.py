@@ -19,6 +19,7 @@ from qarm_feast.alignment.evaluate import RAW, measure_vectors, report_of
 from qarm_feast.alignment.evaluation_page import evaluation_page
 from qarm_feast.alignment.export import catalogue_features
 from qarm_feast.alignment.gates import EncoderGateReading, check_gates, gate_readings
+from qarm_feast.alignment.judged_data import data_fingerprint, differences
 from qarm_feast.alignment.later_behaviour import read_behaviour
 from qarm_feast.alignment.masking import mask_figures
 from qarm_feast.artifact import MANIFEST_NAME, remove_file, replace_file, sha256
@@ -65,9 +66,9 @@ def evaluate_encoder(
 
     Returns:
         The report of :func:`qarm_feast.alignment.evaluate.report_of`, with ``encoder_version``,
-        ``encoder_hash``, ``codebook_version``, ``data`` and ``masked`` (see
-        :func:`qarm_feast.alignment.masking.mask_figures`); what each gate says of it; the files
-        ``<encoder_uri>/.reports/<version>/evaluation.json`` and ``.html``.
+        ``encoder_hash``, ``codebook_version``, ``data`` (which names the data: ``fingerprint``) and
+        ``masked`` (see :func:`qarm_feast.alignment.masking.mask_figures`); what each gate says of
+        it; the files ``<encoder_uri>/.reports/<version>/evaluation.json`` and ``.html``.
 
     Raises:
         DataError: If data or encoder are missing or broken.
@@ -76,11 +77,15 @@ def evaluate_encoder(
     config = load_section(config_path, "alignment", AlignmentConfig)
     if encoder_version is not None:
         config = config.model_copy(update={"encoder_version": encoder_version})
-    checked = load_input_data(load_section(config_path, "data", DataConfig))
+    data = load_section(config_path, "data", DataConfig)
+    # Before the data is read: what is replaced meanwhile is refused, not let pass.
+    fingerprint = data_fingerprint(data)
+    checked = load_input_data(data)
     codebook = _codebook_of(
         load_section(config_path, "codebook", CodebookConfig), config, codebook_version
     )
     report = _measure(checked, config, codebook)
+    report["data"]["fingerprint"] = fingerprint
     readings = gate_readings(report, config.gates)
     report_path = evaluation_path(config)
     page_path = report_path.with_name(_PAGE_NAME)
@@ -111,36 +116,56 @@ def _measure(
     }
 
 
-def check_accepted(config: AlignmentConfig) -> list[EncoderGateReading]:
+def check_accepted(config: AlignmentConfig, data: DataConfig) -> list[EncoderGateReading]:
     """Return what each gate says of the encoder's last evaluation; refuse it if one is missed.
 
     Args:
         config: Section ``alignment``.
+        data: Section ``data``: what the encoder must have been judged on.
 
     Returns:
         One reading per gate.
 
     Raises:
         DataError: If there is no such encoder.
-        GateRefusedError: If exactly this encoder was not evaluated, or see :func:`check_gates`.
+        GateRefusedError: If exactly this encoder was not evaluated on exactly this data, or see
+            :func:`check_gates`.
     """
     read_encoder_manifest(config.encoder_uri, config.encoder_version)
     path = evaluation_path(config)
-    report: Mapping[str, Any] = {}
-    if path.is_file():
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise GateRefusedError(
-                f"{path} is damaged ({error}); run `qarm align evaluate` again"
-            ) from error
+    report = _read_report(path)
     if report.get("encoder_hash") != _encoder_hash(config):
         raise GateRefusedError(
             f"encoder {config.encoder_version!r} was not evaluated as it is ({path} holds "
             f"{report.get('encoder_hash', 'nothing')}, the encoder is {_encoder_hash(config)}); "
             "run `qarm align evaluate` first"
         )
+    judged = report.get("data", {}).get("fingerprint")
+    if judged is None:
+        raise GateRefusedError(
+            f"{path} does not say which data encoder {config.encoder_version!r} was judged on (an "
+            f"earlier qarm-feast wrote it), and {data.input_dir} may be other data; run `qarm "
+            "align evaluate` again"
+        )
+    if changed := differences(judged, data_fingerprint(data)):
+        raise GateRefusedError(
+            f"encoder {config.encoder_version!r} was judged on other data ({path}) than lies in "
+            f"{data.input_dir}: {'; '.join(changed)}; run `qarm align evaluate` first"
+        )
     return check_gates(report, config.gates)
+
+
+def _read_report(path: Path) -> Mapping[str, Any]:
+    """Return the stored report, an empty one where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GateRefusedError(
+            f"{path} is damaged ({error}); run `qarm align evaluate` again"
+        ) from error
+    return report
 
 
 def evaluation_path(config: AlignmentConfig) -> Path:

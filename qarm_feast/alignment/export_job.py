@@ -150,14 +150,18 @@ def export_accepted(
 
     Raises:
         DataError: See there.
-        GateRefusedError: If the encoder was not evaluated as it is, or a gate is missed.
+        GateRefusedError: If the encoder was not evaluated as it is on this data, or a gate is
+            missed.
         AlreadyRunningError: See there.
     """
     config = load_section(config_path, "alignment", AlignmentConfig)
     version = encoder_version or config.encoder_version
     ignored: tuple[str, ...] = ()
     try:
-        check_accepted(config.model_copy(update={"encoder_version": version}))
+        check_accepted(
+            config.model_copy(update={"encoder_version": version}),
+            load_section(config_path, "data", DataConfig),
+        )
     except GateRefusedError as error:
         if not ignore_gates:
             raise

@@ -124,7 +124,7 @@ class RefreshSteps:
         found = evaluate_encoder(
             self._sections.config_path, encoder_version=self._state.encoder_version
         )
-        check_accepted(self._alignment)
+        check_accepted(self._alignment, self._sections.data)
         gates = [str(reading) for reading in found.readings]
         return StepResult(
             f"{gain_words(found.report, 'aligned')}; gates kept",

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -21,13 +22,13 @@ from qarm_feast.alignment.evaluation_job import (
     evaluate_encoder,
 )
 from qarm_feast.alignment.evaluation_page import evaluation_page
-from qarm_feast.alignment.gates import GATE_MEASURES, gate_readings
+from qarm_feast.alignment.gates import GATE_MEASURES, EncoderGateReading, gate_readings
 from qarm_feast.artifact import MANIFEST_NAME, sha256
 from qarm_feast.codebook import Codebook, EncoderFacts, QuantizerConfig
 from qarm_feast.config import load_section
 from qarm_feast.encode import content_hashes
 from qarm_feast.errors import CodebookMismatchError, GateRefusedError
-from qarm_feast.input_data import InputData
+from qarm_feast.input_data import DataConfig, InputData
 from qarm_feast.overrides import Overrides
 from qarm_feast.quantizers.rq import RqConfig
 from qarm_feast.quantizers.vq import VqConfig
@@ -53,6 +54,10 @@ def config_path(clustered: InputData, tmp_path: Path) -> Path:
 
 def settings(config_path: Path) -> AlignmentConfig:
     return load_section(str(config_path), "alignment", AlignmentConfig)
+
+
+def accepted(config_path: Path) -> list[EncoderGateReading]:
+    return check_accepted(settings(config_path), load_section(str(config_path), "data", DataConfig))
 
 
 def train_codebook(config_path: Path, items: InputData, version: str) -> Codebook:
@@ -82,7 +87,7 @@ def test_an_evaluation_is_stored_with_the_hash_of_its_encoder(config_path: Path)
     assert stored["encoder_hash"] == sha256(manifest.read_bytes())
     assert stored["codebook_version"] is None
     assert evaluation.page_path.read_text() == evaluation_page(stored, evaluation.readings)
-    assert check_accepted(settings(config_path)) == evaluation.readings
+    assert accepted(config_path) == evaluation.readings
 
 
 def test_another_encoder_than_that_of_the_configuration_can_be_evaluated(config_path: Path) -> None:
@@ -93,7 +98,8 @@ def test_another_encoder_than_that_of_the_configuration_can_be_evaluated(config_
 
     assert evaluation.report["encoder_version"] == "e7"
     assert evaluation.report_path.parent.name == "e7"
-    assert check_accepted(settings(config_path).model_copy(update={"encoder_version": "e7"}))
+    config_path.write_text(text)
+    assert accepted(config_path)
 
 
 def test_codes_of_the_newest_codebook_of_the_encoder_are_decoded_beside_the_vectors(
@@ -142,13 +148,53 @@ def test_a_codebook_of_another_encoder_is_refused_by_name_and_passed_over_otherw
 
 def test_an_encoder_that_was_not_evaluated_as_it_is_is_refused(config_path: Path) -> None:
     with pytest.raises(GateRefusedError, match=r"holds nothing.*run `qarm align evaluate` first"):
-        check_accepted(settings(config_path))
+        accepted(config_path)
     evaluate_encoder(str(config_path))
     manifest = config_path.parent / "data/encoders/e7" / MANIFEST_NAME
     manifest.write_text(manifest.read_text() + "\n")
 
     with pytest.raises(GateRefusedError, match="was not evaluated as it is"):
-        check_accepted(settings(config_path))
+        accepted(config_path)
+
+
+@pytest.mark.parametrize("name", ["items", "interactions"])
+def test_an_encoder_that_was_judged_on_other_data_is_refused_with_both_hashes(
+    config_path: Path, clustered: InputData, name: str
+) -> None:
+    path = clustered.directory / f"{name}.parquet"
+    judged = sha256(path.read_bytes())
+    evaluate_encoder(str(config_path))
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, table.num_rows - 1), path)
+    now = sha256(path.read_bytes())
+
+    told = rf"other data .*{name}.parquet was {judged}, is {now}; run `qarm align evaluate` first"
+    with pytest.raises(GateRefusedError, match=told):
+        accepted(config_path)
+
+
+def test_an_encoder_that_was_judged_on_other_validation_rows_is_refused(config_path: Path) -> None:
+    evaluate_encoder(str(config_path))
+    text = config_path.read_text()
+    config_path.write_text(text.replace("{input_dir: input}", "{input_dir: input, valid_days: 3}"))
+
+    with pytest.raises(GateRefusedError, match=r": data.valid_days was auto, is 3.0; run `qarm al"):
+        accepted(config_path)
+
+    # How much of a history is read alters none of them.
+    config_path.write_text(text.replace("input}", "input, history_length: 7}"))
+    assert accepted(config_path)
+
+
+def test_a_report_that_does_not_name_its_data_is_refused_with_the_next_command(
+    config_path: Path,
+) -> None:
+    evaluation = evaluate_encoder(str(config_path))
+    del evaluation.report["data"]["fingerprint"]
+    evaluation.report_path.write_text(json.dumps(evaluation.report))
+
+    with pytest.raises(GateRefusedError, match=r"does not say which data.*`qarm align evaluate` a"):
+        accepted(config_path)
 
 
 def test_a_missed_gate_is_told_by_the_command_and_refuses_the_encoder(config_path: Path) -> None:
@@ -163,7 +209,7 @@ def test_a_missed_gate_is_told_by_the_command_and_refuses_the_encoder(config_pat
     assert told.exit_code == 0
     assert "least upper end +0.9000: missed" in told.stdout
     with pytest.raises(GateRefusedError, match="min_neighbor_auc_gain: neighbor_auc_all"):
-        check_accepted(settings(config_path))
+        accepted(config_path)
 
 
 def test_an_evaluation_killed_at_any_point_leaves_no_page_of_other_figures(
@@ -298,4 +344,4 @@ def test_a_damaged_report_is_refused_with_the_next_command(config_path: Path) ->
     evaluate_encoder(str(config_path)).report_path.write_text("{")
 
     with pytest.raises(GateRefusedError, match=r"damaged.*run `qarm align evaluate` again"):
-        check_accepted(settings(config_path))
+        accepted(config_path)
