@@ -7,6 +7,7 @@ that ``--help`` stays fast. May import: click.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -17,9 +18,12 @@ from qarm_feast.config import load_section
 from qarm_feast.errors import DataError
 
 if TYPE_CHECKING:
+    from feast import FeatureStore
+
     from qarm_feast.rollout import Rollout
     from qarm_feast.rollout_sample import Comparison
     from qarm_feast.rollout_status import Partition, RolloutParts, RolloutStatus
+    from streaming.config import StreamConfig
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 Engine = Literal["local", "ray"]
@@ -185,53 +189,66 @@ def open_parts(config_path: str, engine: Engine = "local") -> "RolloutParts":
         ConfigError: If the configuration is wrong.
     """
     from qarm_feast.alignment.config import AlignmentConfig
-    from qarm_feast.artifact import MANIFEST_NAME
     from qarm_feast.feature_views import read_repository_facts
-    from qarm_feast.online_tables import FeastOnlineTables
     from qarm_feast.repo_paths import open_feature_store
     from qarm_feast.rollout_status import RolloutParts
-    from qarm_feast.schema import code_view_name
     from streaming.config import StreamConfig
 
     repo_dir = Path(config_path).resolve().parent
     stream = load_section(config_path, "stream", StreamConfig)
     encoder_dir = Path(load_section(config_path, "alignment", AlignmentConfig).encoder_uri)
     ranker_name = read_repository_facts(repo_dir).ranker_name
-    store = open_feature_store(repo_dir)
-
-    def first_offsets(version: str) -> "dict[Partition, int | None]":
-        from streaming.acknowledgements import read_acknowledgements
-
-        return {
-            (topic, partition): None if told is None else told.first_offsets.get(version)
-            for (topic, partition), told in read_acknowledgements(stream).items()
-        }
-
-    def backfill(version: str, up_to: "Mapping[Partition, int]") -> object:
-        from qarm_feast.backfill import backfill_codes
-
-        counts = backfill_codes(config_path, version, up_to=up_to, engine=engine)
-        if counts.num_damaged_parts:
-            # A takedown in it would be missed, and its item come back with the catalogue.
-            raise DataError(
-                f"{counts.num_damaged_parts} damaged parts of the content log were left out of the "
-                f"backfill of {version!r}; `qarm offline status` lists those in quarantine: mend "
-                "and move them back, or delete them, then run "
-                f"`qarm rollout start --codebook-version {version}`"
-            )
-        return counts
-
-    def verify(version: str, previous: str) -> "Comparison":
-        from qarm_feast.rollout_sample import compare_versions
-
-        return compare_versions(config_path, version, previous)
-
     return RolloutParts(
-        # Anew for each look: the tables remember a view that is dropped by now.
-        has_view=lambda version: FeastOnlineTables(store).has_view(code_view_name(version)),
-        first_offsets=first_offsets,
-        has_encoder=lambda version: (encoder_dir / version / MANIFEST_NAME).is_file(),
-        backfill=backfill,
-        verify=verify,
+        has_view=partial(_has_view, open_feature_store(repo_dir)),
+        first_offsets=partial(_first_offsets, stream),
+        has_encoder=partial(_has_encoder, encoder_dir),
+        backfill=partial(_backfill, config_path, engine),
+        verify=partial(_verify, config_path),
         service_name=lambda version: f"{ranker_name}_{version}",
     )
+
+
+def _has_view(store: "FeatureStore", version: str) -> bool:
+    from qarm_feast.online_tables import FeastOnlineTables
+    from qarm_feast.schema import code_view_name
+
+    # Anew for each look: the tables remember a view that is dropped by now.
+    return FeastOnlineTables(store).has_view(code_view_name(version))
+
+
+def _first_offsets(stream: "StreamConfig", version: str) -> "dict[Partition, int | None]":
+    from streaming.acknowledgements import read_acknowledgements
+
+    return {
+        (topic, partition): None if told is None else told.first_offsets.get(version)
+        for (topic, partition), told in read_acknowledgements(stream).items()
+    }
+
+
+def _has_encoder(encoder_dir: Path, encoder_version: str) -> bool:
+    from qarm_feast.artifact import MANIFEST_NAME
+
+    return (encoder_dir / encoder_version / MANIFEST_NAME).is_file()
+
+
+def _backfill(
+    config_path: str, engine: Engine, version: str, up_to: "Mapping[Partition, int]"
+) -> object:
+    from qarm_feast.backfill import backfill_codes
+
+    counts = backfill_codes(config_path, version, up_to=up_to, engine=engine)
+    if counts.num_damaged_parts:
+        # A takedown in it would be missed, and its item come back with the catalogue.
+        raise DataError(
+            f"{counts.num_damaged_parts} damaged parts of the content log were left out of the "
+            f"backfill of {version!r}; `qarm offline status` lists those in quarantine: mend "
+            "and move them back, or delete them, then run "
+            f"`qarm rollout start --codebook-version {version}`"
+        )
+    return counts
+
+
+def _verify(config_path: str, version: str, previous: str) -> "Comparison":
+    from qarm_feast.rollout_sample import compare_versions
+
+    return compare_versions(config_path, version, previous)

@@ -10,7 +10,6 @@ catalogue or part size left behind is removed. May import: filelock, ray (by nam
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import read_encoder_manifest
 from qarm_feast.alignment.evaluation_job import check_accepted
 from qarm_feast.alignment.export import raw_vectors_folder
+from qarm_feast.alignment.export_folder import ExportFolder
 from qarm_feast.alignment.export_parts import (
     ExportJob,
     ExportManifest,
@@ -30,9 +30,8 @@ from qarm_feast.alignment.export_parts import (
     PartTask,
     PartWriter,
     VectorKind,
-    read_export_manifest,
 )
-from qarm_feast.artifact import MANIFEST_NAME, file_sha256, sync_folder
+from qarm_feast.artifact import MANIFEST_NAME, file_sha256
 from qarm_feast.config import load_section
 from qarm_feast.errors import AlreadyRunningError, DataError, GateRefusedError
 from qarm_feast.input_data import ITEMS_FILE, DataConfig, read_catalogue_times
@@ -249,7 +248,7 @@ class _Export:
             # First: the aligned vectors are what others wait for.
             folders = {"raw": raw_folder, "aligned": folder}
         self._targets = [
-            _Target(
+            ExportFolder(
                 folder,
                 ExportManifest(
                     vectors=kind,
@@ -311,79 +310,6 @@ class _Export:
                 end = min((number + 1) * size, num_items)
                 tasks.append(PartTask(number * size, end, missing))
         return tasks
-
-
-class _Target:
-    """A folder of parts: the one that has the name, and the one that is being filled.
-
-    Args:
-        folder: Where readers look.
-        wanted: The manifest that it shall have, without parts.
-    """
-
-    def __init__(self, folder: Path, wanted: ExportManifest) -> None:
-        self.folder = folder
-        self._partial = folder.with_name(f".{folder.name}.partial")
-        self._names = wanted.part_names()
-        standing = _same_export(folder, wanted)
-        self._is_published = standing is not None and set(standing.parts) == set(self._names)
-        self.manifest = standing if standing and self._is_published else wanted
-        if not self._is_published and (begun := _same_export(self._partial, wanted)):
-            wanted.add(begun.parts)
-        elif not self._is_published:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def missing(self, number: int) -> Path | None:
-        """Return where a part is to be written; None if it is there."""
-        name = self._names[number]
-        if self._is_published or name in self.manifest.parts:
-            return None
-        self._partial.mkdir(parents=True, exist_ok=True)
-        return self._partial / name
-
-    def note(self, result: PartResult) -> None:
-        """Name the parts that are written, if they are of this folder."""
-        own = {path.name: facts for path, facts in result.items() if path.parent == self._partial}
-        if own:
-            self.manifest.add(own)
-            self.manifest.write(self._partial)
-
-    def publish(self) -> None:
-        """Give the folder its name; see the module's docstring."""
-        replaced = self.folder.with_name(f".{self.folder.name}.replaced")
-        if not self._is_published:
-            # Once more: one that was killed may have come to the end with other gates ignored.
-            self.manifest.write(self._partial)
-            for killed in self._partial.glob(".*.tmp"):
-                killed.unlink()
-            sync_folder(self._partial)
-            shutil.rmtree(replaced, ignore_errors=True)
-            if self.folder.exists():
-                self.folder.rename(replaced)
-            self._partial.rename(self.folder)
-            sync_folder(self.folder.parent)
-            self._is_published = True
-        for left_over in (self._partial, replaced):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _same_export(folder: Path, wanted: ExportManifest) -> ExportManifest | None:
-    """Return the manifest in ``folder`` if it is of the wanted export, without parts that are gone.
-
-    Args:
-        folder: A folder of parts; it need not exist.
-        wanted: What to compare with.
-
-    Returns:
-        The manifest, or None.
-    """
-    found = read_export_manifest(folder)
-    if found is None or found.key != wanted.key:
-        return None
-    there = {name: facts for name, facts in found.parts.items() if (folder / name).is_file()}
-    found.parts = {}
-    found.add(there)
-    return found
 
 
 class _Meter:
