@@ -18,14 +18,14 @@ from qarm_feast.metrics_log import NoMetricsLog
 _PAGE_BYTES = resource.getpagesize()
 
 
-def step_bytes(backbone: str, num_items: int, batch_size: int, chunk_size: int | None) -> int:
+def step_bytes(backbone: str, num_items: int, batch_size: int, chunk_size: int) -> int:
     """Return by how much memory grows from before a step to its peak.
 
     Args:
         backbone: Folder of the text model.
         num_items: Items to draw pairs from.
         batch_size: Pairs of the step.
-        chunk_size: Items embedded at a time; None: all of the step at once.
+        chunk_size: Items embedded at a time.
 
     Returns:
         Bytes of resident memory, or of a GPU's.
@@ -36,7 +36,7 @@ def step_bytes(backbone: str, num_items: int, batch_size: int, chunk_size: int |
         return pool.apply(_measure, (backbone, num_items, batch_size, chunk_size))
 
 
-def _measure(backbone: str, num_items: int, batch_size: int, chunk_size: int | None) -> int:
+def _measure(backbone: str, num_items: int, batch_size: int, chunk_size: int) -> int:
     config = AlignmentConfig(batch_size=batch_size, chunk_size=chunk_size, tuning="lora")
     titles = made_titles(num_items)
     items = lora_items(titles, lora_features(titles, backbone, config), backbone, config)

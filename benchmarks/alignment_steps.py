@@ -37,6 +37,8 @@ from qarm_feast.metrics_log import NoMetricsLog
 FEATURE_DIM = 384
 PAIRS_PER_ITEM = 8
 HEAD_BATCH, LORA_BATCH = 1024, 64
+WHOLE_STEP = 1 << 20
+"""A chunk that no step fills: nothing is embedded twice, as in the bare loop."""
 _VOCABULARY = 5_000
 
 
@@ -206,7 +208,7 @@ class LoraArms(Arms):
     """
 
     def __init__(self, sizes: Sizes, backbone: str) -> None:
-        config = AlignmentConfig(batch_size=LORA_BATCH, tuning="lora")
+        config = AlignmentConfig(batch_size=LORA_BATCH, chunk_size=WHOLE_STEP, tuning="lora")
         self._titles = made_titles(sizes.lora_items)
         self._max_tokens = config.max_tokens
         self._folder = Path(backbone)

@@ -228,7 +228,8 @@ class AlignmentConfig(Section):
         default=None,
         gt=0,
         description="Items embedded at a time, by gradient caching: less memory, twice the forward "
-        "passes; null: a step's items at once.",
+        "passes. null: a step's items at once with tuning: frozen, 128 with lora and full. A step "
+        "has at most 2 * batch_size + 512 items; from there on a number means all at once.",
     )
     temperature: float = Field(default=0.07, gt=0, description="Divides cosines in the loss.")
     learn_temperature: bool = Field(

@@ -98,7 +98,8 @@ class PairTrainer:
 
     Args:
         task: Model and data.
-        config: Temperature, rates, batch and chunk sizes, seed.
+        config: Temperature, rates, batch and chunk sizes, seed. Without a chunk size, tuned
+            backbones embed 128 items at a time: a step's items at once took 7 GiB.
         progress: Is told of each step.
     """
 
@@ -108,6 +109,9 @@ class PairTrainer:
         self._config = config
         self._progress = progress
         self._device = task.content_MD.device
+        self._chunk_size = config.chunk_size
+        if self._chunk_size is None and task.items.backbone_parameters():
+            self._chunk_size = _EMBED_ROWS_TUNED
         self._temperature = Temperature(config.temperature, config.learn_temperature)
         self._temperature.to(self._device)
         groups = _parameter_groups(task.items, self._temperature, config)
@@ -209,7 +213,7 @@ class PairTrainer:
             self._embed,
             own_rows(items),
             partial(self._step_loss, batch, drawn, self._moved(places), len(items)),
-            self._config.chunk_size,
+            self._chunk_size,
             self._step_seed(),
         )
         sum_gradients(self._trained)

@@ -24,9 +24,14 @@ from qarm_feast.alignment import gradient_cache, trainable
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.features import features_of_vectors
 from qarm_feast.alignment.fusion import AlignmentHead
+from qarm_feast.alignment.gathering import current_ranks
+from qarm_feast.alignment.held_out import PairSplit
+from qarm_feast.alignment.pair_rows import BatchNegatives, PairRows
+from qarm_feast.alignment.progress import StepProgress
 from qarm_feast.alignment.train import start_head, train_head
 from qarm_feast.alignment.trainable import HeadItems
-from qarm_feast.alignment.trainer import embeddings
+from qarm_feast.alignment.trainer import PairTask, PairTrainer, embeddings
+from qarm_feast.metrics_log import NoMetricsLog
 
 CENTRED_WITHOUT_LOGQ = {"center_content": True, "logq_weight": 0.0}
 
@@ -137,6 +142,47 @@ def test_gradients_in_chunks_are_those_of_the_whole_batch() -> None:
         chunked = one_step(chunk_size)
         for name, tensor in whole.items():
             torch.testing.assert_close(chunked[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("is_tuned", "chunk_size", "expected"),
+    [
+        (False, None, [300]),
+        (True, None, [128, 128, 44] * 2),
+        (True, 200, [200, 100] * 2),
+        (True, 1000, [300]),
+    ],
+)
+def test_a_step_of_tuned_backbones_holds_few_items_at_a_time_unless_told_otherwise(
+    is_tuned: bool, chunk_size: int | None, expected: list[int]
+) -> None:
+    network = nn.Linear(4, 8)
+    x_ME = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    passes = []
+
+    class Items:
+        module = network
+
+        def __len__(self) -> int:
+            return 300
+
+        def backbone_parameters(self) -> list[nn.Parameter]:
+            return list(network.parameters()) if is_tuned else []
+
+        def embed(self, rows: np.ndarray) -> torch.Tensor:
+            passes.append(len(rows))
+            return nn.functional.normalize(network(x_ME[rows]), dim=1)
+
+    pairs = PairRows(np.arange(299), np.arange(1, 300), np.full(299, -1), np.ones(299, np.float32))
+    split = PairSplit(pairs, pairs, np.zeros(300, dtype=bool))
+    content_MD = nn.functional.normalize(x_ME, dim=1)
+    task = PairTask(Items(), content_MD, split, BatchNegatives(pairs, 300), 10.0)
+    config = SMALL.model_copy(update={"batch_size": 299, "chunk_size": chunk_size})
+    trainer = PairTrainer(task, config, StepProgress(NoMetricsLog(), current_ranks()))
+
+    trainer.train_epoch(np.random.default_rng(0))
+
+    assert passes == expected
 
 
 def test_mixed_precision_trains_float32_weights_to_nearly_the_same_place() -> None:
