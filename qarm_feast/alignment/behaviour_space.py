@@ -18,7 +18,7 @@ from scipy.sparse.linalg import eigsh
 
 from qarm_feast.alignment.blocks import Arrays, cut_blocks, map_blocks
 from qarm_feast.alignment.cooccurrence import count_shared, counting_arrays
-from qarm_feast.alignment.neighbors import best_per_row
+from qarm_feast.alignment.neighbors import best_per_row, popularity_factors
 from qarm_feast.alignment.positives import Positives
 
 _FIXED_POINT = 2.0**25
@@ -97,17 +97,22 @@ def _ppmi_block(
 
 
 def find_triggers(
-    positives: Positives, vectors_MB: np.ndarray, history_length: int, num_processes: int = 1
+    positives: Positives,
+    vectors_MB: np.ndarray,
+    history_length: int,
+    num_processes: int = 1,
+    popularity_power: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for every positive the most similar earlier positive of its user.
 
-    Events of one user at one time do not see each other. Of equal cosines the latest event wins.
+    Events of one user at one time do not see each other. Of equals the latest event wins.
 
     Args:
         positives: Positive rows.
         vectors_MB: Behaviour vectors, L2-normalised.
         history_length: Latest earlier positives that are searched.
         num_processes: Most processes that search; equal results for any number.
+        popularity_power: The most similar one is that of the greatest :func:`corrected` cosine.
 
     Returns:
         Trigger items (dense rows, int32) and cosines (float32), ``-inf`` where nothing is earlier.
@@ -121,6 +126,8 @@ def find_triggers(
         "ends_P": ends_P,
         "vectors_MB": np.rint(vectors_MB * _FIXED_POINT) / _FIXED_POINT,
     }
+    if popularity_power:
+        arrays["factors_M"] = popularity_factors(positives.users_per_item(), popularity_power)
     starts = cut_blocks(np.ones(len(starts_P), dtype=np.int64), _ROWS_PER_BLOCK)
     parts = list(map_blocks(_triggers_of_block, arrays, starts, num_processes))
     triggers_P = np.concatenate([triggers for triggers, _ in parts])
@@ -150,8 +157,26 @@ def _triggers_of_rows(arrays: Arrays, rows: slice) -> tuple[np.ndarray, np.ndarr
     cosines_CW = vectors_MB[arrays["items_P"][rows]] @ vectors_MB[items_W].T
     is_history_CW = (rows_W >= starts_C[:, None]) & (rows_W < ends_C[:, None])
     cosines_CW[~is_history_CW] = -np.inf
-    best_C = cosines_CW.argmax(axis=1)
+    scores_CW = cosines_CW
+    if "factors_M" in arrays:
+        scores_CW = corrected(cosines_CW, arrays["factors_M"][items_W])
+    best_C = scores_CW.argmax(axis=1)
     return items_W[best_C], cosines_CW[np.arange(len(best_C)), best_C].astype(np.float32)
+
+
+def corrected(cosines: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Return cosines after the popularity correction.
+
+    Args:
+        cosines: Of any shape; ``-inf`` stays.
+        factors: ``popularity_factors`` of the triggers, of a shape that goes with it. A cosine
+            below zero is divided by its own, so that who is popular loses there, too.
+
+    Returns:
+        float64, or what the two come to.
+    """
+    scores: np.ndarray = np.where(cosines < 0, cosines / factors, cosines * factors)
+    return scores
 
 
 def group_starts(*sorted_keys: np.ndarray) -> np.ndarray:

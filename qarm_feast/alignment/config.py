@@ -61,6 +61,13 @@ class PairConfig(Section):
     min_similarity: float = Field(
         default=0.2, ge=-1, le=1, description="U2I: least cosine of trigger and target."
     )
+    u2i_popularity_power: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="U2I: a trigger's cosine is divided by its number of users to this power, when "
+        "it is chosen and as its score; min_similarity is asked of the cosine itself.",
+    )
     max_pairs_per_item: int = Field(
         default=50, gt=0, description="U2I: best pairs kept per target item."
     )

@@ -18,11 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qarm_feast.alignment.behaviour_space import behaviour_vectors, find_triggers, group_starts
+from qarm_feast.alignment.behaviour_space import (
+    behaviour_vectors,
+    corrected,
+    find_triggers,
+    group_starts,
+)
 from qarm_feast.alignment.config import AlignmentConfig, PairConfig, PairSource
 from qarm_feast.alignment.item_cf import item_cf_neighbors
 from qarm_feast.alignment.judge import Judge, judge_pairs, load_judge
-from qarm_feast.alignment.neighbors import Neighbors, NeighborSearch
+from qarm_feast.alignment.neighbors import Neighbors, NeighborSearch, popularity_factors
 from qarm_feast.alignment.pair_report import EventCounts, PairReport, SourceCounts
 from qarm_feast.alignment.positives import Positives, count_train_positives, read_positives
 from qarm_feast.alignment.swing import swing_neighbors
@@ -255,11 +260,15 @@ def _u2i_pairs(positives: Positives, config: PairConfig, seed: int) -> _Pairs:
         config.max_cooccurrences,
         num_processes,
     )
+    power = config.u2i_popularity_power
     triggers_P, scores_P = find_triggers(
-        positives, vectors_MB, config.history_length, num_processes
+        positives, vectors_MB, config.history_length, num_processes, power
     )
     steps = {"scored": int(np.isfinite(scores_P).sum())}
     kept_R = np.flatnonzero(scores_P >= config.min_similarity)
+    if power:
+        factors_M = popularity_factors(positives.users_per_item(), power)
+        scores_P = corrected(scores_P, factors_M[triggers_P])
     steps["min_similarity"] = len(kept_R)
     kept_R = best_per_group(kept_R, positives.users_P, scores_P, config.max_pairs_per_user)
     steps["max_pairs_per_user"] = len(kept_R)

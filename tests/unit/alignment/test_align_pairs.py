@@ -165,6 +165,35 @@ def test_a_popularity_correction_gives_places_to_rarer_neighbors(load_rows: Load
     assert of_10 == {0.0: [12], 1.0: [11]}
 
 
+def test_a_popularity_correction_divides_the_score_of_u2i_and_leaves_its_threshold(
+    load_rows: Loader,
+) -> None:
+    # Three groups of four users with items of their own, and item 99 that everybody has first.
+    groups = ((10, 11, 12), (20, 21, 22), (30, 31, 32))
+    rows = [
+        (user, item, second, "train", True)
+        for user in range(12)
+        for second, item in enumerate((99, *groups[user % 3]))
+    ]
+    checked = load_rows(rows)
+    plain = PairConfig(sources=("u2i",), behaviour_dim=2, num_processes=1, min_similarity=0.0)
+
+    found = {
+        power: build_pairs(checked, plain.model_copy(update={"u2i_popularity_power": power}), 0)
+        for power in (0.0, 0.5)
+    }
+
+    before, after = (
+        {row["target_item_id"]: row for row in found[power].to_pylist()} for power in (0.0, 0.5)
+    )
+    # Item 11's histories hold 10, of 4 users, and 99, of 12.
+    assert before[11]["trigger_item_id"] == after[11]["trigger_item_id"] == 10
+    assert after[11]["score"] == pytest.approx(before[11]["score"] / 2)
+    limit = {"min_similarity": before[11]["score"] - 0.01, "u2i_popularity_power": 0.5}
+    above = build_pairs(checked, plain.model_copy(update=limit), 0)
+    assert 11 in above["target_item_id"].to_pylist()
+
+
 def keep_titles_alike(pairs: pa.Table) -> pa.ChunkedArray:
     return pc.equal(pairs["trigger_title"], pairs["target_title"])
 

@@ -6,7 +6,11 @@ import qarm_feast.alignment.cooccurrence as cooccurrence_module
 from qarm_feast.alignment.behaviour_space import behaviour_vectors, find_triggers
 from qarm_feast.alignment.positives import Positives, read_positives
 from qarm_feast.input_data import InputData
-from tests.unit.alignment.pair_cases import positives_of, random_positives, users_by_item
+from tests.unit.alignment.pair_cases import (
+    positives_of,
+    random_positives,
+    users_by_item,
+)
 
 
 def ppmi_reference(positives: Positives) -> np.ndarray:
@@ -20,9 +24,17 @@ def ppmi_reference(positives: Positives) -> np.ndarray:
 
 
 def trigger_reference(
-    positives: Positives, vectors_MB: np.ndarray, history_length: int
+    positives: Positives, vectors_MB: np.ndarray, history_length: int, power: float = 0.0
 ) -> list[tuple[int, float]]:
     """Return trigger and cosine of every positive by plain loops; (-1, -inf) without a history."""
+    num_users = [len(users) for users in users_by_item(positives)]
+
+    def score(pair: tuple[int, float]) -> float:
+        item, cosine = pair
+        if item < 0:
+            return cosine
+        return cosine / num_users[item] ** (power if cosine >= 0 else -power)
+
     rows = list(zip(positives.users_P, positives.times_P, positives.items_P, strict=True))
     found = []
     for user, time, target in rows:
@@ -30,7 +42,7 @@ def trigger_reference(
         best = (-1, -np.inf)
         for item in history[-history_length:]:
             cosine = float(vectors_MB[target].astype(float) @ vectors_MB[item].astype(float))
-            best = max(best, (item, cosine), key=lambda pair: pair[1])
+            best = max(best, (item, cosine), key=score)
         found.append(best)
     return found
 
@@ -105,9 +117,9 @@ def test_triggers_come_from_the_latest_positives_only() -> None:
     assert scores[2] == 0.0
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize(("num_processes", "power"), [(1, 0.0), (2, 0.0), (1, 0.7)])
 def test_triggers_equal_the_plain_loop_with_many_events_of_one_time(
-    num_processes: int, monkeypatch: pytest.MonkeyPatch
+    num_processes: int, power: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(space_module, "_ROWS_PER_PRODUCT", 4)
     monkeypatch.setattr(space_module, "_ROWS_PER_BLOCK", 30)
@@ -120,9 +132,9 @@ def test_triggers_equal_the_plain_loop_with_many_events_of_one_time(
              for when, item in enumerate(generator.permutation(60)[:25])]  # fmt: skip
     positives = positives_of(rows)
 
-    triggers, scores = find_triggers(positives, vectors_MB, 6, num_processes)
+    triggers, scores = find_triggers(positives, vectors_MB, 6, num_processes, power)
 
-    expected = trigger_reference(positives, vectors_MB, 6)
+    expected = trigger_reference(positives, vectors_MB, 6, power)
     has_history = np.isfinite(scores)
     assert has_history.tolist() == [item >= 0 for item, _ in expected]
     assert triggers[has_history].tolist() == [item for item, _ in expected if item >= 0]
@@ -136,3 +148,18 @@ def test_of_equally_similar_positives_the_latest_is_the_trigger() -> None:
     triggers, _ = find_triggers(positives, vectors_MB, history_length=50)
 
     assert triggers[3] == 1
+
+
+def test_of_two_triggers_the_rarer_one_wins_where_popularity_is_corrected() -> None:
+    # Item 3 is nearer to item 0 (.96), which four users have, than to item 1 (.8), which one has.
+    vectors_MB = np.array([[0.96, 0.28], [0.8, -0.6], [0, 1], [1, 0]], dtype=np.float32)
+    rows = [(0, 0, 1), (0, 1, 2), (0, 3, 3), (1, 0, 1), (2, 0, 1), (3, 0, 1), (3, 2, 2)]
+
+    found = {
+        power: find_triggers(positives_of(rows), vectors_MB, 50, popularity_power=power)
+        for power in (0.0, 0.1, 0.5)
+    }
+
+    # .96 / 4 ** .1 = .836 is above .8, .96 / 4 ** .5 = .48 is not. The cosines stay cosines.
+    assert [int(triggers[2]) for triggers, _ in found.values()] == [0, 0, 1]
+    np.testing.assert_allclose([scores[2] for _, scores in found.values()], [0.96, 0.96, 0.8], 1e-6)
