@@ -4,21 +4,18 @@ One file without any outside resource, in the style of the codebook's quality pa
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from benchmarks.ranking_arms import ID, RQ, VQ, all_arms, tuned
 from benchmarks.ranking_runs import Run
+from qarm_feast.quality_page.intervals import Interval, html_page, interval_plot
 from torchrec_models.slices import SLICES
 
-WIDTH, LEFT, RIGHT, TOP, ROW_HEIGHT, BOTTOM = 860, 170, 200, 12, 24, 46
 MOST_LEFT = -0.05
 """Left end of a plot: an arm far below would press all others together."""
-MAX_TICKS = 8
 PART_PREFIX = "worth_of_"
 NAMED_DIFFERENCES = {
     "full_minus_fixed": "full less fixed",
@@ -27,17 +24,6 @@ NAMED_DIFFERENCES = {
 }
 CODE_FEATURES = {"code_cf", "cross", *RQ, *VQ}
 """Of these each arm that depends on codes reads one."""
-_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a plot: a difference and its interval."""
-
-    name: str
-    value: float
-    low: float
-    high: float
 
 
 def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
@@ -72,23 +58,8 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
             ]
         body += [f"<h2>{escape(task)}: all arms</h2>", _table(task, figures, runs)]
     body += ["<h2>What the arms are</h2>", _arms_table({run.arm for run in runs})]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Ranking quality: {escape(settings['data'])}</title>{_style()}</head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
-
-
-def _style() -> str:
-    template = files("qarm_feast.quality_page").joinpath("template.html").read_text("utf-8")
-    shared = template[template.index("<style>") : template.index("</style>")]
-    own = (
-        ".zero { stroke: var(--soft); stroke-width: 1.5; } .whisker { stroke: var(--c); "
-        "stroke-width: 2; } .dot { fill: var(--c); } .plot { padding: 10px 14px; } "
-        ".arms td { white-space: normal; }"
-    )
-    return f"{shared}{own}</style>"
+    title = f"Ranking quality: {settings['data']}"
+    return html_page(title, body, ".arms td { white-space: normal; }")
 
 
 def _cards(result: Mapping[str, Any]) -> str:
@@ -107,7 +78,7 @@ def _cards(result: Mapping[str, Any]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _lines(figures: Mapping[str, float], prefix: str, suffix: str) -> list[Line]:
+def _lines(figures: Mapping[str, float], prefix: str, suffix: str) -> list[Interval]:
     """Return the differences of just this kind, slices left out, greatest first."""
     lines = []
     for key, value in figures.items():
@@ -116,11 +87,11 @@ def _lines(figures: Mapping[str, float], prefix: str, suffix: str) -> list[Line]
             continue
         if any(name.endswith(f"_{part}") for part in SLICES):
             continue
-        lines.append(Line(name, value, figures[f"{key}_low"], figures[f"{key}_high"]))
+        lines.append(Interval(name, value, figures[f"{key}_low"], figures[f"{key}_high"]))
     return sorted(lines, key=lambda line: -line.value)
 
 
-def _named_lines(figures: Mapping[str, float]) -> list[Line]:
+def _named_lines(figures: Mapping[str, float]) -> list[Interval]:
     """Return the differences that the benchmark is about, of all rows and of each slice."""
     lines = []
     for name, title in NAMED_DIFFERENCES.items():
@@ -129,7 +100,7 @@ def _named_lines(figures: Mapping[str, float]) -> list[Line]:
             if f"{key}_low" in figures:
                 shown = f"· {part}" if part else title
                 lines.append(
-                    Line(shown, figures[key], figures[f"{key}_low"], figures[f"{key}_high"])
+                    Interval(shown, figures[key], figures[f"{key}_low"], figures[f"{key}_high"])
                 )
     return lines
 
@@ -151,48 +122,8 @@ def _arms_table(names: Set[str]) -> str:
     return f'<div class="panel scroll"><table class="arms">{rows}</table></div>'
 
 
-def _plot(lines: Sequence[Line], x_label: str) -> str:
-    low = max(MOST_LEFT, min([0.0, *(line.low for line in lines)]))
-    high = max([0.0, *(line.high for line in lines)])
-    span = max(high - low, 1e-6)
-    height = TOP + ROW_HEIGHT * len(lines) + BOTTOM
-
-    def place(value: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * (max(value, low) - low) / span, 1)
-
-    parts = [_axis(low, high, height, place), _text(place((low + high) / 2), height - 8, x_label)]
-    for row, line in enumerate(lines):
-        y = TOP + ROW_HEIGHT * (row + 0.5)
-        kind = "s2" if line.low > 0 else "s4" if line.high < 0 else "s0"
-        parts.append(_text(LEFT - 10, y + 4, line.name, "end"))
-        parts.append(
-            f'<g class="{kind}"><line class="whisker" x1="{place(line.low)}" '
-            f'x2="{place(line.high)}" y1="{y}" y2="{y}"/>'
-            f'<circle class="dot" cx="{place(line.value)}" cy="{y}" r="4.5"/></g>'
-        )
-        shown = f"{line.value:+.4f} [{line.low:+.3f}, {line.high:+.3f}]"
-        parts.append(_text(WIDTH - RIGHT + 8, y + 4, shown, "start"))
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(x_label)}">'
-        f"{''.join(parts)}</svg>"
-    )
-    return f'<div class="panel plot">{svg}</div>'
-
-
-def _axis(low: float, high: float, height: int, place: Any) -> str:
-    step = next((step for step in _STEPS if (high - low) / step <= MAX_TICKS), 1.0)
-    bottom = height - BOTTOM + 4
-    parts = []
-    for number in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1):
-        x = place(number * step)
-        kind = "zero" if number == 0 else "grid"
-        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{TOP - 6}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 14, f"{number * step:+.3g}" if number else "0"))
-    return "".join(parts)
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+def _plot(lines: Sequence[Interval], x_label: str) -> str:
+    return interval_plot(lines, x_label, MOST_LEFT)
 
 
 def _table(task: str, figures: Mapping[str, float], runs: Sequence[Run]) -> str:

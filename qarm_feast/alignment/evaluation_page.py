@@ -1,13 +1,12 @@
 """The page of `qarm align evaluate`: gates, protocols by kind of vectors, gains with intervals.
 
 One file without any outside resource, in the style of the codebook's quality page.
-May import: the charts of that page, the gates.
+May import: the charts and the plot of such pages, the gates.
 """
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 from qarm_feast.alignment.evaluate import (
     ITEM_CF,
@@ -20,10 +19,9 @@ from qarm_feast.alignment.evaluate import (
 )
 from qarm_feast.alignment.gates import EncoderGateReading
 from qarm_feast.quality_page.charts import Series, bar_chart
+from qarm_feast.quality_page.intervals import Interval, html_page, interval_plot
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW_HEIGHT, _BOTTOM = 860, 190, 210, 12, 24, 40
-_STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-_MAX_TICKS = 9
+_CARDS_STYLE = ".cards { grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); }"
 _GATE_TITLES = {
     "min_neighbor_auc_gain": "Neighbour AUC over raw, all",
     "min_neighbor_auc_gain_warm": "Neighbour AUC over raw, warm",
@@ -69,23 +67,7 @@ def evaluation_page(report: Mapping[str, Any], readings: Sequence[EncoderGateRea
             "<h2>All figures</h2>",
             _figure_table(report),
         ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(f'Encoder {version}: evaluation')}</title>{_style()}</head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
-
-
-def _style() -> str:
-    template = files("qarm_feast.quality_page").joinpath("template.html").read_text("utf-8")
-    shared = template[template.index("<style>") : template.index("</style>")]
-    own = (
-        ".cards { grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); } "
-        ".zero { stroke: var(--soft); stroke-width: 1.5; } .whisker { stroke: var(--c); "
-        "stroke-width: 2; } .dot { fill: var(--c); } .plot { padding: 10px 14px; }"
-    )
-    return f"{shared}{own}</style>"
+    return html_page(f"Encoder {version}: evaluation", sections, _CARDS_STYLE)
 
 
 def _head(report: Mapping[str, Any]) -> str:
@@ -215,66 +197,22 @@ def _titled(name: str) -> str:
     return escape(name.replace("_", " "))
 
 
-class _Line(NamedTuple):
-    name: str
-    value: float
-    low: float
-    high: float
-
-
 def _gain_plots(report: Mapping[str, Any]) -> str:
     parts = []
     for name, gains in report["gains"].items():
         lines = [
-            _Line(_shown(key), gain["gain"], gain["low"], gain["high"])
+            Interval(_shown(key), gain["gain"], gain["low"], gain["high"])
             for key, gain in gains.items()
         ]
         title = escape(name.replace("_", " "))
-        parts.append(f"<h2>What {title} vectors gain over raw ones</h2>{_plot(lines)}")
+        plot = interval_plot(lines, "gain over raw vectors")
+        parts.append(f"<h2>What {title} vectors gain over raw ones</h2>{plot}")
     return "".join(parts)
 
 
 def _shown(key: str) -> str:
     measure = next(each for each in MEASURES if key.startswith(each))
     return f"{_MEASURE_TEXTS[measure][0]}, {key.removeprefix(f'{measure}_')}"
-
-
-def _plot(lines: Sequence[_Line]) -> str:
-    low = min(0.0, *(line.low for line in lines))
-    high = max(0.0, *(line.high for line in lines))
-    span = max(high - low, 1e-6)
-    height = _TOP + _ROW_HEIGHT * len(lines) + _BOTTOM
-
-    def place(value: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / span, 1)
-
-    parts = []
-    step = next((step for step in _STEPS if span / step <= _MAX_TICKS), 1.0)
-    for number in range(-int(-low / step), int(high / step) + 1):
-        x, kind = place(number * step), "grid" if number else "zero"
-        bottom = height - _BOTTOM + 4
-        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{_TOP - 6}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 14, f"{number * step:+.3g}" if number else "0"))
-    for row, line in enumerate(lines):
-        y = _TOP + _ROW_HEIGHT * (row + 0.5)
-        kind = "s2" if line.low > 0 else "s4" if line.high < 0 else "s0"
-        shown = f"{line.value:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
-        parts += [
-            _text(_LEFT - 10, y + 4, line.name, "end"),
-            f'<g class="{kind}"><line class="whisker" x1="{place(line.low)}" '
-            f'x2="{place(line.high)}" y1="{y}" y2="{y}"/>'
-            f'<circle class="dot" cx="{place(line.value)}" cy="{y}" r="4.5"/></g>',
-            _text(_WIDTH - _RIGHT + 12, y + 4, shown, "start"),
-        ]
-    svg = (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="gain over raw vectors">'
-        f"{''.join(parts)}</svg>"
-    )
-    return f'<div class="panel plot">{svg}</div>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _figure_table(report: Mapping[str, Any]) -> str:
