@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from qarm_feast.alignment.backbones.audio import AudioBackbone, read_samples
-from qarm_feast.alignment.backbones.opening import open_backbones, open_stored
+from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.backbones.speaker_lstm import (
     mel_frames,
     raise_volume,
@@ -16,6 +16,11 @@ from qarm_feast.alignment.backbones.speaker_lstm import (
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.errors import ConfigError
 from tests.media_files import tone
+from tests.unit.alignment.backbone_cases import (
+    assert_gradients_agree,
+    assert_stored_alike,
+    encoded_alike,
+)
 
 SOUNDS = [
     tone(220, 1.0),
@@ -109,11 +114,9 @@ def test_damaged_bytes_never_stop_a_job() -> None:
 def test_sounds_are_encoded_alike_one_by_one_and_all_at_once(tiny_audio_folder: Path) -> None:
     backbone = open_audio(tiny_audio_folder, tokens=2)
 
-    whole = backbone.encode(SOUNDS)
-    single = [backbone.encode([value]).features_NTE[0] for value in SOUNDS]
+    whole = encoded_alike(backbone, SOUNDS)
 
     assert whole.features_NTE.shape == (7, 2, 32)
-    assert np.array_equal(whole.features_NTE, np.stack(single))
     assert whole.is_present_N.tolist() == [True, False, False, True, True, False, False]
     assert whole.faults == [None, None, "undecodable", None, None, "empty", "empty"]
     # Three windows of 4 s: the first is one part, the other two are the second.
@@ -125,15 +128,7 @@ def test_sounds_are_encoded_alike_one_by_one_and_all_at_once(tiny_audio_folder: 
 def test_gradients_reach_the_network_and_agree_with_the_frozen_pass(
     tiny_audio_folder: Path,
 ) -> None:
-    backbone = open_audio(tiny_audio_folder)
-
-    features, is_present = backbone.forward(SOUNDS)
-    features.sum().backward()
-
-    frozen = backbone.encode(SOUNDS)
-    np.testing.assert_allclose(features.detach().numpy(), frozen.features_NTE, atol=1e-4)
-    assert is_present.tolist() == frozen.is_present_N.tolist()
-    assert any(one.grad is not None for one in backbone.module.parameters())
+    assert_gradients_agree(open_audio(tiny_audio_folder), SOUNDS, atol=1e-4)
 
 
 def test_a_folder_that_cannot_serve_is_a_config_error(tmp_path: Path) -> None:
@@ -219,8 +214,4 @@ def test_the_speaker_lstm_equals_its_formula_and_tells_voices_apart(
     raw = np.maximum(weights["linear.weight"] @ lstm(mels, weights) + weights["linear.bias"], 0)
     np.testing.assert_allclose(features[0], raw / np.linalg.norm(raw), atol=1e-5)
     assert features[0] @ features[1] > features[0] @ features[2] + 0.1
-    for name, payload in backbone.payloads().items():
-        (tmp_path / name).write_bytes(payload)
-    stored = open_stored("audio", tmp_path, backbone.settings)
-    assert stored.hash == backbone.hash
-    assert np.array_equal(stored.encode(values).features_NTE[:, 0], features)
+    assert_stored_alike(backbone, "audio", values, tmp_path / "stored")

@@ -8,14 +8,18 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from qarm_feast.alignment.backbones.base import Backbone
 from qarm_feast.alignment.backbones.efficientnet import EfficientNetLite
 from qarm_feast.alignment.backbones.image import ImageBackbone, PixelRecipe, read_pixels
-from qarm_feast.alignment.backbones.opening import open_backbones, open_stored
+from qarm_feast.alignment.backbones.opening import open_backbones
 from qarm_feast.alignment.backbones.transformers_models import read_recipe
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.errors import ConfigError
 from tests.media_files import picture, stripes
+from tests.unit.alignment.backbone_cases import (
+    assert_gradients_agree,
+    assert_stored_alike,
+    encoded_alike,
+)
 
 RECIPE = PixelRecipe(
     size=2, crop_share=None, mean=(0.0, 0.0, 0.0), spread=(1.0, 1.0, 1.0), resample=0
@@ -160,11 +164,9 @@ PICTURES = [
 def test_pictures_are_encoded_alike_one_by_one_and_all_at_once(tiny_image_folder: Path) -> None:
     backbone = open_image(tiny_image_folder, grid=2)
 
-    whole = backbone.encode(PICTURES)
-    single = [backbone.encode([value]).features_NTE[0] for value in PICTURES]
+    whole = encoded_alike(backbone, PICTURES)
 
     assert whole.features_NTE.shape == (6, 4, 32)
-    assert np.array_equal(whole.features_NTE, np.stack(single))
     assert whole.is_present_N.tolist() == [True, False, True, False, True, True]
     assert whole.faults == [None, None, None, "undecodable", None, None]
     assert not whole.features_NTE[[1, 3]].any()
@@ -189,32 +191,12 @@ def test_cells_of_the_grid_are_means_of_the_patches_in_them(tiny_image_folder: P
 def test_gradients_reach_the_network_and_agree_with_the_frozen_pass(
     tiny_image_folder: Path,
 ) -> None:
-    backbone = open_image(tiny_image_folder)
-
-    features, is_present = backbone.forward(PICTURES)
-    features.sum().backward()
-
-    frozen = backbone.encode(PICTURES)
-    np.testing.assert_allclose(features.detach().numpy(), frozen.features_NTE, atol=1e-5)
-    assert is_present.tolist() == frozen.is_present_N.tolist()
-    assert any(one.grad is not None for one in backbone.module.parameters())
+    assert_gradients_agree(open_image(tiny_image_folder), PICTURES, atol=1e-5)
 
 
 def test_a_stored_backbone_equals_the_opened_one(tiny_image_folder: Path, tmp_path: Path) -> None:
     backbone = open_image(tiny_image_folder, grid=2)
-    assert_stored_alike(backbone, tmp_path / "stored")
-
-
-def assert_stored_alike(backbone: Backbone, folder: Path) -> None:
-    folder.mkdir()
-    for name, payload in backbone.payloads().items():
-        (folder / name).write_bytes(payload)
-
-    stored = open_stored("image", folder, backbone.settings)
-
-    assert stored.hash == backbone.hash
-    before, after = (one.encode(PICTURES).features_NTE for one in (backbone, stored))
-    assert np.array_equal(before, after)
+    assert_stored_alike(backbone, "image", PICTURES, tmp_path / "stored")
 
 
 @pytest.mark.parametrize(
@@ -261,4 +243,4 @@ def test_efficientnet_finds_two_views_of_a_picture_nearer_than_another(
 
     assert features.shape == (3, 1280)
     assert cosine(features[0], features[1]) > cosine(features[0], features[2]) + 0.1
-    assert_stored_alike(backbone, tmp_path / "stored")
+    assert_stored_alike(backbone, "image", PICTURES, tmp_path / "stored")
