@@ -20,3 +20,10 @@ class RefreshConfig(Section):
     max_full_churn: float | None = Field(
         default=None, ge=0, le=1, description="Gate: the same for full codes."
     )
+    keep_encoders: int | None = Field(
+        default=None,
+        ge=2,
+        description="Newest encoders that refreshes have made and that stay when a run is over; "
+        "older ones go, with their vectors, pairs and logs, unless a codebook of codebook.uri "
+        "names them (codebooks of other places are not looked at); null: all stay.",
+    )

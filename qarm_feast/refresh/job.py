@@ -3,7 +3,8 @@
 1. The lock is taken, and the plan made: data, settings and parent against those of the last run.
 2. The state of a new run is written, with the names that it has chosen.
 3. Each step is done, then noted; a run that was killed goes on with the first that is not noted.
-4. The report is written, then the state says that the run is over.
+4. Old encoders are removed, if that is wanted.
+5. The report is written, then the state says that the run is over.
 
 Nothing is published before the gates of the encoder and of the codebook are kept, and what is
 published is staged: no reader uses it before `qarm rollout start`. Into a registry without any
@@ -23,6 +24,7 @@ from typing import Any
 from qarm_feast.alignment.export_job import EngineName
 from qarm_feast.artifact import replace_file
 from qarm_feast.errors import GateRefusedError
+from qarm_feast.refresh.old_encoders import remove_old_encoders
 from qarm_feast.refresh.plan import (
     RefreshPlan,
     RefreshRequest,
@@ -183,6 +185,10 @@ class _Run:
         return f"  {name:<9}{record.seconds:>8.1f} s  {record.summary}"
 
     def _finish(self, outcome: Outcome) -> None:
+        self._check_held()
+        remove_old_encoders(self._sections, self._state)
+        if removed := self._state.removed_encoders:
+            self._tell(f"removed {len(removed)} old encoder(s): {', '.join(removed)}")
         self._state.outcome, self._state.finished = outcome, datetime.now(UTC)
         path = report_path(self._folder, self._state.codebook_version)
         report = json.dumps(report_of(self._state), indent=2, allow_nan=False)
@@ -207,6 +213,8 @@ def report_of(state: RefreshState) -> dict[str, Any]:
         "refusal": state.refusal or None,
         "codebook_version": version,
         "encoder_version": state.encoder_version,
+        "removed_encoders": state.removed_encoders,
+        "num_removed_encoders": len(state.removed_encoders),
         "parent": None if state.parent is None else state.parent.model_dump(),
         "inputs": state.inputs.model_dump(),
         "started": state.started.isoformat(),

@@ -196,6 +196,7 @@ def plan_refresh(sections: Sections, request: RefreshRequest, now: datetime) -> 
             encoder_version=encoder_version,
             codebook_version=codebook_version,
             started=now,
+            earlier_encoders=[] if last is None else last.encoders(),
         )
     waiting = set(registry.versions(VersionState.STAGED)) - {last.codebook_version}
     return RefreshPlan(decision, reason, last, files, tuple(sorted(waiting)))

@@ -65,6 +65,15 @@ class Parent(BaseModel):
     encoder_hash: str
 
 
+class EncoderMade(BaseModel):
+    """An encoder that a run was to make; ``started`` is what its manifest says it was created."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    started: AwareDatetime
+
+
 class StepRecord(BaseModel):
     """A step that is done: ``summary`` for people, ``figures`` for programs."""
 
@@ -76,7 +85,11 @@ class StepRecord(BaseModel):
 
 
 class RefreshState(BaseModel):
-    """What ``state.json`` holds. ``refusal`` is what a gate said."""
+    """What ``state.json`` holds. ``refusal`` is what a gate said.
+
+    ``earlier_encoders`` are those of the runs before, oldest first; ``removed_encoders`` went when
+    this one was over.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -90,6 +103,13 @@ class RefreshState(BaseModel):
     outcome: Outcome = "running"
     refusal: str = ""
     steps: dict[str, StepRecord] = {}
+    earlier_encoders: list[EncoderMade] = []
+    removed_encoders: list[str] = []
+
+    def encoders(self) -> list[EncoderMade]:
+        """Return all encoders that runs were to make, that of this one last."""
+        own = EncoderMade(version=self.encoder_version, started=self.started)
+        return [*self.earlier_encoders, own]
 
     def write(self, folder: Path) -> None:
         """Put this state in place of the one in ``folder``."""
