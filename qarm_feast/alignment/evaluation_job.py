@@ -140,19 +140,24 @@ def check_accepted(config: AlignmentConfig, data: DataConfig) -> list[EncoderGat
             f"{report.get('encoder_hash', 'nothing')}, the encoder is {_encoder_hash(config)}); "
             "run `qarm align evaluate` first"
         )
+    _check_data(report, path, config.encoder_version, data)
+    return check_gates(report, config.gates)
+
+
+def _check_data(report: Mapping[str, Any], path: Path, version: str, data: DataConfig) -> None:
+    """Refuse a report that is not of the data as it lies there now."""
     judged = report.get("data", {}).get("fingerprint")
     if judged is None:
         raise GateRefusedError(
-            f"{path} does not say which data encoder {config.encoder_version!r} was judged on (an "
+            f"{path} does not say which data encoder {version!r} was judged on (an "
             f"earlier qarm-feast wrote it), and {data.input_dir} may be other data; run `qarm "
             "align evaluate` again"
         )
     if changed := differences(judged, data_fingerprint(data)):
         raise GateRefusedError(
-            f"encoder {config.encoder_version!r} was judged on other data ({path}) than lies in "
+            f"encoder {version!r} was judged on other data ({path}) than lies in "
             f"{data.input_dir}: {'; '.join(changed)}; run `qarm align evaluate` first"
         )
-    return check_gates(report, config.gates)
 
 
 def _read_report(path: Path) -> Mapping[str, Any]:

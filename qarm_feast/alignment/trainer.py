@@ -99,7 +99,7 @@ class PairTrainer:
     Args:
         task: Model and data.
         config: Temperature, rates, batch and chunk sizes, seed. Without a chunk size, tuned
-            backbones embed 128 items at a time: a step's items at once took 7 GiB.
+            backbones embed 128 items at a time: what a step's items hold at once takes gigabytes.
         progress: Is told of each step.
     """
 
