@@ -13,10 +13,12 @@ history's things with the candidate's. A train row must not see what it helped t
 of its own user are taken out of C, N and T, exactly, from that user's own counts. Other rows and
 requests see all train rows.
 Shape letters: S things, P pairs of things, U users, M things of users, B rows, H history items of
-all rows, N log-lifts.
+all rows, N those of them whose thing and whose row's thing are known, V users that rows name, O
+things of these.
 May import: numpy, scipy, pyarrow.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -41,6 +43,9 @@ ABSENT_THING = -1
 ITEM_PAIRS = "item"
 """Name of the pairs of items; those of prefixes are named as cross features are."""
 _PREFIX_RADIX = 2**31
+_MOST_TABLE_CELLS = 1 << 22
+_TABLE_CELLS_PER_PAIR = 32
+"""A cell that is cleared costs that much less than a key that is searched."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,7 @@ class PairCounts:
         Returns:
             Float32 ``[B, 2]``, zeros for an empty history.
         """
-        rows_H = np.repeat(np.arange(len(things_B)), history_lengths_B)
-        lifts_H = self.log_lifts(
-            history_H, things_B[rows_H], user_ids_B[rows_H], is_train_B[rows_H]
-        )
+        lifts_H = self.log_lifts(user_ids_B, things_B, history_H, history_lengths_B, is_train_B)
         features_B2 = np.zeros((len(things_B), FEATURES_PER_THING), dtype=np.float32)
         filled = np.flatnonzero(history_lengths_B)
         if len(filled):
@@ -119,55 +121,105 @@ class PairCounts:
         return features_B2
 
     def log_lifts(
-        self, first_N: Ids, second_N: Ids, user_ids_N: Ids, is_own_out_N: npt.NDArray[np.bool_]
+        self,
+        user_ids_B: Ids,
+        things_B: Ids,
+        history_H: Ids,
+        history_lengths_B: Ids,
+        is_train_B: npt.NDArray[np.bool_],
     ) -> Weights:
-        """Return the log-lift of pairs of things.
+        """Return the log-lift of each of the histories' things with its row's candidate's.
 
         Args:
-            first_N: Things.
-            second_N: Things, in pairs with the first ones.
-            user_ids_N: Whose pairs are left out,
-            is_own_out_N: where this is true.
+            user_ids_B: Users.
+            things_B: The candidates' things.
+            history_H: The histories' things, row after row.
+            history_lengths_B: Items of each row; their sum is H.
+            is_train_B: Rows whose user's pairs are left out.
 
         Returns:
-            Float64 ``[N]``, 0 where one of both things is unknown.
+            Float64 ``[H]``, 0 where one of both things is unknown.
         """
-        places_N, is_first_N = find_ids(self.things_S, first_N)
-        others_N, is_second_N = find_ids(self.things_S, second_N)
-        known = np.flatnonzero(is_first_N & is_second_N)
-        lifts_N = np.zeros(len(first_N))
+        rows_H = np.repeat(np.arange(len(things_B)), history_lengths_B)
+        a_H, is_known_H = find_ids(self.things_S, history_H)
+        b_B, is_known_B = find_ids(self.things_S, things_B)
+        known = np.flatnonzero(is_known_H & is_known_B[rows_H])
+        lifts_H = np.zeros(len(history_H))
         if not len(known):
-            return lifts_N
-        a_N, b_N = places_N[known], others_N[known]
-        pairs_N, starts_N, ends_N = self._pairs(a_N, b_N), self.starts_S[a_N], self.starts_S[b_N]
-        total_N = np.full(len(known), self.starts_S.sum())
-        own = self._own(a_N, b_N, user_ids_N[known], is_own_out_N[known])
+            return lifts_H
+        rows_N, a_N = rows_H[known], a_H[known]
+        pairs_N = self._pairs(a_N, b_B[rows_N])
+        own = self._own(user_ids_B, is_train_B, b_B, rows_N, a_N)
         # What is left of a difference of equal sums may lie a rounding error below zero.
         pairs_N = np.maximum(pairs_N - own.pairs_N, 0)
-        starts_N, ends_N = starts_N - own.starts_N, ends_N - own.ends_N
-        expected_N = starts_N * ends_N / np.maximum(total_N - own.total_N, 1)
-        lifts_N[known] = np.log((pairs_N + NUM_PSEUDO_PAIRS) / (expected_N + NUM_PSEUDO_PAIRS))
-        return lifts_N
+        starts_N = self.starts_S[a_N] - own.starts_N
+        ends_B = self.starts_S[b_B] - own.ends_B
+        per_total_B = ends_B / np.maximum(self.starts_S.sum() - own.total_B, 1)
+        expected_N = starts_N * per_total_B[rows_N]
+        lifts_H[known] = np.log((pairs_N + NUM_PSEUDO_PAIRS) / (expected_N + NUM_PSEUDO_PAIRS))
+        return lifts_H
 
-    def _pairs(self, a_N: Ids, b_N: Ids) -> Weights:
+    @functools.cached_property
+    def _pair_table(self) -> Floats | None:
+        """C of all pairs, or None where that is too much to hold: read at once, not searched."""
+        num_things = len(self.things_S)
+        if num_things**2 > _MOST_TABLE_CELLS:
+            return None
+        table_SS = np.zeros((num_things, num_things), dtype=np.float32)
+        first_P, second_P = np.divmod(self.pair_keys_P, num_things)
+        table_SS[first_P, second_P] = self.pairs_P
+        table_SS[second_P, first_P] = self.pairs_P
+        return table_SS
+
+    def _pairs(self, a_N: Ids, b_N: Ids) -> npt.NDArray[np.floating]:
+        if self._pair_table is not None:
+            return self._pair_table[a_N, b_N]
         keys_N = np.minimum(a_N, b_N) * len(self.things_S) + np.maximum(a_N, b_N)
         return _looked_up(self.pair_keys_P, self.pairs_P, keys_N)
 
     def _own(
-        self, a_N: Ids, b_N: Ids, user_ids_N: Ids, is_own_out_N: npt.NDArray[np.bool_]
+        self,
+        user_ids_B: Ids,
+        is_train_B: npt.NDArray[np.bool_],
+        b_B: Ids,
+        rows_N: Ids,
+        a_N: Ids,
     ) -> "_OwnPart":
-        users_N, is_known_N = find_ids(self.user_ids_U, user_ids_N)
-        assert len(self.user_ids_U) or not is_own_out_N.any(), "served counts have no users"
-        is_out_N = is_known_N & is_own_out_N
-        sizes_N = np.zeros(len(users_N))
-        sizes_N[is_out_N] = self.sizes_U[users_N[is_out_N]]
+        users_B, is_known_B = find_ids(self.user_ids_U, user_ids_B)
+        assert len(self.user_ids_U) or not is_train_B.any(), "served counts have no users"
+        is_out_B = is_known_B & is_train_B
+        sizes_B = np.zeros(len(users_B))
+        sizes_B[is_out_B] = self.sizes_U[users_B[is_out_B]]
+        keys_B = users_B * len(self.things_S) + b_B
+        ends_B = np.where(is_out_B, _looked_up(self.own_keys_M, self.own_counts_M, keys_B), 0)
+        starts_N = self._own_counts(users_B, is_out_B, rows_N, a_N)
+        ordered_N = (starts_N - (a_N == b_B[rows_N])) * ends_B[rows_N]
+        return _OwnPart(ordered_N / np.maximum(sizes_B - 1, 1)[rows_N], starts_N, ends_B, sizes_B)
+
+    def _own_counts(
+        self, users_B: Ids, is_out_B: npt.NDArray[np.bool_], rows_N: Ids, a_N: Ids
+    ) -> Weights:
+        """Return how many of their own user's items are the things, where those are left out."""
         num_things = len(self.things_S)
-        counts = [
-            np.where(is_out_N, _looked_up(self.own_keys_M, self.own_counts_M, keys_N), 0)
-            for keys_N in (users_N * num_things + a_N, users_N * num_things + b_N)
-        ]
-        ordered_N = counts[0] * counts[1] - np.where(a_N == b_N, counts[0], 0)
-        return _OwnPart(ordered_N / np.maximum(sizes_N - 1, 1), counts[0], counts[1], sizes_N)
+        named_V, numbers_B = np.unique(users_B[is_out_B], return_inverse=True)
+        if len(named_V) * num_things > _TABLE_CELLS_PER_PAIR * len(a_N):
+            keys_N = (users_B * num_things)[rows_N] + a_N
+            found_N = _looked_up(self.own_keys_M, self.own_counts_M, keys_N)
+            return np.where(is_out_B[rows_N], found_N, 0)
+        # A batch names few users over and over: their counts as a table, its last row for none.
+        table_VS = np.zeros((len(named_V) + 1, num_things))
+        firsts_V, lasts_V = np.searchsorted(
+            self.own_keys_M, [named_V * num_things, (named_V + 1) * num_things]
+        )
+        lengths_V = lasts_V - firsts_V
+        offsets_V = firsts_V - (np.cumsum(lengths_V) - lengths_V)
+        own_O = np.arange(lengths_V.sum()) + np.repeat(offsets_V, lengths_V)
+        owners_O = np.repeat(np.arange(len(named_V)), lengths_V)
+        table_VS[owners_O, self.own_keys_M[own_O] % num_things] = self.own_counts_M[own_O]
+        places_B = np.full(len(users_B), len(named_V))
+        places_B[is_out_B] = numbers_B
+        own_N: Weights = table_VS[places_B[rows_N], a_N]
+        return own_N
 
 
 class _OwnPart(NamedTuple):
@@ -175,8 +227,8 @@ class _OwnPart(NamedTuple):
 
     pairs_N: Weights
     starts_N: Weights
-    ends_N: Weights
-    total_N: Weights
+    ends_B: Weights
+    total_B: Weights
 
 
 def _looked_up(sorted_keys: Ids, values: npt.NDArray[np.generic], keys_N: Ids) -> Weights:

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from qarm_feast.schema import CODES, TIMESTAMP
+from torchrec_models import pair_counts
 from torchrec_models.pair_counts import (
     ABSENT_THING,
     NUM_PSEUDO_PAIRS,
@@ -44,7 +45,11 @@ def _plain_lift(positives: Positives, first: int, second: int, left_out: int | N
 def _lift(counts: PairCounts, first: int, second: int, left_out: int | None = None) -> float:
     user = np.array([0 if left_out is None else left_out])
     found = counts.log_lifts(
-        np.array([first]), np.array([second]), user, np.array([left_out is not None])
+        user,
+        np.array([second]),
+        np.array([first]),
+        np.ones(1, int),
+        np.array([left_out is not None]),
     )
     return float(found[0])
 
@@ -68,6 +73,32 @@ def test_log_lifts_equal_loops_over_all_pairs_with_and_without_a_user() -> None:
         for left_out in (None, 0, 3, 99, 12345):
             expected = _plain_lift(positives, first, second, left_out)
             assert _lift(counts, first, second, left_out) == pytest.approx(expected, abs=1e-6)
+
+
+def test_log_lifts_of_many_rows_are_those_of_each_row_held_in_tables_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(1)
+    positives = [(user, thing) for user, thing in rng.integers(0, 9, (60, 2)).tolist()]
+    lengths = np.array([3, 0, 40, 7])
+    rows = np.array([2, 5, 2, 77]), np.array([4, 1, 8, 3]), rng.integers(-1, 11, lengths.sum())
+    is_train = np.array([True, True, False, True])
+
+    counts = _count(positives)
+    assert counts._pair_table is not None
+    found = counts.log_lifts(*rows, lengths, is_train)
+    monkeypatch.setattr(pair_counts, "_MOST_TABLE_CELLS", 0)
+    monkeypatch.setattr(pair_counts, "_TABLE_CELLS_PER_PAIR", 0)
+    searched = _count(positives).log_lifts(*rows, lengths, is_train)
+
+    of_row = np.repeat(np.arange(4), lengths)
+    left_out = [int(user) if out else None for user, out in zip(rows[0], is_train, strict=True)]
+    expected = [
+        _plain_lift(positives, thing, int(rows[1][row]), left_out[row])
+        for row, thing in zip(of_row.tolist(), rows[2].tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(found, searched)
 
 
 def test_what_a_user_alone_liked_together_does_not_raise_his_own_train_row() -> None:
