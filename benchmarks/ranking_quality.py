@@ -175,14 +175,15 @@ def task_figures(runs: Sequence[Run], rows: Rows, task: int, num_draws: int) -> 
     """
     draws: Draws = {}
     arms = list(dict.fromkeys(run.arm for run in sorted(runs, key=lambda run: run.seed)))
+    all_weights_NB = user_weights(rows.user_ids_N, num_draws)
     for name in (ALL_ROWS, *SLICES):
         is_in_N = _in_slice(rows, name)
         if len(np.unique(rows.labels_NT[is_in_N, task])) < 2:
             continue
-        weights_BN = user_weights(rows.user_ids_N, num_draws)[:, is_in_N]
+        weights_NB = all_weights_NB[is_in_N]
         for arm in arms:
             scores = [run.logits_NT[is_in_N, task] for run in runs if run.arm == arm]
-            draws[arm, name] = seed_mean_aucs(scores, rows.labels_NT[is_in_N, task], weights_BN)
+            draws[arm, name] = seed_mean_aucs(scores, rows.labels_NT[is_in_N, task], weights_NB)
     figures = {
         f"{_prefixed(name)}auc_{arm}": float(found[0]) for (arm, name), found in draws.items()
     }

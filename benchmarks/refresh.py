@@ -355,9 +355,9 @@ def rank_all(case: Case, seed: int, quick: bool, folder: Path) -> Ranked:
 
 def _figures(ranked: Sequence[Ranked], num_draws: int) -> dict[str, float]:
     rows = ranked[0].rows
-    weights_BN = user_weights(rows.user_ids_N, num_draws)
+    weights_NB = user_weights(rows.user_ids_N, num_draws)
     draws = {
-        arm: seed_mean_aucs([each.logits[arm] for each in ranked], rows.labels_NT[:, 0], weights_BN)
+        arm: seed_mean_aucs([each.logits[arm] for each in ranked], rows.labels_NT[:, 0], weights_NB)
         for arm in ranked[0].logits
     }
     figures = {f"auc_{arm}": float(found_B[0]) for arm, found_B in draws.items()}

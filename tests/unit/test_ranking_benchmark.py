@@ -81,21 +81,21 @@ def test_an_auc_of_weighted_rows_is_the_auc_of_rows_repeated_so_often() -> None:
     generator = np.random.default_rng(0)
     scores_N = generator.integers(0, 5, 40).astype(np.float32)
     labels_N = generator.random(40) < 0.4
-    weights_BN = generator.integers(0, 4, (7, 40)).astype(np.float32)
+    weights_NB = generator.integers(0, 4, (40, 7)).astype(np.float32)
 
-    found_B = weighted_aucs(scores_N, labels_N, weights_BN)
+    found_B = weighted_aucs(scores_N, labels_N, weights_NB)
 
     expected_B = []
-    for weights_N in weights_BN.astype(int):
+    for weights_N in weights_NB.T.astype(int):
         rows = np.repeat(np.arange(40), weights_N)
         expected_B.append(auc(scores_N[rows].astype(float), labels_N[rows]))
     np.testing.assert_allclose(found_B, expected_B)
 
 
 def test_an_auc_without_both_classes_is_not_a_number() -> None:
-    weights_BN = np.array([[1, 1], [0, 1]], dtype=np.float32)
+    weights_NB = np.array([[1, 0], [1, 1]], dtype=np.float32)
 
-    found_B = weighted_aucs(np.array([0.1, 0.2]), np.array([False, True]), weights_BN)
+    found_B = weighted_aucs(np.array([0.1, 0.2]), np.array([False, True]), weights_NB)
 
     assert found_B[0] == 1
     assert np.isnan(found_B[1])
@@ -104,18 +104,18 @@ def test_an_auc_without_both_classes_is_not_a_number() -> None:
 def test_a_draw_takes_all_rows_of_a_user_and_as_many_users_as_there_are() -> None:
     users_N = np.array([7, 9, 7, 3])
 
-    weights_BN = user_weights(users_N, num_draws=50)
+    weights_NB = user_weights(users_N, num_draws=50)
 
-    assert (weights_BN[0] == 1).all()
-    assert (weights_BN[:, 0] == weights_BN[:, 2]).all()
-    assert (weights_BN[:, [0, 1, 3]].sum(axis=1) == 3).all()
+    assert (weights_NB[:, 0] == 1).all()
+    assert (weights_NB[0] == weights_NB[2]).all()
+    assert (weights_NB[[0, 1, 3]].sum(axis=0) == 3).all()
 
 
 def test_aucs_are_averaged_over_seeds_and_the_interval_leaves_the_first_value_out() -> None:
     labels_N = np.array([False, True, True])
     scores_SN = [np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])]
 
-    mean_B = seed_mean_aucs(scores_SN, labels_N, np.ones((1, 3), dtype=np.float32))
+    mean_B = seed_mean_aucs(scores_SN, labels_N, np.ones((3, 1), dtype=np.float32))
     low, high = interval(np.array([99.0, *np.linspace(0, 1, 41)]))
 
     assert mean_B.tolist() == [0.5]
