@@ -32,6 +32,13 @@ EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """Parts that did not pay on valid rows; each is added to the full model where it is asked for."""
 EXTRA_ARM = "full_plus_"
+BY_NAME_ONLY = (
+    "trained_random",
+    "fixed_code_cf",
+    "code_cf",
+    *(f"{EXTRA_ARM}{part}" for part in EXTRA_PARTS),
+)
+"""Arms that no difference of the protocol asks for."""
 
 FROZEN: Mapping[str, Any] = {"code_table_training": "frozen"}
 RANDOM: Mapping[str, Any] = {"enable_centroid_start": False}
@@ -44,6 +51,7 @@ COMMON: Mapping[str, Any] = {
     "expert_layer_sizes": (64,),
     "over_arch_layer_sizes": (64, 1),
     "id_dropout": 0.8,
+    "code_dropout": 0.4,
     "learning_rate": 1e-3,
     "num_epochs": 8,
     "early_stopping_patience": 3,
@@ -119,13 +127,13 @@ def chosen_arms(arms: Sequence[Arm], names: str | None) -> tuple[Arm, ...]:
 
     Args:
         arms: All arms.
-        names: Names, or None for all arms but those with a part of :data:`EXTRA_PARTS`.
+        names: Names, or None for all arms but those of :data:`BY_NAME_ONLY`.
 
     Raises:
         SystemExit: If there is no arm of that name.
     """
     if names is None:
-        return tuple(arm for arm in arms if not arm.name.startswith(EXTRA_ARM))
+        return tuple(arm for arm in arms if arm.name not in BY_NAME_ONLY)
     known = {arm.name: arm for arm in arms}
     wanted = names.split(",")
     if unknown := [name for name in wanted if name not in known]:

@@ -5,8 +5,8 @@
 
 Without ``--data`` it runs on the quickstart's ML-100K. The text model is the one that
 `make quickstart` fetches. The protocol is written down in ``ranking_protocol.md``, the arms and
-their tuned settings in ``ranking_arms.py`` (those with a part that did not pay on valid rows,
-``full_plus_*``, run only by name). A file ``third_party_codes.parquet`` in the data folder
+their tuned settings in ``ranking_arms.py`` (some, such as ``full_plus_*`` with a part that did not
+pay on valid rows, run only by name). A file ``third_party_codes.parquet`` in the data folder
 (``item_id``, ``rq_code``) makes an arm of its own.
 
 ``auc_<arm>`` and ``cold_auc_<arm>`` are of the first task, mean over the seeds; a difference comes

@@ -285,7 +285,7 @@ class RankerConfig(Section):
     eval_every_steps: int = Field(
         default=500,
         gt=0,
-        description="Steps between evaluations on valid rows, beside the one after each epoch.",
+        description="Steps of an epoch between evaluations on valid rows, beside the one after it.",
     )
     held_eval_rows: int = Field(
         default=0,

@@ -76,7 +76,7 @@ class FitLoop:
             if signal_number:
                 self.run.save_unfinished(self._whole(state))
                 return state, signal_number
-            if not _is_due(state.step, self.config.eval_every_steps):
+            if not _is_due(state.batch, self.config.eval_every_steps):
                 state = self._judged(state)
             state = state.model_copy(update={"epoch": state.epoch + 1, "batch": 0})
         return self._whole(state), 0
@@ -93,7 +93,7 @@ class FitLoop:
         for logits_BT, labels_BT in _outputs(pipeline, batches):
             state = state.model_copy(update={"batch": state.batch + 1, "step": state.step + 1})
             self.progress.add_step(state.step, logits_BT, labels_BT)
-            if _is_due(state.step, self.config.eval_every_steps):
+            if _is_due(state.batch, self.config.eval_every_steps):
                 with _paused(pipeline):
                     state = self._judged(state)
                 if self.stopping.is_exhausted:
