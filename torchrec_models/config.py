@@ -226,7 +226,7 @@ class RankerConfig(Section):
         description="Share of train rows whose user id, and whose item id, reads as unseen.",
     )
     code_dropout: float = Field(
-        default=0.0,
+        default=0.4,
         ge=0,
         lt=1,
         description="Share of train rows whose candidate reads as an item without codes. Codes of "
