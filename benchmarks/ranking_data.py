@@ -9,6 +9,7 @@ Shape letters in this file: N items, E width of raw vectors (and positive events
 aligned ones, L levels, V neighbours, P pool rows, R rows.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +89,16 @@ class Vectors:
 def say(text: str) -> None:
     """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+def with_fewer_users(checked: InputData, share: float) -> InputData:
+    """Return the data with the train rows of a random share of their users, the rest as it is."""
+    interactions = checked.interactions
+    users = np.unique(checked.train_interactions()[USER_ID].to_numpy())
+    kept = np.random.default_rng(0).permutation(users)[: math.ceil(share * len(users))]
+    is_kept_R = np.isin(interactions[USER_ID].to_numpy(), kept)
+    is_kept_R |= pc.not_equal(interactions[SPLIT], "train").to_numpy()
+    return replace(checked, interactions=interactions.filter(pa.array(is_kept_R)))
 
 
 def item_vectors(checked: InputData, backbone_folder: str, features_uri: str) -> Vectors:

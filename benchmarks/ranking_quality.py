@@ -1,7 +1,7 @@
 """What each part of the ranker is worth, against IDs and against a fixed vector, on real rows.
 
     uv run --frozen --extra cpu python benchmarks/ranking_quality.py [--data DIR] [--seeds N]
-        [--arms a,b] [--quick] [--features DIR] [--page FILE]
+        [--arms a,b] [--quick] [--features DIR] [--page FILE] [--train-share S]
 
 Without ``--data`` it runs on the quickstart's ML-100K. The text model is the one that
 `make quickstart` fetches. The protocol is written down in ``ranking_protocol.md``, the arms and
@@ -37,6 +37,7 @@ from benchmarks.ranking_data import (
     say,
     third_party_items,
     train_codebook,
+    with_fewer_users,
 )
 from benchmarks.ranking_page import PART_PREFIX, ranking_page
 from benchmarks.ranking_runs import Rows, Run, Task, run_config, train_all
@@ -80,6 +81,8 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         checked = load_input_data(DataConfig(input_dir=str(data_dir(arguments.data, folder))))
+        if arguments.train_share < 1:
+            checked = with_fewer_users(checked, arguments.train_share)
         inputs = prepare(checked, Path(folder), arguments.backbone, arguments.features or folder)
         say(f"prepared after {time.monotonic() - started:.0f} s")
         names = ",".join(QUICK_ARMS) if arguments.quick and not arguments.arms else arguments.arms
@@ -115,6 +118,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="Folder in the input contract; default: ML-100K.")
     parser.add_argument("--seeds", type=int, default=5, help="Runs per arm.")
     parser.add_argument("--arms", help="These arms, comma-separated.")
+    parser.add_argument(
+        "--train-share", type=float, default=1.0, help="Share of users whose train rows are kept."
+    )
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep outputs of the text model in.")
     parser.add_argument("--page", help="HTML file to write; default: in runs/.")
@@ -241,6 +247,7 @@ def _result(
             "seeds": len({run.seed for run in runs}),
             "arms": list(dict.fromkeys(run.arm for run in runs)),
             "quick": arguments.quick,
+            "train_share": arguments.train_share,
         },
     }
 

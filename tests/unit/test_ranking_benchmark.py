@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import ranking_arms, ranking_quality
 from benchmarks.ranking_arms import all_arms, chosen_arms
-from benchmarks.ranking_data import third_party_items
+from benchmarks.ranking_data import third_party_items, with_fewer_users
 from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights, weighted_aucs
 from qarm_feast.input_data import DataConfig, load_input_data
 from torchrec_models.metrics import auc
@@ -180,6 +180,18 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     assert '<td class="left">third_party</td><td class="left">third_party</td>' in text
 
 
+def test_fewer_users_lose_their_train_rows_and_keep_the_others(tmp_path: Path) -> None:
+    folder = _write_data(tmp_path / "data", num_tasks=1, has_users=False, has_split=True)
+    checked = load_input_data(DataConfig(input_dir=str(folder)))
+
+    fewer = with_fewer_users(checked, 0.4)
+
+    kept = fewer.train_interactions().group_by("user_id").aggregate([("item_id", "count")])
+    assert kept.num_rows == 12
+    assert set(kept["item_id_count"].to_pylist()) == {12}
+    assert fewer.interactions.num_rows == 12 * 12 + 30 * 8
+
+
 def test_third_party_codes_must_be_there_for_every_item(tmp_path: Path) -> None:
     data = _write_data(tmp_path / "made", num_tasks=1, has_users=False, has_split=False)
     codes = pa.table({"item_id": np.arange(58) + 100, "rq_code": [[0, 1]] * 58})
@@ -212,4 +224,10 @@ def test_a_quick_run_takes_data_with_one_task_and_neither_users_nor_split(
 
     assert set(result["tasks"]) == {"is_like"}
     assert "auc_id" in result["figures"]
-    assert result["settings"] == {"data": "made", "seeds": 1, "arms": ["id"], "quick": True}
+    assert result["settings"] == {
+        "data": "made",
+        "seeds": 1,
+        "arms": ["id"],
+        "quick": True,
+        "train_share": 1.0,
+    }
