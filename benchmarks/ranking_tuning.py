@@ -1,19 +1,20 @@
 """Let every arm choose among the same few settings, on valid rows, and write down its choice.
 
     uv run --frozen --extra cpu python benchmarks/ranking_tuning.py [--data DIR] [--arms a,b]
-        [--features DIR] [--vary KEY=A,B [--seeds N]]
+        [--features DIR] [--seeds N] [--vary KEY=A,B]
 
 Not part of a benchmark run: ``ranking_settings.json`` is committed and read from then on. An arm
-tries each of ``SEARCHED`` (``ranking_arms.py``) with seed 0 and takes the one with the best AUC on
-valid rows, mean over the tasks; test rows play no part. Arms that are not named keep their choice.
+tries each of ``SEARCHED`` (``ranking_arms.py``) and takes the one with the best AUC on valid rows,
+mean over tasks and seeds: seeds differ by more than settings do. Test rows play no part. Arms that
+are not named keep their choice.
 ``--vary`` writes nothing: it shows what a key that all arms share (``COMMON``) does to the named
-arms, on valid rows and on those of cold items, mean over seeds.
+arms, on valid rows and on those of cold items.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from benchmarks.ranking_arms import (
     Arm,
     all_arms,
     chosen_arms,
+    tuned,
 )
 from benchmarks.ranking_data import say
 from benchmarks.ranking_quality import prepare
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep outputs of the text model in.")
     parser.add_argument("--vary", help="KEY=A,B: only show what these values do.")
-    parser.add_argument("--seeds", type=int, default=2, help="Runs per value of --vary.")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs of each setting or value.")
     parser.add_argument("--processes", type=int, default=2, help="Runs that go at a time.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,9 +59,12 @@ def main() -> None:
         tasks = [
             Task(each, run_config(each, inputs[each.codes], seed), inputs[each.codes])
             for each in tries
-            for seed in range(arguments.seeds if arguments.vary else 1)
+            for seed in range(arguments.seeds)
         ]
-        (_show if arguments.vary else _choose)(tasks, arguments.processes)
+        found = _trained(tasks, arguments.processes)
+        if not arguments.vary:
+            for arm in arms:
+                _write_choice(arm, found)
 
 
 def _varied(arm: Arm, key: str, values: str) -> list[Arm]:
@@ -67,7 +72,7 @@ def _varied(arm: Arm, key: str, values: str) -> list[Arm]:
         replace(
             arm,
             name=f"{arm.name} {key}={value}",
-            overrides={**arm.overrides, key: json.loads(value)},
+            overrides={**tuned(arm.name), **arm.overrides, key: json.loads(value)},
         )
         for value in values.split(",")
     ]
@@ -80,13 +85,19 @@ def _tries(arm: Arm) -> list[Arm]:
     ]
 
 
-def _show(tasks: Sequence[Task], num_processes: int) -> None:
-    found: dict[str, list[tuple[float, float]]] = {}
+def _trained(tasks: Sequence[Task], num_processes: int) -> dict[str, float]:
+    """Train all, say what each try gave, and return the AUCs by its name."""
+    num_seeds = len({task.config.seed for task in tasks})
+    runs: dict[str, list[tuple[float, float]]] = {}
+    found = {}
     for run, _ in train_all(tasks, num_processes):
-        found.setdefault(run.arm, []).append((_auc(run, "auc/"), _auc(run, "cold_auc/")))
-    for name, aucs in sorted(found.items()):
-        mean, cold = np.mean(aucs, axis=0)
-        say(f"{name:<40} {mean:.4f}, cold {cold:.4f}, {len(aucs)} seeds")
+        own = runs.setdefault(run.arm, [])
+        own.append((_auc(run, "auc/"), _auc(run, "cold_auc/")))
+        if len(own) == num_seeds:
+            auc, cold_auc = np.mean(own, axis=0)
+            say(f"{run.arm:<36} valid {auc:.4f}, cold {cold_auc:.4f}")
+            found[run.arm] = float(auc)
+    return found
 
 
 def _auc(run: Run, prefix: str) -> float:
@@ -95,20 +106,11 @@ def _auc(run: Run, prefix: str) -> float:
     return float(np.mean(found))
 
 
-def _choose(tasks: Sequence[Task], num_processes: int) -> None:
-    found: dict[str, dict[int, float]] = {}
-    for run, _ in train_all(tasks, num_processes):
-        name, _, number = run.arm.partition("/")
-        own = found.setdefault(name, {})
-        own[int(number)] = _auc(run, "auc/")
-        if len(own) == len(SEARCHED):
-            say(f"{name:<24}" + " ".join(f"{own[each]:.4f}" for each in sorted(own)))
-            _write_choice(name, max(own, key=lambda each: own[each]))
-
-
-def _write_choice(arm_name: str, number: int) -> None:
+def _write_choice(arm: Arm, found: Mapping[str, float]) -> None:
+    names = [each.name for each in _tries(arm)]
+    best = max(range(len(names)), key=lambda number: found[names[number]])
     settings = json.loads(SETTINGS_PATH.read_text("utf-8"))
-    settings[arm_name] = dict(SEARCHED[number])
+    settings[arm.name] = dict(SEARCHED[best])
     text = json.dumps(dict(sorted(settings.items())), indent=2)
     SETTINGS_PATH.write_text(f"{text}\n", encoding="utf-8")
 
