@@ -52,7 +52,6 @@ COMMON: Mapping[str, Any] = {
     "over_arch_layer_sizes": (64, 1),
     "id_dropout": 0.8,
     "code_dropout": 0.4,
-    "learning_rate": 1e-3,
     "num_epochs": 8,
     "early_stopping_patience": 3,
     "held_eval_rows": 65536,
@@ -61,11 +60,19 @@ COMMON: Mapping[str, Any] = {
 }
 EVALUATIONS_PER_EPOCH = 2
 SETTINGS_PATH = Path(__file__).with_name("ranking_settings.json")
-SEARCHED: tuple[Mapping[str, Any], ...] = (
-    {"sparse_learning_rate": 0.02, "centroid_scale": 0.1, "embedding_dropout": 0.2},
-    {"sparse_learning_rate": 0.02, "centroid_scale": 0.1, "embedding_dropout": 0.0},
-    {"sparse_learning_rate": 0.005, "centroid_scale": 0.3, "embedding_dropout": 0.2},
-    {"sparse_learning_rate": 0.02, "centroid_scale": 0.1, "learning_rate": 2e-3},
+SEARCHED: tuple[Mapping[str, Any], ...] = tuple(
+    {
+        "sparse_learning_rate": sparse_rate,
+        "centroid_scale": scale,
+        "embedding_dropout": dropout,
+        "learning_rate": rate,
+    }
+    for sparse_rate, scale, dropout, rate in (
+        (0.02, 0.1, 0.2, 1e-3),
+        (0.02, 0.1, 0.0, 1e-3),
+        (0.005, 0.3, 0.2, 1e-3),
+        (0.02, 0.1, 0.2, 2e-3),
+    )
 )
 """What every arm may choose from, on valid rows; the first one until it has chosen."""
 QUICK_ARMS = ("id", "fixed", "rq_vq", "full")

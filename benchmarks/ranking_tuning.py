@@ -110,8 +110,8 @@ def _write_choice(arm: Arm, found: Mapping[str, float]) -> None:
     names = [each.name for each in _tries(arm)]
     best = max(range(len(names)), key=lambda number: found[names[number]])
     settings = json.loads(SETTINGS_PATH.read_text("utf-8"))
-    settings[arm.name] = dict(SEARCHED[best])
-    text = json.dumps(dict(sorted(settings.items())), indent=2)
+    settings[arm.name] = SEARCHED[best]
+    text = json.dumps(settings, indent=2, sort_keys=True)
     SETTINGS_PATH.write_text(f"{text}\n", encoding="utf-8")
 
 

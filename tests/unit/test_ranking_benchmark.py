@@ -180,6 +180,15 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     assert '<td class="left">third_party</td><td class="left">third_party</td>' in text
 
 
+def test_every_arm_runs_with_just_one_of_the_settings_that_all_tried() -> None:
+    keys = set(ranking_arms.SEARCHED[0])
+
+    assert all(set(setting) == keys for setting in ranking_arms.SEARCHED)
+    for arm in all_arms(has_third_party_codes=True):
+        ran = {key: value for key, value in arm.settings().items() if key in keys}
+        assert ran in ranking_arms.SEARCHED
+
+
 def test_fewer_users_lose_their_train_rows_and_keep_the_others(tmp_path: Path) -> None:
     folder = _write_data(tmp_path / "data", num_tasks=1, has_users=False, has_split=True)
     checked = load_input_data(DataConfig(input_dir=str(folder)))
