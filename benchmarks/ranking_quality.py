@@ -16,11 +16,14 @@ Progress goes to stderr, the last line of stdout is one JSON object.
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +190,14 @@ def task_figures(runs: Sequence[Run], rows: Rows, task: int, num_draws: int) -> 
         if len(np.unique(rows.labels_NT[is_in_N, task])) < 2:
             continue
         weights_NB = all_weights_NB[is_in_N]
-        for arm in arms:
-            scores = [run.logits_NT[is_in_N, task] for run in runs if run.arm == arm]
-            draws[arm, name] = seed_mean_aucs(scores, rows.labels_NT[is_in_N, task], weights_NB)
+        labels_N = rows.labels_NT[is_in_N, task]
+        scores = [[run.logits_NT[is_in_N, task] for run in runs if run.arm == arm] for arm in arms]
+        # NumPy works without the interpreter's lock.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            found = threads.map(
+                partial(seed_mean_aucs, labels_N=labels_N, weights_NB=weights_NB), scores
+            )
+        draws |= {(arm, name): found_B for arm, found_B in zip(arms, found, strict=True)}
     figures = {
         f"{_prefixed(name)}auc_{arm}": float(found[0]) for (arm, name), found in draws.items()
     }
