@@ -91,7 +91,7 @@ class RowDataset:
     def train_batches(
         self, *, seed: int, epoch: int, window_rows: int, first_batch: int = 0
     ) -> Generator[RankingBatch]:
-        """Yield one shuffled pass with ID dropout; the same seed and epoch give the same batches.
+        """Yield one shuffled pass with ID and code dropout, the same for the same seed and epoch.
 
         Args:
             seed: Run's seed.

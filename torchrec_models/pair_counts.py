@@ -44,6 +44,7 @@ ITEM_PAIRS = "item"
 """Name of the pairs of items; those of prefixes are named as cross features are."""
 _PREFIX_RADIX = 2**31
 _MOST_TABLE_CELLS = 1 << 22
+"""Of a table of pairs, 16 MiB."""
 _TABLE_CELLS_PER_PAIR = 32
 """A cell that is cleared costs that much less than a key that is searched."""
 
@@ -201,7 +202,7 @@ class PairCounts:
     ) -> Weights:
         """Return how many of their own user's items are the things, where those are left out."""
         num_things = len(self.things_S)
-        named_V, numbers_B = np.unique(users_B[is_out_B], return_inverse=True)
+        named_V, numbers = np.unique(users_B[is_out_B], return_inverse=True)
         if len(named_V) * num_things > _TABLE_CELLS_PER_PAIR * len(a_N):
             keys_N = (users_B * num_things)[rows_N] + a_N
             found_N = _looked_up(self.own_keys_M, self.own_counts_M, keys_N)
@@ -217,7 +218,7 @@ class PairCounts:
         owners_O = np.repeat(np.arange(len(named_V)), lengths_V)
         table_VS[owners_O, self.own_keys_M[own_O] % num_things] = self.own_counts_M[own_O]
         places_B = np.full(len(users_B), len(named_V))
-        places_B[is_out_B] = numbers_B
+        places_B[is_out_B] = numbers
         own_N: Weights = table_VS[places_B[rows_N], a_N]
         return own_N
 

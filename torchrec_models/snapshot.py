@@ -27,7 +27,7 @@ class ItemSnapshot:
 
     Args:
         directory: The snapshot's folder.
-        vector_source: Which vectors :meth:`vectors` returns, see ``ranker.vector_source``.
+        vector_source: Which vectors :meth:`take` returns, see ``ranker.vector_source``.
     """
 
     def __init__(self, directory: str | Path, vector_source: str = "aligned") -> None:

@@ -28,6 +28,7 @@ _PLACES_PER_NAME = 8
 _TABLE_CELLS_PER_PAIR = 32
 """A cell of a matrix product costs that much less than a pair of gathered vectors."""
 _MOST_TABLE_CELLS = 1 << 24
+"""Of a table of cosines, 64 MiB."""
 
 
 class VectorLookup(Protocol):

@@ -119,6 +119,32 @@ def test_a_search_finds_the_same_cosines_part_by_part(monkeypatch: pytest.Monkey
     assert np.isinf(searched_H).sum() == 1 + 3 + 2 + 2
 
 
+@pytest.mark.parametrize("places_per_name", [0, 1000], ids=["sorted", "looked through"])
+def test_distinct_places_are_those_that_a_sort_finds(
+    places_per_name: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vector_inputs, "_PLACES_PER_NAME", places_per_name)
+
+    for places in ([7, 2, 7, 0, 2], [3], []):
+        places_N = np.array(places, dtype=np.int64)
+        found_U, numbers_N = vector_inputs._distinct(places_N)
+
+        assert found_U.tolist() == sorted(set(places))
+        assert found_U[numbers_N].tolist() == places
+
+
+def test_rows_may_all_be_without_a_history() -> None:
+    lookup, nothing = _lookup(), np.empty(0, dtype=np.int64)
+    targets = NamedVectors.of(lookup, TARGETS, TIMES)
+
+    features_BW = vector_features(
+        targets, NamedVectors.of(lookup, nothing, nothing), np.zeros(6, int), is_one_history=False
+    )
+
+    assert features_BW.shape == (6, 2 * WIDTH + 2)
+    assert not features_BW[:, WIDTH:].any()
+
+
 def test_a_vector_named_twice_is_fetched_once() -> None:
     named = NamedVectors.of(_lookup(), np.array([5, 5, 6, 5]), np.zeros(4, dtype=np.int64))
 
