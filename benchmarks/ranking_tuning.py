@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--arms", help="These arms, comma-separated.")
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep outputs of the text model in.")
-    parser.add_argument("--vary", help="KEY=A,B: only show what these values do.")
+    parser.add_argument(
+        "--vary", type=_key_and_values, help="KEY=A,B: only show what these values do."
+    )
     parser.add_argument("--seeds", type=int, default=3, help="Runs of each setting or value.")
     parser.add_argument("--processes", type=int, default=2, help="Runs that go at a time.")
     arguments = parser.parse_args()
@@ -53,7 +56,7 @@ def main() -> None:
         inputs = prepare(checked, Path(folder), arguments.backbone, arguments.features or folder)
         arms = chosen_arms(all_arms(THIRD_PARTY in inputs), arguments.arms)
         if arguments.vary:
-            tries = [each for arm in arms for each in _varied(arm, *arguments.vary.split("="))]
+            tries = [each for arm in arms for each in _varied(arm, *arguments.vary)]
         else:
             tries = [each for arm in arms for each in _tries(arm)]
         tasks = [
@@ -67,14 +70,25 @@ def main() -> None:
                 _write_choice(arm, found)
 
 
-def _varied(arm: Arm, key: str, values: str) -> list[Arm]:
+def _key_and_values(text: str) -> tuple[str, list[Any]]:
+    key, _, values = text.partition("=")
+    try:
+        found = json.loads(f"[{values}]")
+    except json.JSONDecodeError:
+        found = []
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=A,B with JSON values")
+    return key, found
+
+
+def _varied(arm: Arm, key: str, values: Sequence[Any]) -> list[Arm]:
     return [
         replace(
             arm,
-            name=f"{arm.name} {key}={value}",
-            overrides={**tuned(arm.name), **arm.overrides, key: json.loads(value)},
+            name=f"{arm.name} {key}={json.dumps(value)}",
+            overrides={**tuned(arm.name), **arm.overrides, key: value},
         )
-        for value in values.split(",")
+        for value in values
     ]
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import ranking_arms, ranking_quality
+from benchmarks import ranking_arms, ranking_quality, ranking_tuning
 from benchmarks.ranking_arms import all_arms, chosen_arms
 from benchmarks.ranking_data import third_party_items, with_fewer_users
 from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights, weighted_aucs
@@ -139,6 +139,34 @@ def test_arms_have_names_of_their_own_and_only_known_ones_can_be_chosen() -> Non
     }
     with pytest.raises(SystemExit, match="no such arms: nothing; there are id, fixed"):
         chosen_arms(arms, "id,nothing")
+
+
+def test_a_varied_key_leaves_an_arm_all_else_that_it_runs_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"fixed": ranking_arms.SEARCHED[1]}))
+    monkeypatch.setattr(ranking_arms, "SETTINGS_PATH", settings)
+    (arm,) = chosen_arms(all_arms(has_third_party_codes=False), "fixed")
+
+    low, high = ranking_tuning._varied(arm, "id_dropout", [0.1, 0.9])
+
+    assert (low.name, high.name) == ("fixed id_dropout=0.1", "fixed id_dropout=0.9")
+    assert low.settings() == {**arm.settings(), "id_dropout": 0.1}
+    assert high.settings() == {**arm.settings(), "id_dropout": 0.9}
+
+
+def test_a_key_is_varied_over_json_values(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = ranking_tuning._key_and_values("expert_layer_sizes=[64],[32, 16]")
+
+    assert found == ("expert_layer_sizes", [[64], [32, 16]])
+    for text in ("id_dropout", "id_dropout=", "head=mmoe"):
+        monkeypatch.setattr(sys, "argv", ["ranking_tuning.py", "--vary", text])
+        with pytest.raises(SystemExit):
+            ranking_tuning.main()
+        assert f"'{text}' is not KEY=A,B with JSON values" in capsys.readouterr().err
 
 
 def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
