@@ -36,9 +36,9 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
     settings, tasks = result["settings"], result["tasks"]
     body = [
         f"<h1>Ranking quality: {escape(settings['data'])}</h1>",
-        f"<p>Seeds per arm: {settings['seeds']}, paired. Intervals are 95 %, users of the test "
-        f"rows drawn with replacement; a plot's left end is cut at {MOST_LEFT:g}. Arms, tuning and "
-        "slices: benchmarks/ranking_protocol.md.</p>",
+        f"<p>Seeds per arm: {settings['seeds']}, paired. {_part_of(settings)}Intervals are 95 %, "
+        "users of the test rows drawn with replacement; a plot's left end is cut at "
+        f"{MOST_LEFT:g}. Arms, tuning and slices: benchmarks/ranking_protocol.md.</p>",
         _cards(result),
     ]
     for task, figures in tasks.items():
@@ -60,6 +60,11 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
     body += ["<h2>What the arms are</h2>", _arms_table({run.arm for run in runs})]
     title = f"Ranking quality: {settings['data']}"
     return html_page(title, body, ".arms td { white-space: normal; }")
+
+
+def _part_of(settings: Mapping[str, Any]) -> str:
+    share = settings["train_share"]
+    return f"Train rows of {100 * share:g} % of their users. " if share < 1 else ""
 
 
 def _cards(result: Mapping[str, Any]) -> str:

@@ -109,7 +109,8 @@ def main() -> None:
     }
     data_name = Path(arguments.data).name if arguments.data else "ml-100k"
     result = _result(found, runs, arguments, data_name, time.monotonic() - started)
-    page = Path(arguments.page or ROOT / "runs" / f"ranking_quality_{data_name}.html")
+    part = f"_{arguments.train_share:g}" if arguments.train_share < 1 else ""
+    page = Path(arguments.page or ROOT / "runs" / f"ranking_quality_{data_name}{part}.html")
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(ranking_page(result, runs), encoding="utf-8")
     say(f"table and plot: {page}")
@@ -129,7 +130,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--page", help="HTML file to write; default: in runs/.")
     parser.add_argument("--processes", type=int, default=2, help="Runs that go at a time.")
     parser.add_argument("--quick", action="store_true", help="Four arms, one seed, one epoch.")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.train_share <= 1:
+        parser.error("--train-share is above 0 and at most 1")
+    return arguments
 
 
 def prepare(

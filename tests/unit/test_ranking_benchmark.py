@@ -176,7 +176,6 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     codes = [[n % 2, n % 5] for n in range(60)]
     third_party = pa.table({"item_id": np.arange(60) + 100, "rq_code": codes})
     pq.write_table(third_party, data / "third_party_codes.parquet")
-    monkeypatch.setattr(ranking_arms, "SEARCHED", ({"batch_size": 64},))
     page = tmp_path / "page.html"
 
     result = _result(
@@ -191,6 +190,8 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
         str(page),
         "--arms",
         "fixed,third_party,full,full_minus_vq",
+        "--train-share",
+        "0.5",
     )
 
     figures = result["figures"]
@@ -204,6 +205,7 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     assert {"third_party_minus_fixed_auc_low", "worth_of_vq_auc_high"} <= set(figures)
     text = page.read_text("utf-8")
     assert "full less fixed" in text
+    assert "Train rows of 50 % of their users" in text
     assert "less raw codes" not in text, "its arms were not run"
     assert '<td class="left">third_party</td><td class="left">third_party</td>' in text
 
@@ -227,6 +229,15 @@ def test_fewer_users_lose_their_train_rows_and_keep_the_others(tmp_path: Path) -
     assert kept.num_rows == 12
     assert set(kept["item_id_count"].to_pylist()) == {12}
     assert fewer.interactions.num_rows == 12 * 12 + 30 * 8
+
+
+def test_no_users_at_all_cannot_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for share in ("0", "1.5"):
+        with pytest.raises(SystemExit):
+            _result(monkeypatch, capsys, "--train-share", share)
+        assert "--train-share is above 0 and at most 1" in capsys.readouterr().err
 
 
 def test_third_party_codes_must_be_there_for_every_item(tmp_path: Path) -> None:
