@@ -34,6 +34,7 @@ EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
 EXTRA_ARM = "full_plus_"
 BY_NAME_ONLY = (
     "trained_random",
+    "full_minus_rq_vq",
     "fixed_code_cf",
     "code_cf",
     *(f"{EXTRA_ARM}{part}" for part in EXTRA_PARTS),
@@ -124,6 +125,8 @@ def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
     for part, features in FULL_PARTS.items():
         rest = tuple(feature for feature in FULL if feature not in features)
         arms.append(Arm(f"full_minus_{part}", ALIGNED, rest, RAW_VECTOR))
+    no_tables = tuple(feature for feature in FULL if feature not in (*RQ, *VQ))
+    arms.append(Arm("full_minus_rq_vq", ALIGNED, no_tables, RAW_VECTOR))
     for part, features in EXTRA_PARTS.items():
         arms.append(Arm(f"{EXTRA_ARM}{part}", ALIGNED, (*FULL, *features), RAW_VECTOR))
     return tuple(arms)

@@ -130,6 +130,7 @@ def test_arms_have_names_of_their_own_and_only_known_ones_can_be_chosen() -> Non
     by_default = [arm.name for arm in chosen_arms(arms, None)]
     assert {arm.name for arm in arms} - set(by_default) == {
         "trained_random",
+        "full_minus_rq_vq",
         "fixed_code_cf",
         "code_cf",
         "full_plus_item_cf",
