@@ -100,7 +100,12 @@ class ContentFusion(nn.Module):
         """Return L2-normalised embeddings ``[N, D]``."""
         centred_NC = centred_content(features, present, self.mean_E)
         corrected_ND = self.linear(centred_NC) + self.correct(centred_NC, features, present)
-        return functional.normalize(corrected_ND, dim=1)
+        # Content of zeros (a broken picture, and nothing else) has no direction, so no code, and a
+        # gradient divided by no length. It stands on the first axis, in which most content lies.
+        is_bare_N1 = ~(centred_NC != 0).any(dim=1, keepdim=True)
+        num_others = self.linear.out_features - 1
+        bare_ND = functional.pad(is_bare_N1.to(corrected_ND.dtype), (0, num_others))
+        return functional.normalize(corrected_ND + bare_ND, dim=1)
 
     def correct(self, centred_NC: Tensor, features: Features, present: Present) -> Tensor:
         """Return what is added to the linear map: ``[N, D]``, zero before any training."""

@@ -160,6 +160,24 @@ def test_the_tokens_of_an_absent_modality_change_nothing(kind: str) -> None:
 
 
 @KINDS
+def test_an_item_whose_content_is_nothing_has_a_direction_and_a_gradient_of_usual_size(
+    kind: str,
+) -> None:
+    features = random_features(30)
+    for tokens in features.by_modality.values():
+        tokens[7] = 0
+    fusion = trained_fusion(kind)
+    torch.nn.init.zeros_(fusion.correction.weight)  # type: ignore[union-attr]
+
+    embeddings_ND = fusion(*features.tensors())
+    (embeddings_ND @ embeddings_ND.T).square().sum().backward()
+
+    norms = embeddings_ND.detach().norm(dim=1).numpy()
+    np.testing.assert_allclose(norms, 1.0, atol=1e-6)
+    assert fusion.correction.weight.grad.abs().max() < 1e3  # type: ignore[union-attr]
+
+
+@KINDS
 def test_items_are_fused_alike_one_by_one_and_all_at_once(kind: str) -> None:
     features, fusion = random_features(150), trained_fusion(kind)
 
