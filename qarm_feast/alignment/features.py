@@ -185,8 +185,8 @@ def _check_not_ready_only(names: Sequence[str], count: int) -> None:
     # Who has vectors of a model has one for every item; an empty one would hide a mistake.
     if tuple(names) == ("embedding",):
         raise DataError(
-            f"this encoder reads ready vectors, and {count} item(s) have no 'embedding'; give "
-            "every item one, or train an encoder on other content as well"
+            f"this encoder reads ready vectors, and {count} item(s) have no 'embedding', or one of "
+            "zeros; give every item one, or train an encoder on other content as well"
         )
 
 

@@ -30,7 +30,7 @@ TOO_LARGE = "too_large"
 UNDECODABLE = "undecodable"
 """Why a picture or sound is absent: its bytes are none that the decoder knows."""
 EMPTY = "empty"
-"""Why a sound is absent: it holds no sample, or silence alone."""
+"""Why a sound or a ready vector is absent: it holds no sample, or silence or zeros alone."""
 
 FAULTS = (NOT_FOLLOWED, NOT_FOUND, TOO_LARGE, UNDECODABLE, EMPTY)
 

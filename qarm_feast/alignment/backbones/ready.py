@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qarm_feast.alignment.backbones.base import Encoded, hash_files
+from qarm_feast.alignment.modalities import EMPTY
 from qarm_feast.errors import DataError
 
 WIDTH_MULTIPLE = 16
@@ -52,7 +53,8 @@ class ReadyVectors:
         """Return the vectors, filled up with zeros.
 
         Args:
-            values: Float32 rows of ``vector_width`` numbers; one that holds NaN is absent.
+            values: Float32 rows of ``vector_width`` numbers; one that holds NaN is absent, and one
+                of zeros alone, which has no direction.
 
         Returns:
             One row per vector.
@@ -63,7 +65,8 @@ class ReadyVectors:
         vectors_NW: np.ndarray = (
             np.stack(values) if len(values) else np.empty((0, 1), dtype=np.float32)
         )
-        is_present_N = np.asarray(np.isfinite(vectors_NW).all(axis=1))
+        is_finite_N = np.isfinite(vectors_NW).all(axis=1)
+        is_present_N = np.asarray(is_finite_N & vectors_NW.any(axis=1))
         features_NE = np.zeros((len(values), self.width), dtype=np.float32)
         if is_present_N.any():
             given = vectors_NW.shape[1]
@@ -74,7 +77,8 @@ class ReadyVectors:
                     f"{self.vector_width}; give it vectors of the same model, or train another"
                 )
             features_NE[is_present_N, :given] = vectors_NW[is_present_N]
-        return Encoded(features_NE[:, None], is_present_N, [None] * len(values))
+        faults = [EMPTY if is_zero else None for is_zero in is_finite_N & ~is_present_N]
+        return Encoded(features_NE[:, None], is_present_N, faults)
 
 
 def _rounded(width: int) -> int:

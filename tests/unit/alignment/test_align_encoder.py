@@ -164,6 +164,18 @@ def test_an_item_without_its_ready_vector_is_refused() -> None:
         new_encoder().encode(pa.table({"title": ["a"]}))
 
 
+def test_a_ready_vector_of_zeros_counts_as_none() -> None:
+    vectors = [np.full(WIDTH, value, dtype=np.float32) for value in (0.5, 0.0, np.nan)]
+    table = pa.table({"embedding": pa.array(vectors[:2], pa.list_(pa.float32(), WIDTH))})
+
+    encoded = ReadyVectors(WIDTH).encode(vectors)
+
+    assert encoded.is_present_N.tolist() == [True, False, False]
+    assert encoded.faults == [None, "empty", None]
+    with pytest.raises(DataError, match=r"1 item\(s\) have no 'embedding', or one of zeros"):
+        new_encoder().encode(table)
+
+
 @pytest.mark.parametrize(
     ("columns", "wanted", "chosen"),
     [
