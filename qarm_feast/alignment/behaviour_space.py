@@ -102,6 +102,7 @@ def find_triggers(
     history_length: int,
     num_processes: int = 1,
     popularity_power: float = 0.0,
+    min_similarity: float = -1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for every positive the most similar earlier positive of its user.
 
@@ -113,6 +114,8 @@ def find_triggers(
         history_length: Latest earlier positives that are searched.
         num_processes: Most processes that search; equal results for any number.
         popularity_power: The most similar one is that of the greatest :func:`corrected` cosine.
+        min_similarity: Least cosine of a trigger that is of use: any that has it goes before all
+            that have not, however rare these are.
 
     Returns:
         Trigger items (dense rows, int32) and cosines (float32), ``-inf`` where nothing is earlier.
@@ -129,25 +132,30 @@ def find_triggers(
     if popularity_power:
         arrays["factors_M"] = popularity_factors(positives.users_per_item(), popularity_power)
     starts = cut_blocks(np.ones(len(starts_P), dtype=np.int64), _ROWS_PER_BLOCK)
-    parts = list(map_blocks(_triggers_of_block, arrays, starts, num_processes))
+    function = partial(_triggers_of_block, min_similarity=min_similarity)
+    parts = list(map_blocks(function, arrays, starts, num_processes))
     triggers_P = np.concatenate([triggers for triggers, _ in parts])
     return triggers_P, np.concatenate([scores for _, scores in parts])
 
 
-def _triggers_of_block(arrays: Arrays, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+def _triggers_of_block(
+    arrays: Arrays, begin: int, end: int, *, min_similarity: float
+) -> tuple[np.ndarray, np.ndarray]:
     rows = np.arange(begin, end)
     # Behind many events of one time a history begins far from the one before.
     is_far = np.diff(arrays["starts_P"][begin:end], prepend=0) > _ROWS_PER_PRODUCT
     firsts = rows[((rows - begin) % _ROWS_PER_PRODUCT == 0) | is_far].tolist()
     parts = [
-        _triggers_of_rows(arrays, slice(first, last))
+        _triggers_of_rows(arrays, slice(first, last), min_similarity)
         for first, last in zip(firsts, [*firsts[1:], end], strict=True)
     ]
     triggers_C = np.concatenate([triggers for triggers, _ in parts])
     return triggers_C.astype(np.int32), np.concatenate([scores for _, scores in parts])
 
 
-def _triggers_of_rows(arrays: Arrays, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+def _triggers_of_rows(
+    arrays: Arrays, rows: slice, min_similarity: float
+) -> tuple[np.ndarray, np.ndarray]:
     starts_C, ends_C = arrays["starts_P"][rows], arrays["ends_P"][rows]
     low = int(starts_C.min())
     # Newest first, so that the first of equal cosines is the latest.
@@ -160,6 +168,9 @@ def _triggers_of_rows(arrays: Arrays, rows: slice) -> tuple[np.ndarray, np.ndarr
     scores_CW = cosines_CW
     if "factors_M" in arrays:
         scores_CW = corrected(cosines_CW, arrays["factors_M"][items_W])
+        # A rare trigger that is too far would be dropped, and with it the pair of a near one.
+        is_near_CW = cosines_CW >= min_similarity
+        scores_CW[~is_near_CW & is_near_CW.any(axis=1, keepdims=True)] = -np.inf
     best_C = scores_CW.argmax(axis=1)
     return items_W[best_C], cosines_CW[np.arange(len(best_C)), best_C].astype(np.float32)
 

@@ -66,7 +66,7 @@ class PairConfig(Section):
         ge=0,
         le=2,
         description="U2I: a trigger's cosine is divided by its number of users to this power, when "
-        "it is chosen and as its score; min_similarity is asked of the cosine itself.",
+        "it is chosen among those of min_similarity and as its score.",
     )
     max_pairs_per_item: int = Field(
         default=50, gt=0, description="U2I: best pairs kept per target item."

@@ -262,7 +262,12 @@ def _u2i_pairs(positives: Positives, config: PairConfig, seed: int) -> _Pairs:
     )
     power = config.u2i_popularity_power
     triggers_P, scores_P = find_triggers(
-        positives, vectors_MB, config.history_length, num_processes, power
+        positives,
+        vectors_MB,
+        config.history_length,
+        num_processes,
+        power,
+        config.min_similarity,
     )
     steps = {"scored": int(np.isfinite(scores_P).sum())}
     kept_R = np.flatnonzero(scores_P >= config.min_similarity)

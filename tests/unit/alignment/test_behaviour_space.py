@@ -163,3 +163,19 @@ def test_of_two_triggers_the_rarer_one_wins_where_popularity_is_corrected() -> N
     # .96 / 4 ** .1 = .836 is above .8, .96 / 4 ** .5 = .48 is not. The cosines stay cosines.
     assert [int(triggers[2]) for triggers, _ in found.values()] == [0, 0, 1]
     np.testing.assert_allclose([scores[2] for _, scores in found.values()], [0.96, 0.96, 0.8], 1e-6)
+
+
+def test_a_rare_trigger_that_is_too_far_takes_no_pair_from_a_near_one() -> None:
+    # Item 3 is at .96 of item 0, which four users have, and at .28 of item 1, which one has.
+    vectors_MB = np.array([[0.96, 0.28], [0.28, -0.96], [0, 1], [1, 0]], dtype=np.float32)
+    rows = [(0, 0, 1), (0, 1, 2), (0, 3, 3), (1, 0, 1), (2, 0, 1), (3, 0, 1), (3, 2, 2)]
+
+    found = {
+        least: find_triggers(
+            positives_of(rows), vectors_MB, 50, popularity_power=1.0, min_similarity=least
+        )
+        for least in (0.2, 0.3, 0.97)
+    }
+
+    # .96 / 4 = .24 is less than .28. Where none is near enough, the order is as without a limit.
+    assert [int(triggers[2]) for triggers, _ in found.values()] == [1, 0, 1]
