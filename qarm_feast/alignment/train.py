@@ -150,7 +150,8 @@ def train_encoder(
     # Behaviour that no head could learn from tunes no backbone either.
     if config.tuning != "frozen" and run.geometry_weight is not None:
         content = TunedContent(items, features, backbones, checked.directory)
-        tuning = Tuning(content, start or start_head(features, config), config)
+        anchor_weight = _anchor_weight(start, config)
+        tuning = Tuning(content, start or start_head(features, config), config, anchor_weight)
         figures = {**asdict(tuning.train(head, rows, run, files)), "head": figures}
     manifest = EncoderManifest(
         version=config.encoder_version,
@@ -197,10 +198,15 @@ def train_head(
     """
     head = start_head(features, config) if parent is None else copy.deepcopy(parent)
     items = HeadItems(head, features, training_device(config))
-    anchor_weight = 0.0 if parent is None else config.parent_weight
-    data = TrainingData(items, pairs, items.embeddings(), features.raw_vectors(), anchor_weight)
+    raw_ME = features.raw_vectors()
+    data = TrainingData(items, pairs, items.embeddings(), raw_ME, _anchor_weight(parent, config))
     run = Training(data, config, files, "head").run()
     return head.cpu(), run
+
+
+def _anchor_weight(parent: ContentFusion | None, config: AlignmentConfig) -> float:
+    """Return the weight of an item's place in the parent: none where there is no parent."""
+    return 0.0 if parent is None else config.parent_weight
 
 
 def start_head(features: ItemFeatures, config: AlignmentConfig) -> ContentFusion:

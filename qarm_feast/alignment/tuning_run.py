@@ -47,13 +47,19 @@ class Tuning:
         content: Items and backbones.
         start: The head before its training; the geometry term keeps its cosines.
         config: Section ``alignment``.
+        anchor_weight: Weight of the term that keeps items where ``start`` has them.
     """
 
     def __init__(
-        self, content: TunedContent, start: ContentFusion, config: AlignmentConfig
+        self,
+        content: TunedContent,
+        start: ContentFusion,
+        config: AlignmentConfig,
+        anchor_weight: float = 0.0,
     ) -> None:
         self._content = content
         self._start = start
+        self._anchor_weight = anchor_weight
         # That stage has been before, with the head alone.
         self._config = config.model_copy(update={"inter_content_epochs": 0})
         self._device = training_device(config)
@@ -83,9 +89,8 @@ class Tuning:
             torch.manual_seed(self._config.seed)
             tuned = start_tuning(content.backbones, self._config)
         items = TunedItems(content.items, content.features, tuned, head, content.media_dir)
-        data = TrainingData(
-            items.to(self._device), pairs, content_MD, content.features.raw_vectors()
-        )
+        raw_ME = content.features.raw_vectors()
+        data = TrainingData(items.to(self._device), pairs, content_MD, raw_ME, self._anchor_weight)
         run = Training(data, self._config, files, "tuned").run([head_run.geometry_weight])
         items.cpu()
         finish_tuning(content.backbones)

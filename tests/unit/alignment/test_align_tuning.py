@@ -16,7 +16,7 @@ from qarm_feast.alignment.encoder import load_encoder
 from qarm_feast.alignment.features import ItemFeatures, read_features
 from qarm_feast.alignment.fusion import FusionSizes, build_fusion
 from qarm_feast.alignment.pairs import build_pairs
-from qarm_feast.alignment.train import train_and_save
+from qarm_feast.alignment.train import train_and_save, train_encoder
 from qarm_feast.alignment.tuning import TunedItems, finish_tuning, start_tuning
 from qarm_feast.errors import ConfigError
 from qarm_feast.input_data import InputData
@@ -82,14 +82,9 @@ def test_backbones_without_weights_cannot_be_tuned() -> None:
         start_tuning({"embedding": ReadyVectors(16)}, AlignmentConfig(tuning="full"))
 
 
-@KINDS
-def test_a_tuned_encoder_is_trained_from_the_head_and_repeats_itself_when_loaded(
-    tiny_text_folder: Path,
-    tuning: str,
-    load_rows: Callable[..., InputData],
-    tmp_path: Path,
-) -> None:
-    # Words say which of two groups an item is of; users stay in one group.
+@pytest.fixture
+def grouped(load_rows: Callable[..., InputData]) -> InputData:
+    """Words say which of two groups an item is of; users stay in one group."""
     generator = np.random.default_rng(0)
     titles = [f"w{generator.integers(30) + 30 * (item % 2)} w{item % 2}" for item in range(40)]
     rows = [
@@ -97,9 +92,13 @@ def test_a_tuned_encoder_is_trained_from_the_head_and_repeats_itself_when_loaded
         for user in range(40)
         for n, item in enumerate(generator.permutation(np.arange(user % 2, 40, 2))[:4])
     ]
-    config = AlignmentConfig(
+    return load_rows(rows, item_id=list(range(40)), title=titles)
+
+
+@pytest.fixture
+def config(tiny_text_folder: Path, tmp_path: Path) -> AlignmentConfig:
+    return AlignmentConfig(
         backbone=str(tiny_text_folder),
-        tuning=tuning,
         embedding_dim=16,
         hidden_dim=16,
         batch_size=64,
@@ -111,14 +110,44 @@ def test_a_tuned_encoder_is_trained_from_the_head_and_repeats_itself_when_loaded
         encoder_uri=str(tmp_path / "encoders"),
         device="cpu",
     )
-    checked = load_rows(rows, item_id=list(range(40)), title=titles)
 
-    encoder = train_and_save(checked, build_pairs(checked, PairConfig(), 0), config, CREATED)
+
+@KINDS
+def test_a_tuned_encoder_is_trained_from_the_head_and_repeats_itself_when_loaded(
+    grouped: InputData, config: AlignmentConfig, tuning: str, tmp_path: Path
+) -> None:
+    config = config.model_copy(update={"tuning": tuning})
+
+    encoder = train_and_save(grouped, build_pairs(grouped, PairConfig(), 0), config, CREATED)
 
     figures = encoder.manifest.training
     # Tuning starts where the head ended, and goes on from there.
     assert figures["valid_losses"][0] == pytest.approx(min(figures["head"]["valid_losses"]), 1e-4)
     assert figures["valid_losses"][-1] < figures["valid_losses"][0]
     loaded = load_encoder(config.encoder_uri, config.encoder_version)
-    assert np.array_equal(loaded.encode(checked.items), encoder.encode(checked.items))
+    assert np.array_equal(loaded.encode(grouped.items), encoder.encode(grouped.items))
     assert not (tmp_path / "encoders/.e1.training").exists()
+
+
+def test_a_tuned_encoder_too_is_held_to_the_places_of_its_parent(
+    grouped: InputData, config: AlignmentConfig
+) -> None:
+    pairs = build_pairs(grouped, PairConfig(), 0)
+    parent = train_encoder(grouped, pairs, config, CREATED)
+
+    free, held = (
+        train_encoder(
+            grouped,
+            pairs,
+            config.model_copy(update={"tuning": "full", "parent_weight": weight}),
+            CREATED,
+            parent,
+        )
+        for weight in (0.0, 300.0)
+    )
+
+    before_ND = parent.encode(grouped.items)
+    moved = [1 - (before_ND * each.encode(grouped.items)).sum(axis=1).mean()
+             for each in (free, held)]  # fmt: skip
+    assert held.manifest.training["start"] == "parent"
+    assert 0 < moved[1] < 0.5 * moved[0]
