@@ -208,6 +208,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what is another as soon as a file is replaced or written to; None: there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def sync_folder(folder: Place) -> None:
     """Make the folder's entries survive a power cut: new names, and renames in it."""
     if isinstance(folder, StorePath):

@@ -26,7 +26,9 @@ class ExportFolder:
         self._partial = folder.with_name(f".{folder.name}.partial")
         self._names = wanted.part_names()
         standing = _same_export(folder, wanted)
-        self._is_published = standing is not None and set(standing.parts) == set(self._names)
+        # Readers refuse a folder with a part too many just as one with a part too few.
+        names = {path.name for path in folder.glob("*.parquet")}
+        self._is_published = standing is not None and names == {*standing.parts} == {*self._names}
         self.manifest = standing if standing and self._is_published else wanted
         if not self._is_published and (begun := _same_export(self._partial, wanted)):
             wanted.add(begun.parts)

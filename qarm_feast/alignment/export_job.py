@@ -6,7 +6,7 @@
    that has the name steps aside first: between the two renames there is none, never a mixture.
 
 A killed export goes on with the missing parts, and ends with the same bytes; what another encoder,
-catalogue or part size left behind is removed. May import: filelock, ray (by name).
+catalogue or part size left behind is removed. May import: the encoder, ray (by name).
 """
 
 import logging
@@ -31,7 +31,7 @@ from qarm_feast.alignment.export_parts import (
     PartWriter,
     VectorKind,
 )
-from qarm_feast.artifact import MANIFEST_NAME, file_sha256
+from qarm_feast.artifact import MANIFEST_NAME, file_sha256, file_stamp
 from qarm_feast.config import load_section
 from qarm_feast.errors import AlreadyRunningError, DataError, GateRefusedError
 from qarm_feast.input_data import ITEMS_FILE, DataConfig, read_catalogue_times
@@ -196,7 +196,8 @@ def export_catalogue(
         What was done; nothing is written if the export is there.
 
     Raises:
-        DataError: If the encoder or the catalogue is missing, or an item has no usable vector.
+        DataError: If the encoder or the catalogue is missing, the catalogue changes meanwhile, or
+            an item has no usable vector.
         ContractError: If the catalogue breaks the input contract.
         MissingDependencyError: If Ray is asked for and not installed.
         AlreadyRunningError: If another process exports this encoder's vectors.
@@ -235,6 +236,8 @@ class _Export:
         include_raw: bool,
     ) -> None:
         self._job = job
+        # Before the hash: what changes while it is made is seen as well.
+        self._stamp = file_stamp(Path(job.items_path))
         manifest = read_encoder_manifest(config.encoder_uri, job.encoder_version)
         encoder_hash = file_sha256(Path(config.encoder_uri) / manifest.version / MANIFEST_NAME)
         catalogue = read_catalogue_times(load_section(job.config_path, "data", DataConfig))
@@ -276,6 +279,7 @@ class _Export:
         if tasks:
             meter = _Meter(self._job.encoder_version, sum(task.end - task.first for task in tasks))
             for result in engine.run(tasks, meter.add):
+                self._check_catalogue()
                 for target in self._targets:
                     target.note(result)
             meter.show()
@@ -294,6 +298,14 @@ class _Export:
             counts=aligned.manifest.counts,
             ignored_gates=aligned.manifest.ignored_gates,
         )
+
+    def _check_catalogue(self) -> None:
+        """Refuse to name a part that may be of another catalogue than the manifest says."""
+        if file_stamp(Path(self._job.items_path)) != self._stamp:
+            raise DataError(
+                f"{self._job.items_path} changed while its vectors were exported: its parts would "
+                "be of unequal catalogues; run `qarm align export` again"
+            )
 
     def _tasks(self) -> list[PartTask]:
         """Return the parts of which a file is missing."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 from qarm_feast.alignment.config import AlignmentConfig
 from qarm_feast.alignment.encoder import check_version_is_free
-from qarm_feast.artifact import file_sha256, sha256
+from qarm_feast.artifact import file_sha256, file_stamp, sha256
 from qarm_feast.codebook import QuantizerConfig
 from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import Section, load_section
@@ -122,7 +122,7 @@ class DataFiles:
             if not path.is_file():
                 raise DataError(f"there is no {path}; set data.input_dir")
         # Before the hashes: what changes while they are made is seen as well.
-        self._found = self._look()
+        self._found = self._stamps()
         self.hashes = {path.name: file_sha256(path) for path in self._paths}
 
     def check_unchanged(self) -> None:
@@ -131,21 +131,15 @@ class DataFiles:
         Raises:
             DataError: If a file was replaced or written to.
         """
-        found = self._look()
-        for path, before, now in zip(self._paths, self._found, found, strict=True):
+        for path, before, now in zip(self._paths, self._found, self._stamps(), strict=True):
             if before != now:
                 raise DataError(
                     f"{path} changed while the refresh ran: its steps would be of unequal data; "
                     "run `qarm refresh` again, which begins anew"
                 )
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [
-            (found.st_ino, found.st_size, found.st_mtime_ns)
-            if (found := path.stat() if path.exists() else None)
-            else None
-            for path in self._paths
-        ]
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        return [file_stamp(path) for path in self._paths]
 
 
 @dataclass(frozen=True)

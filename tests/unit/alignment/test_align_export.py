@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -123,6 +124,20 @@ def test_an_export_that_stands_is_not_made_again_unless_a_part_is_gone(
     assert files_of(folder) == before
 
 
+def test_an_export_beside_which_a_file_has_come_is_made_again_as_its_reader_says(
+    export: Callable[..., ExportSummary],
+) -> None:
+    folder = export().folder
+    before = files_of(folder)
+    shutil.copy(next(folder.glob("part-00000-*")), folder / "a-copy.parquet")
+    with pytest.raises(DataError, match=r"holds 7 .*names 6.* a-copy.parquet; run `qarm align exp"):
+        VectorFiles.open(folder)
+
+    export()
+
+    assert files_of(folder) == before
+
+
 def test_parts_of_another_catalogue_are_replaced_whether_finished_or_not(
     export: Callable[..., ExportSummary],
     kill_after: Callable[[int], None],
@@ -146,6 +161,28 @@ def test_parts_of_another_catalogue_are_replaced_whether_finished_or_not(
     assert (summary.num_items, summary.num_written) == (30, 5)
     assert VectorFiles.open(summary.folder).item_ids().tolist() == list(range(30))
     assert old_names & set(files_of(summary.folder)) == {EXPORT_MANIFEST}
+
+
+def test_a_catalogue_that_is_replaced_meanwhile_ends_the_export_and_the_next_begins_anew(
+    export: Callable[..., ExportSummary], clustered: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = export().folder
+    pq.write_table(clustered.items.slice(0, 35), clustered.directory / "items.parquet")
+    write = PartWriter.__call__
+
+    def replace_before_third(writer: PartWriter, task: PartTask) -> object:
+        if task.first == 2 * ROWS_PER_PART:
+            pq.write_table(clustered.items.slice(5, 35), clustered.directory / "items.parquet")
+        return write(writer, task)
+
+    monkeypatch.setattr(PartWriter, "__call__", replace_before_third)
+    with pytest.raises(DataError, match=r"items.parquet changed while .*`qarm align export` again"):
+        export()
+    monkeypatch.undo()
+    assert len(VectorFiles.open(old).item_ids()) == 40
+
+    assert export().num_written == 5
+    assert VectorFiles.open(old).item_ids().tolist() == list(range(5, 40))
 
 
 def test_an_export_that_was_killed_between_its_two_renames_is_put_in_place_by_the_next(
