@@ -64,7 +64,7 @@ class EncoderManifest(Section):
     backbones: dict[str, BackboneManifest] = Field(description="What is read, by modality.")
     fusion: FusionSizes = Field(description="Kind and sizes of the fusion.")
     behaviour_cutoff: datetime = Field(description="Newest train interaction that it has seen.")
-    created: datetime = Field(description="When training ended.")
+    created: datetime = Field(description="When the command or refresh that trained it began.")
     training: dict[str, Any] = Field(description="Figures of the training run.")
     files: dict[str, str] = Field(description="SHA-256 by file name.")
 
@@ -263,7 +263,10 @@ def read_encoder_manifest(uri: str, version: str) -> EncoderManifest:
     """
     path = Path(uri) / version / MANIFEST_NAME
     if not path.is_file():
-        raise DataError(f"there is no encoder at {path.parent}; run `qarm align train` first")
+        # Of one that a refresh has removed the folder stays, and no training may have its name.
+        is_removed = path.parent.is_dir()
+        remedy = "it was removed; name another" if is_removed else "run `qarm align train` first"
+        raise DataError(f"there is no encoder at {path.parent}; {remedy}")
     try:
         return EncoderManifest.model_validate(_current_form(json.loads(path.read_bytes())))
     except (ValueError, KeyError) as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qarm_feast.errors import GateRefusedError
+from qarm_feast.alignment.encoder import read_encoder_manifest
+from qarm_feast.errors import DataError, GateRefusedError
 from qarm_feast.refresh import old_encoders
 from qarm_feast.refresh.job import RefreshOptions, refresh
 from qarm_feast.refresh.old_encoders import remove_old_encoders
@@ -95,6 +96,8 @@ def test_the_oldest_go_with_all_that_is_theirs_and_their_names_stay_taken(
     assert state.earlier_encoders == [made("e5")]
     for version in ("e2", "e3", "e4"):
         assert files_of(data, version) == {f"encoders/{version}/removed.json"}
+        with pytest.raises(DataError, match=f"no encoder at .*{version}; it was removed; name ano"):
+            read_encoder_manifest(str(data / "encoders"), version)
     # No refresh of this list made e1.
     assert {version: files_of(data, version) for version in kept} == kept
 
