@@ -15,7 +15,7 @@ Figures: ``emoji_1nn_text``, ``…_image``, ``…_both`` (an encoder of each, sa
 encoder of both, held-out emojis losing a modality), ``emoji_both_minus_text`` and
 ``emoji_both_minus_image`` with ``…_low`` and ``…_high``: 95 %, emojis drawn with replacement.
 
-Shape letters in this file: N emojis, H held-out ones, P pairs.
+Shape letters in this file: N emojis, H held-out ones (U distinct), P pairs, B draws.
 """
 
 import hashlib
@@ -93,15 +93,34 @@ def emoji_figures(
         runs.append(_seed_hits(emojis, features, config.model_copy(update={"seed": seed})))
         told = "  ".join(f"{name} {hits.mean():.4f}" for name, hits in runs[-1].items())
         _say(f"emoji seed {seed}: {told}")
-    # Every seed holds out other emojis, so samples are pooled, and seeds are not drawn apart.
+    num_emojis = emojis.items.num_rows
+    rows_H = np.concatenate([np.flatnonzero(held_out(num_emojis, seed)) for seed in range(seeds)])
     hits = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
     figures = {f"emoji_1nn_{name}": float(values.mean()) for name, values in hits.items()}
     for single in ("text", "image"):
         gains_H = hits["both"] - hits[single]
-        low, high = interval(bootstrap_means(gains_H[:, None], NUM_DRAWS)[:, 0])
+        low, high = interval(drawn_means(gains_H, rows_H, NUM_DRAWS))
         name = f"emoji_both_minus_{single}"
         figures |= {name: float(gains_H.mean()), f"{name}_low": low, f"{name}_high": high}
-    return {"emoji_num_emojis": emojis.items.num_rows, **figures}, None
+    return {"emoji_num_emojis": num_emojis, **figures}, None
+
+
+def drawn_means(values_H: np.ndarray, rows_H: np.ndarray, num_draws: int) -> np.ndarray:
+    """Return the mean in each of so many draws of emojis, each with its values of all splits.
+
+    Args:
+        values_H: One per split and emoji that it holds out.
+        rows_H: Which emoji that is; one may be held out in several splits.
+        num_draws: Draws.
+
+    Returns:
+        Float64 ``[B]``.
+    """
+    _, emojis_H, counts_U = np.unique(rows_H, return_inverse=True, return_counts=True)
+    sums_U = np.bincount(emojis_H, values_H)
+    drawn_B2 = bootstrap_means(np.stack([sums_U, counts_U], axis=1), num_draws)
+    means_B: np.ndarray = drawn_B2[:, 0] / drawn_B2[:, 1]
+    return means_B
 
 
 def fetch_package(cache: Path) -> Path:

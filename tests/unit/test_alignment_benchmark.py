@@ -12,6 +12,7 @@ import pytest
 from benchmarks import alignment_emoji
 from benchmarks.alignment_emoji import (
     EmojiUnavailableError,
+    drawn_means,
     emoji_figures,
     fetch_package,
     read_emojis,
@@ -159,3 +160,13 @@ def test_as_many_of_the_held_out_emojis_are_masked_as_the_percentage_says() -> N
 
     # Five standard errors of a share among a thousand.
     assert shares == pytest.approx({25: 0.25, 50: 0.5, 100: 1.0}, abs=0.08)
+
+
+def test_an_emoji_that_several_splits_hold_out_is_drawn_with_all_its_values() -> None:
+    values_H, rows_H = np.array([1.0, 0.0, 1.0, 0.0]), np.array([4, 7, 4, 7])
+
+    means_B = drawn_means(values_H, rows_H, 400)
+
+    assert set(means_B.tolist()) == {0.0, 0.5, 1.0}
+    # Two emojis, not four values: a quarter of the draws takes one of them twice.
+    assert 0.15 < (means_B == 1).mean() < 0.35
