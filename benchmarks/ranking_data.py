@@ -55,6 +55,8 @@ from torchrec_models.row_store import (
 from torchrec_models.side_tables import SideTables
 from torchrec_models.vocabulary import build_vocabularies
 
+LEFT_OUT = "none"
+"""Split of rows that nothing learns from and nobody ranks."""
 THIRD_PARTY = "third_party_codes.parquet"
 SERVICE = "ranker"
 HISTORY_LENGTH = 50
@@ -92,13 +94,19 @@ def say(text: str) -> None:
 
 
 def with_fewer_users(checked: InputData, share: float) -> InputData:
-    """Return the data with the train rows of a random share of their users, the rest as it is."""
+    """Return the data in which a random share of the train users teaches, the rest as it is.
+
+    Train rows of the others get the split ``none``: nothing learns from them, but the histories of
+    valid and test rows hold what an online list would, so that only the learning is smaller.
+    """
     interactions = checked.interactions
     users = np.unique(checked.train_interactions()[USER_ID].to_numpy())
     kept = np.random.default_rng(0).permutation(users)[: math.ceil(share * len(users))]
-    is_kept_R = np.isin(interactions[USER_ID].to_numpy(), kept)
-    is_kept_R |= pc.not_equal(interactions[SPLIT], "train").to_numpy()
-    return replace(checked, interactions=interactions.filter(pa.array(is_kept_R)))
+    is_left_out_R = pc.equal(interactions[SPLIT], "train").to_numpy()
+    is_left_out_R &= ~np.isin(interactions[USER_ID].to_numpy(), kept)
+    splits = pc.if_else(pa.array(is_left_out_R), LEFT_OUT, interactions[SPLIT])
+    place = interactions.schema.get_field_index(SPLIT)
+    return replace(checked, interactions=interactions.set_column(place, SPLIT, splits))
 
 
 def item_vectors(checked: InputData, backbone_folder: str, features_uri: str) -> Vectors:
@@ -242,6 +250,7 @@ def publish_coded_rows(
         LeakError: If a row has seen its future.
     """
     rows = _joined_rows(checked, coded)
+    rows = rows.filter(pc.not_equal(rows["split"], LEFT_OUT))
     _check(checked, coded, rows)
     user_columns = _user_columns(checked)
     train = rows.filter(pc.equal(rows["split"], "train"))

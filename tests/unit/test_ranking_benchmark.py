@@ -220,7 +220,7 @@ def test_every_arm_runs_with_just_one_of_the_settings_that_all_tried() -> None:
         assert ran in ranking_arms.SEARCHED
 
 
-def test_fewer_users_lose_their_train_rows_and_keep_the_others(tmp_path: Path) -> None:
+def test_of_fewer_users_only_some_teach_and_all_keep_their_histories(tmp_path: Path) -> None:
     folder = _write_data(tmp_path / "data", num_tasks=1, has_users=False, has_split=True)
     checked = load_input_data(DataConfig(input_dir=str(folder)))
 
@@ -229,7 +229,7 @@ def test_fewer_users_lose_their_train_rows_and_keep_the_others(tmp_path: Path) -
     kept = fewer.train_interactions().group_by("user_id").aggregate([("item_id", "count")])
     assert kept.num_rows == 12
     assert set(kept["item_id_count"].to_pylist()) == {12}
-    assert fewer.interactions.num_rows == 12 * 12 + 30 * 8
+    assert fewer.positives().num_rows == checked.positives().num_rows
 
 
 def test_no_users_at_all_cannot_be_asked_for(
