@@ -16,6 +16,7 @@ Progress goes to stderr, the last line of stdout is one JSON object.
 
 import argparse
 import json
+import math
 import os
 import platform
 import tempfile
@@ -32,7 +33,15 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.data import data_dir
-from benchmarks.ranking_arms import ALIGNED, QUICK_ARMS, RAW, THIRD_PARTY, all_arms, chosen_arms
+from benchmarks.ranking_arms import (
+    ALIGNED,
+    COMMON,
+    QUICK_ARMS,
+    RAW,
+    THIRD_PARTY,
+    all_arms,
+    chosen_arms,
+)
 from benchmarks.ranking_data import (
     coded_items,
     item_vectors,
@@ -91,7 +100,7 @@ def main() -> None:
         names = ",".join(QUICK_ARMS) if arguments.quick and not arguments.arms else arguments.arms
         arms = chosen_arms(all_arms(THIRD_PARTY in inputs), names)
         seeds = range(1 if arguments.quick else arguments.seeds)
-        limits = {"num_epochs": 1} if arguments.quick else {}
+        limits = {"num_epochs": 1} if arguments.quick else _limits(arguments.train_share)
         tasks = [
             Task(
                 arm,
@@ -115,6 +124,12 @@ def main() -> None:
     page.write_text(ranking_page(result, runs), encoding="utf-8")
     say(f"table and plot: {page}")
     print(json.dumps(result))
+
+
+def _limits(train_share: float) -> dict[str, int]:
+    """Return the most epochs and the patience that are as many steps on a share of the rows."""
+    keys = ("num_epochs", "early_stopping_patience")
+    return {key: math.ceil(COMMON[key] / train_share) for key in keys}
 
 
 def _arguments() -> argparse.Namespace:
