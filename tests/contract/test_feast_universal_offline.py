@@ -5,10 +5,12 @@ look at. ``feast_repo_configuration`` runs upstream's own suite against our stor
 came out of it.
 """
 
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ibis
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -38,6 +40,15 @@ from feast_universal import (
 FEATURES = ["stats:rate", "stats:trips"]
 # Stock dask warns of columns that it changes in place, and ibis of its own names.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ibis_backend() -> Iterator[None]:
+    """Let go of the duckdb that ibis holds for all: its binding reports it at exit as a leak."""
+    yield
+    if (backend := ibis.options.default_backend) is not None:
+        backend.disconnect()
+        ibis.options.default_backend = None
 
 
 @pytest.fixture(params=OFFLINE_TYPES.values(), ids=OFFLINE_TYPES)
