@@ -1,5 +1,6 @@
 """The trainer against plain loops: same bits alone, same gradients in chunks and over ranks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,28 @@ from qarm_feast.alignment.trainer import PairTask, PairTrainer, embeddings
 from qarm_feast.metrics_log import NoMetricsLog
 
 CENTRED_WITHOUT_LOGQ = {"center_content": True, "logq_weight": 0.0}
+
+
+class _CountedItems:
+    """300 items; ``passes`` tells how many were embedded at a time."""
+
+    def __init__(
+        self, network: nn.Module, is_tuned: bool, embed: Callable[[np.ndarray], torch.Tensor]
+    ) -> None:
+        self.module = network
+        self.passes: list[int] = []
+        self._is_tuned = is_tuned
+        self._embed = embed
+
+    def __len__(self) -> int:
+        return 300
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters()) if self._is_tuned else []
+
+    def embed(self, rows: np.ndarray) -> torch.Tensor:
+        self.passes.append(len(rows))
+        return self._embed(rows)
 
 
 def plain_loop(config: AlignmentConfig) -> dict[str, torch.Tensor]:
@@ -104,24 +127,12 @@ def test_backbones_that_are_tuned_read_few_items_at_a_time(
     is_tuned: bool, expected: list[int]
 ) -> None:
     network = nn.Linear(1, 2)
-    passes = []
 
-    class Items:
-        module = network
+    items = _CountedItems(network, is_tuned, lambda rows: torch.from_numpy(rows[:, None]).float())
 
-        def __len__(self) -> int:
-            return 300
+    found = embeddings(items, np.arange(300))
 
-        def backbone_parameters(self) -> list[nn.Parameter]:
-            return list(network.parameters()) if is_tuned else []
-
-        def embed(self, rows: np.ndarray) -> torch.Tensor:
-            passes.append(len(rows))
-            return torch.from_numpy(rows[:, None]).float()
-
-    found = embeddings(Items(), np.arange(300))
-
-    assert passes == expected
+    assert items.passes == expected
     assert found[:, 0].tolist() == list(range(300))
 
 
@@ -158,31 +169,21 @@ def test_a_step_of_tuned_backbones_holds_few_items_at_a_time_unless_told_otherwi
 ) -> None:
     network = nn.Linear(4, 8)
     x_ME = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
-    passes = []
 
-    class Items:
-        module = network
-
-        def __len__(self) -> int:
-            return 300
-
-        def backbone_parameters(self) -> list[nn.Parameter]:
-            return list(network.parameters()) if is_tuned else []
-
-        def embed(self, rows: np.ndarray) -> torch.Tensor:
-            passes.append(len(rows))
-            return nn.functional.normalize(network(x_ME[rows]), dim=1)
+    items = _CountedItems(
+        network, is_tuned, lambda rows: nn.functional.normalize(network(x_ME[rows]), dim=1)
+    )
 
     pairs = PairRows(np.arange(299), np.arange(1, 300), np.full(299, -1), np.ones(299, np.float32))
     split = PairSplit(pairs, pairs, np.zeros(300, dtype=bool))
     content_MD = nn.functional.normalize(x_ME, dim=1)
-    task = PairTask(Items(), content_MD, split, BatchNegatives(pairs, 300), 10.0)
+    task = PairTask(items, content_MD, split, BatchNegatives(pairs, 300), 10.0)
     config = SMALL.model_copy(update={"batch_size": 299, "chunk_size": chunk_size})
     trainer = PairTrainer(task, config, StepProgress(NoMetricsLog(), current_ranks()))
 
     trainer.train_epoch(np.random.default_rng(0))
 
-    assert passes == expected
+    assert items.passes == expected
 
 
 def test_mixed_precision_trains_float32_weights_to_nearly_the_same_place() -> None:
