@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from qarm_feast.errors import ConfigError
-from torchrec_models.archs import DenseArch, SparseArch
+from torchrec_models.archs import DenseArch, EmbeddingDropout, SparseArch
 from torchrec_models.batch import RankingBatch
 from torchrec_models.config import CodeSizes, RankerConfig, TaskConfig
 from torchrec_models.heads import Head, build_head
@@ -92,7 +92,7 @@ class RankerTrainTask(nn.Module):
     ) -> None:
         super().__init__()
         self.ranker = ranker
-        self.embedding_dropout = nn.Dropout(embedding_dropout)
+        self.embedding_dropout = EmbeddingDropout(embedding_dropout)
         self.task_labels = TaskLabels(ranker.task_towers.chain)
         self.task_losses = TaskLosses(task_weights)
         self.content_id_loss = content_id_loss

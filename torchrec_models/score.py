@@ -110,6 +110,8 @@ class ReadVectors:
     item_ids_N: Ints
     """Ascending, each once."""
     vectors_ND: torch.Tensor
+    held_cosines: None = None
+    """A request asks for few of its items' cosines, and for each once."""
 
     @staticmethod
     def of(reader: OnlineReader, inputs: ScoringInputs) -> "ReadVectors":

@@ -2,14 +2,15 @@
 
 A batch names the same items over and over: each vector is fetched once. Where the distinct
 candidates and history items make few pairs against those that the rows ask for, one matrix
-product finds all their cosines; else vectors are gathered pair by pair, a part at a time.
+product finds all their cosines; else vectors are gathered pair by pair, a part at a time. Of a
+small catalogue all cosines are held.
 Shape letters: B rows, H history items of all rows, N named items, U distinct ones, P places up
-to the last named one, D vector width.
+to the last named one, I items of the catalogue, D vector width.
 May import: numpy, torch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ _PLACES_PER_NAME = 8
 """A place that is looked through costs that much less than a name that is sorted."""
 _TABLE_CELLS_PER_PAIR = 32
 """A cell of a matrix product costs that much less than a pair of gathered vectors."""
-_MOST_TABLE_CELLS = 1 << 24
+MOST_TABLE_CELLS = 1 << 24
 """Of a table of cosines, 64 MiB."""
 
 
@@ -42,6 +43,11 @@ class VectorLookup(Protocol):
         """Return ``[U, D]`` float32 unit vectors, or zeros, of places."""
         ...
 
+    @property
+    def held_cosines(self) -> Floats | None:
+        """The cosines of all places where they are held, else None."""
+        ...
+
 
 @dataclass(frozen=True)
 class NamedVectors:
@@ -50,12 +56,16 @@ class NamedVectors:
     Attributes:
         vectors_UD: Distinct vectors, float32.
         numbers_N: Which of them each named item has.
+        places_N: The places of their vectors in the lookup.
         is_known_N: False where an item has none at that time; its vector reads as zeros.
+        cosines_II: The cosines of all places of the lookup, where it holds them.
     """
 
     vectors_UD: torch.Tensor
     numbers_N: Ints
+    places_N: Ints
     is_known_N: Bools
+    cosines_II: Floats | None
 
     @staticmethod
     def of(lookup: VectorLookup, item_ids_N: Ints, label_times_N: Ints) -> "NamedVectors":
@@ -64,12 +74,18 @@ class NamedVectors:
         places_U, numbers_N = _distinct(places_N)
         vectors_UD = lookup.take(places_U)
         has_vector_U = vectors_UD.any(dim=1).numpy()
-        return NamedVectors(vectors_UD, numbers_N, is_found_N & has_vector_U[numbers_N])
+        is_known_N = is_found_N & has_vector_U[numbers_N]
+        return NamedVectors(vectors_UD, numbers_N, places_N, is_known_N, lookup.held_cosines)
 
     def part(self, first: int, last: int) -> "NamedVectors":
         """Return the named items from one place to before another."""
         part = slice(first, last)
-        return NamedVectors(self.vectors_UD, self.numbers_N[part], self.is_known_N[part])
+        return replace(
+            self,
+            numbers_N=self.numbers_N[part],
+            places_N=self.places_N[part],
+            is_known_N=self.is_known_N[part],
+        )
 
     def rows(self) -> torch.Tensor:
         """Return ``[N, D]``: the vector of each named item, zeros where there is none."""
@@ -117,15 +133,16 @@ def pair_cosines(
     Returns:
         Float32 ``[H]``.
     """
-    row_of_H = np.repeat(np.arange(len(lengths_B)), lengths_B)
-    targets_H, items_H = targets.numbers_N[row_of_H], history.numbers_N
+    num_pairs = len(history.numbers_N)
     num_cells = len(targets.vectors_UD) * len(history.vectors_UD)
-    if num_cells <= min(_MOST_TABLE_CELLS, _TABLE_CELLS_PER_PAIR * len(items_H)):
+    if targets.cosines_II is not None:
+        cosines_H = targets.cosines_II[np.repeat(targets.places_N, lengths_B), history.places_N]
+    elif num_cells <= min(MOST_TABLE_CELLS, _TABLE_CELLS_PER_PAIR * num_pairs):
         cosines_UU = (targets.vectors_UD @ history.vectors_UD.T).numpy()
-        cosines_H = cosines_UU[targets_H, items_H]
+        cosines_H = cosines_UU[np.repeat(targets.numbers_N, lengths_B), history.numbers_N]
     else:
-        cosines_H = _gathered_cosines(targets, history, targets_H)
-    cosines_H[~(targets.is_known_N[row_of_H] & history.is_known_N)] = absent
+        cosines_H = _gathered_cosines(targets, history, np.repeat(targets.numbers_N, lengths_B))
+    cosines_H[~(np.repeat(targets.is_known_N, lengths_B) & history.is_known_N)] = absent
     return cosines_H
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qarm_feast.errors import ConfigError
+from torchrec_models import snapshot
 from torchrec_models.row_store import SnapshotArrays
 from torchrec_models.snapshot import ItemSnapshot
 from torchrec_models.vector_inputs import NamedVectors
@@ -20,13 +21,13 @@ def _snapshot(folder: Path, vectors_ID: np.ndarray | None = None) -> ItemSnapsho
 
 
 def test_a_code_row_later_than_the_label_is_masked_and_counted(tmp_path: Path) -> None:
-    snapshot = _snapshot(tmp_path)
+    items = _snapshot(tmp_path)
 
-    found = snapshot.history_codes(np.array([30, 30, 10, 99]), np.array([299, 300, 100, 500]))
+    found = items.history_codes(np.array([30, 30, 10, 99]), np.array([299, 300, 100, 500]))
 
     assert found.present_H.tolist() == [False, True, True, False]
     assert found.rq_HL[found.present_H].tolist() == [[3, 33], [1, 11]]
-    assert snapshot.masked_share == 0.25
+    assert items.masked_share == 0.25
 
 
 def test_a_deleted_item_has_no_code(tmp_path: Path) -> None:
@@ -36,11 +37,31 @@ def test_a_deleted_item_has_no_code(tmp_path: Path) -> None:
 
 
 def test_vectors_are_zero_where_unknown_or_later(tmp_path: Path) -> None:
-    snapshot = _snapshot(tmp_path, np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32))
+    items = _snapshot(tmp_path, np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32))
 
-    named = NamedVectors.of(snapshot, np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
+    named = NamedVectors.of(items, np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
 
     assert named.rows().tolist() == [[1, 0], [0, 0], [0, 3], [0, 0]]
+
+
+def test_a_small_catalogue_s_cosines_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors_ID = np.array([[0, 1], [1, 0], [0.6, 0.8]], dtype=np.float32)
+    found = _snapshot(tmp_path, vectors_ID)
+
+    places, _ = found.find(np.array([10, 20, 30]), np.array([999, 999, 999]))
+
+    assert found.held_cosines is not None
+    cosines_II = found.held_cosines[np.ix_(places, places)]
+    by_hand = [[1, 0.6, 0], [0.6, 1, 0.8], [0, 0.8, 1]]
+    np.testing.assert_allclose(cosines_II, by_hand, atol=1e-6)
+    monkeypatch.setattr(snapshot, "MOST_TABLE_CELLS", 8)
+    assert _snapshot(tmp_path, vectors_ID).held_cosines is None
+
+
+def test_a_snapshot_without_vectors_holds_no_cosines(tmp_path: Path) -> None:
+    assert _snapshot(tmp_path).held_cosines is None
 
 
 def test_a_snapshot_without_vectors_says_how_to_get_them(tmp_path: Path) -> None:

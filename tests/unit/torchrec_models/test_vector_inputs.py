@@ -24,6 +24,7 @@ class _Lookup:
     """Item i has row i; one comes later than every row, one has no vector."""
 
     vectors_ID: Floats
+    held_cosines: Floats | None = None
 
     def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, Bools]:
         is_known_N = item_ids_N < NUM_ITEMS
@@ -34,11 +35,11 @@ class _Lookup:
         return torch.from_numpy(self.vectors_ID[places_U])
 
 
-def _lookup() -> _Lookup:
+def _lookup(*, holds_cosines: bool = False) -> _Lookup:
     vectors_ID = np.random.default_rng(0).normal(size=(NUM_ITEMS, WIDTH)).astype(np.float32)
     vectors_ID /= np.linalg.norm(vectors_ID, axis=1, keepdims=True)
     vectors_ID[ZERO_ITEM] = 0
-    return _Lookup(vectors_ID)
+    return _Lookup(vectors_ID, vectors_ID @ vectors_ID.T if holds_cosines else None)
 
 
 def _vector(lookup: _Lookup, item_id: int) -> Floats:
@@ -60,13 +61,17 @@ def _named(lookup: _Lookup) -> tuple[NamedVectors, NamedVectors]:
     )
 
 
-@pytest.mark.parametrize("cells_per_pair", [0, 1000], ids=["gathered", "table"])
+@pytest.mark.parametrize(
+    ("cells_per_pair", "holds_cosines"),
+    [(0, False), (1000, False), (0, True)],
+    ids=["gathered", "table", "held"],
+)
 def test_features_equal_a_loop_over_rows(
-    cells_per_pair: int, monkeypatch: pytest.MonkeyPatch
+    cells_per_pair: int, holds_cosines: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vector_inputs, "_TABLE_CELLS_PER_PAIR", cells_per_pair)
     monkeypatch.setattr(vector_inputs, "_GATHERED_PAIRS", 4)
-    lookup = _lookup()
+    lookup = _lookup(holds_cosines=holds_cosines)
 
     found_BW = vector_features(*_named(lookup), LENGTHS, is_one_history=False)
 
@@ -107,13 +112,17 @@ def test_a_shared_history_may_be_empty() -> None:
     assert not features_BW[:, WIDTH:].any()
 
 
-def test_a_search_finds_the_same_cosines_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("holds_cosines", [False, True], ids=["computed", "held"])
+def test_a_search_finds_the_same_cosines_part_by_part(
+    holds_cosines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vector_inputs, "_GATHERED_PAIRS", 8)
-    lookup, items_H = _lookup(), np.array(list(itertools.chain(*HISTORIES)))
+    lookup = _lookup(holds_cosines=holds_cosines)
+    items_H = np.array(list(itertools.chain(*HISTORIES)))
 
     searched_H = searched_cosines(lookup, TARGETS, TIMES, items_H, LENGTHS)
 
-    targets, history = _named(lookup)
+    targets, history = _named(_lookup())
     whole_H = pair_cosines(targets, history, LENGTHS, absent=-np.inf)
     np.testing.assert_allclose(searched_H, whole_H, atol=1e-6)
     assert np.isinf(searched_H).sum() == 1 + 3 + 2 + 2
