@@ -31,6 +31,7 @@ import scipy.sparse
 
 from qarm_feast.cross_features import PREFIX_NAMES
 from qarm_feast.schema import ABSENT_CODE
+from torchrec_models.id_index import IdIndex
 from torchrec_models.sorted_ids import Ids, find_ids
 
 Floats = npt.NDArray[np.float32]
@@ -142,8 +143,8 @@ class PairCounts:
             Float64 ``[H]``, 0 where one of both things is unknown.
         """
         rows_H = np.repeat(np.arange(len(things_B)), history_lengths_B)
-        a_H, is_known_H = find_ids(self.things_S, history_H)
-        b_B, is_known_B = find_ids(self.things_S, things_B)
+        a_H, is_known_H = self._thing_index.find(history_H)
+        b_B, is_known_B = self._thing_index.find(things_B)
         known = np.flatnonzero(is_known_H & is_known_B[rows_H])
         lifts_H = np.zeros(len(history_H))
         if not len(known):
@@ -161,6 +162,10 @@ class PairCounts:
         return lifts_H
 
     @functools.cached_property
+    def _thing_index(self) -> IdIndex:
+        return IdIndex(self.things_S)
+
+    @functools.cached_property
     def _pair_table(self) -> Floats | None:
         """C of all pairs, or None where that is too much to hold: read at once, not searched."""
         num_things = len(self.things_S)
@@ -174,7 +179,7 @@ class PairCounts:
 
     def _pairs(self, a_N: Ids, b_N: Ids) -> npt.NDArray[np.floating]:
         if self._pair_table is not None:
-            return self._pair_table[a_N, b_N]
+            return self._pair_table.take(a_N * len(self.things_S) + b_N)
         keys_N = np.minimum(a_N, b_N) * len(self.things_S) + np.maximum(a_N, b_N)
         return _looked_up(self.pair_keys_P, self.pairs_P, keys_N)
 
@@ -219,8 +224,7 @@ class PairCounts:
         table_VS[owners_O, self.own_keys_M[own_O] % num_things] = self.own_counts_M[own_O]
         places_B = np.full(len(users_B), len(named_V))
         places_B[is_out_B] = numbers
-        own_N: Weights = table_VS[places_B[rows_N], a_N]
-        return own_N
+        return table_VS.take((places_B * num_things)[rows_N] + a_N)
 
 
 class _OwnPart(NamedTuple):

@@ -29,6 +29,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from qarm_feast.errors import ConfigError
+from torchrec_models.allocator import keep_freed_memory
 from torchrec_models.config import RankerConfig
 from torchrec_models.dependency import silence_tracing_notice
 from torchrec_models.ranker import RankerTrainTask
@@ -52,6 +53,7 @@ def process_group() -> Iterator[Ranks]:
     """Join the process group that torchrun describes, or a group of one; leave it at the end."""
     # Every rank would say it.
     silence_tracing_notice()
+    keep_freed_memory()
     # What is exchanged on CPU (metrics, plans, stop requests) goes by gloo also where NCCL trains.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:

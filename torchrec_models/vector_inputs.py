@@ -136,7 +136,8 @@ def pair_cosines(
     num_pairs = len(history.numbers_N)
     num_cells = len(targets.vectors_UD) * len(history.vectors_UD)
     if targets.cosines_II is not None:
-        cosines_H = targets.cosines_II[np.repeat(targets.places_N, lengths_B), history.places_N]
+        starts_B = targets.places_N * len(targets.cosines_II)
+        cosines_H = targets.cosines_II.take(np.repeat(starts_B, lengths_B) + history.places_N)
     elif num_cells <= min(MOST_TABLE_CELLS, _TABLE_CELLS_PER_PAIR * num_pairs):
         cosines_UU = (targets.vectors_UD @ history.vectors_UD.T).numpy()
         cosines_H = cosines_UU[np.repeat(targets.numbers_N, lengths_B), history.numbers_N]
