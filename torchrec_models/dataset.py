@@ -172,7 +172,8 @@ class RowDataset:
                 places = np.arange(offset, len(part), world_size)
                 first_row += len(part)
                 if len(places):
-                    last = part.take(pa.array(places))
+                    # Taking all rows of a rank alone would only copy them.
+                    last = part if world_size == 1 else part.take(pa.array(places))
                     yield last
         if self.num_own_rows() * world_size < self.num_rows():
             yield last.slice(len(last) - 1)

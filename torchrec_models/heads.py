@@ -1,8 +1,9 @@
 """Heads: what the tasks share and what each has of its own, ``[B, X]`` to ``[B, T, Y]``.
 
-Every head gives one vector per task; towers make logits of them.
-Shape letters: B rows, X input width, N banks of experts, O mixtures, G gate input width,
-Y expert width, T tasks.
+A head reads the interaction's output and, beside it, the dense features as they are. Every head
+gives one vector per task; towers make logits of them.
+Shape letters: B rows, L interaction width, W dense width, X = L + W input width, N banks of
+experts, O mixtures, G gate input width, Y expert width, T tasks.
 May import: torch.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from qarm_feast.errors import ConfigError
 from torchrec_models.archs import mlp
@@ -25,17 +27,26 @@ from torchrec_models.experts import (
 
 
 class SharedBottom(nn.Module):
-    """One MLP that all tasks read."""
+    """One MLP that all tasks read.
+
+    Its first layer takes its inputs apart: dense features, often the wider one, need no gradient,
+    which the product for a joined input would work out.
+    """
 
     def __init__(self, in_features: int, layer_sizes: Sequence[int], num_tasks: int) -> None:
         super().__init__()
         self.out_features = layer_sizes[-1]
         self.num_tasks = num_tasks
-        self.bottom = mlp(in_features, layer_sizes)
+        self.first_layer = nn.Linear(in_features, layer_sizes[0])
+        self.other_layers = nn.Sequential(nn.ReLU(), *mlp(layer_sizes[0], layer_sizes[1:]))
 
-    def forward(self, shared_BX: torch.Tensor) -> torch.Tensor:
+    def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return the same vector for each task."""
-        bottom_BY: torch.Tensor = self.bottom(shared_BX)
+        width = interactions_BL.shape[1]
+        weight_YX, bias_Y = self.first_layer.weight, self.first_layer.bias
+        hidden_BY = linear(interactions_BL, weight_YX[:, :width], bias_Y)
+        hidden_BY = hidden_BY + linear(dense_BW, weight_YX[:, width:])
+        bottom_BY: torch.Tensor = self.other_layers(hidden_BY)
         return bottom_BY.unsqueeze(1).expand(-1, self.num_tasks, -1)
 
 
@@ -56,9 +67,9 @@ class Mmoe(nn.Module):
             ExpertGates(1, in_features, seen_OM),
         )
 
-    def forward(self, shared_BX: torch.Tensor) -> torch.Tensor:
+    def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return one mixture per task."""
-        input_1BX = shared_BX.unsqueeze(0)
+        input_1BX = torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
         mixtures_BTY: torch.Tensor = self.level(input_1BX, input_1BX)
         return mixtures_BTY
 
@@ -88,9 +99,9 @@ class Ple(nn.Module):
             for level in range(num_levels)
         )
 
-    def forward(self, shared_BX: torch.Tensor) -> torch.Tensor:
+    def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return one mixture per task."""
-        inputs_NBX = shared_BX.unsqueeze(0)
+        inputs_NBX = torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
         for level in self.levels:
             inputs_NBX = level(inputs_NBX, inputs_NBX).transpose(0, 1)
         return inputs_NBX.transpose(0, 1)
@@ -168,9 +179,9 @@ class Home(nn.Module):
         )
         self.register_buffer("_group_of_task", torch.tensor(groups), persistent=False)
 
-    def forward(self, shared_BX: torch.Tensor) -> torch.Tensor:
+    def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return one mixture per task."""
-        input_1BX = shared_BX.unsqueeze(0)
+        input_1BX = torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
         meta_BOY = self.meta_level(self.meta_feature_gate(input_1BX), input_1BX)
         meta_OBY = meta_BOY.transpose(0, 1)
         bank_inputs_NBY = meta_OBY.index_select(0, self._input_of_bank)
@@ -211,7 +222,7 @@ def build_head(config: RankerConfig, in_features: int, tasks: Sequence[TaskConfi
 
     Args:
         config: The ranker section.
-        in_features: Width of the interaction's output.
+        in_features: Width of the interaction's output and the dense features together.
         tasks: Resolved tasks.
 
     Returns:

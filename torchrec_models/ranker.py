@@ -72,7 +72,7 @@ class MultiTaskRanker(nn.Module):
         One dense embedding is narrow for vectors and counts together, so the head reads them too.
         """
         interactions_BX = self.interaction_arch(features_BFE)
-        mixtures_BTY = self.head(torch.cat([interactions_BX, dense_features_BW], dim=1))
+        mixtures_BTY = self.head(interactions_BX, dense_features_BW)
         logits_BT: torch.Tensor = self.task_towers(mixtures_BTY)
         return logits_BT
 

@@ -110,8 +110,8 @@ class ReadVectors:
     item_ids_N: Ints
     """Ascending, each once."""
     vectors_ND: torch.Tensor
-    held_cosines: None = None
-    """A request asks for few of its items' cosines, and for each once."""
+    held: None = None
+    """A request reads the vectors that it names, and each pair's cosine once."""
 
     @staticmethod
     def of(reader: OnlineReader, inputs: ScoringInputs) -> "ReadVectors":

@@ -21,7 +21,7 @@ from torchrec_models.batch import HistoryCodes
 from torchrec_models.id_index import IdIndex
 from torchrec_models.row_columns import Ints
 from torchrec_models.row_store import vectors_file
-from torchrec_models.vector_inputs import MOST_TABLE_CELLS
+from torchrec_models.vector_inputs import HeldVectors
 
 
 class ItemSnapshot:
@@ -80,14 +80,9 @@ class ItemSnapshot:
         return positions_N, is_known_N & is_in_time_N
 
     @cached_property
-    def held_cosines(self) -> npt.NDArray[np.float32] | None:
-        """The cosines of all places, of a catalogue so small that they take 64 MiB at most.
-
-        Every process holds its own, where the rows of vectors are mapped and shared.
-        """
-        if self._vectors_ID is None or len(self._vectors_ID) ** 2 > MOST_TABLE_CELLS:
-            return None
-        return (self._vectors_ID @ self._vectors_ID.T).numpy()
+    def held(self) -> HeldVectors | None:
+        """All vectors of a small catalogue; every process holds cosines of its own."""
+        return None if self._vectors_ID is None else HeldVectors.of(self._vectors_ID)
 
     def take(self, places_U: Ints) -> torch.Tensor:
         """Return the vectors of places.

@@ -3,7 +3,7 @@
 A batch names the same items over and over: each vector is fetched once. Where the distinct
 candidates and history items make few pairs against those that the rows ask for, one matrix
 product finds all their cosines; else vectors are gathered pair by pair, a part at a time. Of a
-small catalogue all cosines are held.
+small catalogue all vectors and all cosines are held.
 Shape letters: B rows, H history items of all rows, N named items, U distinct ones, P places up
 to the last named one, I items of the catalogue, D vector width.
 May import: numpy, torch.
@@ -28,8 +28,25 @@ _PLACES_PER_NAME = 8
 """A place that is looked through costs that much less than a name that is sorted."""
 _TABLE_CELLS_PER_PAIR = 32
 """A cell of a matrix product costs that much less than a pair of gathered vectors."""
-MOST_TABLE_CELLS = 1 << 24
+_MOST_TABLE_CELLS = 1 << 24
 """Of a table of cosines, 64 MiB."""
+
+
+@dataclass(frozen=True)
+class HeldVectors:
+    """All vectors of a small catalogue, and the cosines of every pair."""
+
+    vectors_ID: torch.Tensor
+    has_vector_I: Bools
+    cosines_II: Floats
+
+    @staticmethod
+    def of(vectors_ID: torch.Tensor) -> "HeldVectors | None":
+        """Return what is held of these vectors, None where their cosines exceed 64 MiB."""
+        if len(vectors_ID) ** 2 > _MOST_TABLE_CELLS:
+            return None
+        has_vector_I = vectors_ID.any(dim=1).numpy()
+        return HeldVectors(vectors_ID, has_vector_I, (vectors_ID @ vectors_ID.T).numpy())
 
 
 class VectorLookup(Protocol):
@@ -44,48 +61,44 @@ class VectorLookup(Protocol):
         ...
 
     @property
-    def held_cosines(self) -> Floats | None:
-        """The cosines of all places where they are held, else None."""
+    def held(self) -> HeldVectors | None:
+        """The vectors of all places where they are held."""
         ...
 
 
 @dataclass(frozen=True)
 class NamedVectors:
-    """Vectors of named items, each held once.
+    """Vectors of named items, each once.
 
     Attributes:
-        vectors_UD: Distinct vectors, float32.
+        vectors_UD: Distinct vectors, float32: the named ones, or all that are held.
         numbers_N: Which of them each named item has.
-        places_N: The places of their vectors in the lookup.
         is_known_N: False where an item has none at that time; its vector reads as zeros.
-        cosines_II: The cosines of all places of the lookup, where it holds them.
+        cosines_UU: Their cosines where they are held.
     """
 
     vectors_UD: torch.Tensor
     numbers_N: Ints
-    places_N: Ints
     is_known_N: Bools
-    cosines_II: Floats | None
+    cosines_UU: Floats | None
 
     @staticmethod
     def of(lookup: VectorLookup, item_ids_N: Ints, label_times_N: Ints) -> "NamedVectors":
         """Look up the vectors of items as known at given times, microseconds."""
         places_N, is_found_N = lookup.find(item_ids_N, label_times_N)
+        if (held := lookup.held) is not None:
+            is_known_N = is_found_N & held.has_vector_I[places_N]
+            return NamedVectors(held.vectors_ID, places_N, is_known_N, held.cosines_II)
         places_U, numbers_N = _distinct(places_N)
         vectors_UD = lookup.take(places_U)
         has_vector_U = vectors_UD.any(dim=1).numpy()
         is_known_N = is_found_N & has_vector_U[numbers_N]
-        return NamedVectors(vectors_UD, numbers_N, places_N, is_known_N, lookup.held_cosines)
+        return NamedVectors(vectors_UD, numbers_N, is_known_N, cosines_UU=None)
 
     def part(self, first: int, last: int) -> "NamedVectors":
         """Return the named items from one place to before another."""
         part = slice(first, last)
-        return replace(
-            self,
-            numbers_N=self.numbers_N[part],
-            places_N=self.places_N[part],
-            is_known_N=self.is_known_N[part],
-        )
+        return replace(self, numbers_N=self.numbers_N[part], is_known_N=self.is_known_N[part])
 
     def rows(self) -> torch.Tensor:
         """Return ``[N, D]``: the vector of each named item, zeros where there is none."""
@@ -126,23 +139,23 @@ def pair_cosines(
 
     Args:
         targets: One per row.
-        history: ``lengths_B`` items per row, row after row.
+        history: ``lengths_B`` items per row, row after row, from the same lookup.
         lengths_B: Items of each row.
         absent: Stands where one of both vectors is absent.
 
     Returns:
         Float32 ``[H]``.
     """
-    num_pairs = len(history.numbers_N)
+    numbers_H = np.repeat(targets.numbers_N, lengths_B)
     num_cells = len(targets.vectors_UD) * len(history.vectors_UD)
-    if targets.cosines_II is not None:
-        starts_B = targets.places_N * len(targets.cosines_II)
-        cosines_H = targets.cosines_II.take(np.repeat(starts_B, lengths_B) + history.places_N)
-    elif num_cells <= min(MOST_TABLE_CELLS, _TABLE_CELLS_PER_PAIR * num_pairs):
+    if targets.cosines_UU is not None:
+        starts_H = numbers_H * len(targets.cosines_UU)
+        cosines_H = targets.cosines_UU.take(starts_H + history.numbers_N)
+    elif num_cells <= min(_MOST_TABLE_CELLS, _TABLE_CELLS_PER_PAIR * len(numbers_H)):
         cosines_UU = (targets.vectors_UD @ history.vectors_UD.T).numpy()
-        cosines_H = cosines_UU[np.repeat(targets.numbers_N, lengths_B), history.numbers_N]
+        cosines_H = cosines_UU[numbers_H, history.numbers_N]
     else:
-        cosines_H = _gathered_cosines(targets, history, np.repeat(targets.numbers_N, lengths_B))
+        cosines_H = _gathered_cosines(targets, history, numbers_H)
     cosines_H[~(np.repeat(targets.is_known_N, lengths_B) & history.is_known_N)] = absent
     return cosines_H
 

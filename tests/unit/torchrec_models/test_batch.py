@@ -22,7 +22,7 @@ class _Lookup:
     Item 12 will have the codes [4, 5], later than any row.
     """
 
-    held_cosines = None
+    held = None
 
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
         codes = {10: (4, 5), 11: (6, 7)}

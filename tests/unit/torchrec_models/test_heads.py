@@ -33,6 +33,11 @@ def _head(name: str, num_tasks: int, in_features: int = 5, **keys: object) -> He
     return build_head(config, in_features, _tasks(num_tasks)).double()
 
 
+def _parts(rows_BX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take rows apart into interactions and dense features."""
+    return rows_BX[:, :3], rows_BX[:, 3:]
+
+
 def _rows(num_rows: int = 3, width: int = 5) -> torch.Tensor:
     return torch.randn(num_rows, width, dtype=torch.float64, generator=torch.manual_seed(7))
 
@@ -87,9 +92,9 @@ def test_a_shared_bottom_gives_each_task_the_same_vector(num_tasks: int) -> None
     assert isinstance(head, SharedBottom)
     rows_BX = _rows()
 
-    mixtures_BTY = head(rows_BX).detach().numpy()
+    mixtures_BTY = head(*_parts(rows_BX)).detach().numpy()
 
-    first, second = head.bottom[0], head.bottom[2]
+    first, second = head.first_layer, head.other_layers[1]
     hidden_BH = np.maximum(
         rows_BX.numpy() @ first.weight.detach().numpy().T + first.bias.detach().numpy(), 0
     )
@@ -110,7 +115,7 @@ def test_mmoe_mixes_shared_experts_by_each_tasks_gate(
     assert isinstance(head, Mmoe)
     rows_BX = _rows()
 
-    mixtures_BTY = head(rows_BX).detach().numpy()
+    mixtures_BTY = head(*_parts(rows_BX)).detach().numpy()
 
     level = head.level
     for row, x in enumerate(rows_BX.numpy()):
@@ -130,7 +135,7 @@ def test_ple_lets_a_task_see_its_own_and_the_shared_experts(
     assert isinstance(head, Ple)
     rows_BX = _rows()
 
-    mixtures_BTY = head(rows_BX).detach().numpy()
+    mixtures_BTY = head(*_parts(rows_BX)).detach().numpy()
 
     for row, x in enumerate(rows_BX.numpy()):
         inputs = [x] * (num_tasks + 1)
@@ -158,11 +163,11 @@ def test_home_mixes_two_levels_of_its_hierarchy(
     num_tasks = sum(len(group) for group in groups)
     head = _head("home", num_tasks, task_groups=groups, experts_per_bank=experts_per_bank)
     assert isinstance(head, Home)
-    head(_rows(50))  # One step of training: statistics to score by.
+    head(*_parts(_rows(50)))  # One step of training: statistics to score by.
     head.eval()
     rows_BX = _rows()
 
-    mixtures_BTY = head(rows_BX).detach().numpy()
+    mixtures_BTY = head(*_parts(rows_BX)).detach().numpy()
 
     for row, x in enumerate(rows_BX.numpy()):
         expected = _home_of_one_row(head, x, groups, experts_per_bank)
@@ -248,9 +253,18 @@ def test_expert_norm_equals_torchs_batch_norm_in_training() -> None:
 def test_every_part_of_a_head_is_trained(name: str, num_tasks: int) -> None:
     head = _head(name, num_tasks)
 
-    (head(_rows(20)) ** 2).sum().backward()
+    (head(*_parts(_rows(20))) ** 2).sum().backward()
 
     assert [n for n, p in head.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_may_have_no_dense_features(name: str) -> None:
+    head, rows_BX = _head(name, 2).eval(), _rows()
+
+    alone_BTY = head(rows_BX, rows_BX[:, :0])
+
+    torch.testing.assert_close(alone_BTY, head(*_parts(rows_BX)))
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -258,7 +272,7 @@ def test_a_heads_gradient_is_right(name: str) -> None:
     # In scoring mode: statistics of the batch are no input, and running ones would move.
     head = _head(name, 2, expert_layer_sizes=(3,)).eval()
 
-    assert torch.autograd.gradcheck(head, _rows(2).requires_grad_())
+    assert torch.autograd.gradcheck(head, _parts(_rows(2).requires_grad_()))
 
 
 # Exporting is torch's way now, but what TorchRec quantizes is still scripted.
@@ -266,13 +280,13 @@ def test_a_heads_gradient_is_right(name: str) -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_scripts_and_exports(name: str) -> None:
     head = _head(name, 2).eval()
-    rows_BX = _rows()
+    parts = _parts(_rows())
 
     scripted = torch.jit.script(head)
-    exported = torch.export.export(head, (rows_BX,)).module()
+    exported = torch.export.export(head, parts).module()
 
-    torch.testing.assert_close(scripted(rows_BX), head(rows_BX))
-    torch.testing.assert_close(exported(rows_BX), head(rows_BX))
+    torch.testing.assert_close(scripted(*parts), head(*parts))
+    torch.testing.assert_close(exported(*parts), head(*parts))
 
 
 def test_a_group_that_leaves_a_task_out_is_refused() -> None:

@@ -23,7 +23,7 @@ VECTORS = {10: (1.0, 0.0), 11: (0.6, 0.8), 12: (0.0, 1.0), 13: (1.0, 0.0), 14: (
 
 
 class _Lookup:
-    held_cosines = None
+    held = None
 
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
         rq_HL = np.array([CODES.get(item, (0, 0)) for item in item_ids_H.tolist()])

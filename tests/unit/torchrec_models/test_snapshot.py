@@ -2,9 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qarm_feast.errors import ConfigError
-from torchrec_models import snapshot
+from torchrec_models import vector_inputs
 from torchrec_models.row_store import SnapshotArrays
 from torchrec_models.snapshot import ItemSnapshot
 from torchrec_models.vector_inputs import NamedVectors
@@ -44,24 +45,26 @@ def test_vectors_are_zero_where_unknown_or_later(tmp_path: Path) -> None:
     assert named.rows().tolist() == [[1, 0], [0, 0], [0, 3], [0, 0]]
 
 
-def test_a_small_catalogue_s_cosines_are_held(
+def test_vectors_and_cosines_of_a_small_catalogue_are_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vectors_ID = np.array([[0, 1], [1, 0], [0.6, 0.8]], dtype=np.float32)
-    found = _snapshot(tmp_path, vectors_ID)
+    vectors_ID = np.array([[0, 1], [0, 0], [0.6, 0.8]], dtype=np.float32)
+    items = _snapshot(tmp_path, vectors_ID)
+    places, _ = items.find(np.array([10, 20, 30]), np.array([999, 999, 999]))
 
-    places, _ = found.find(np.array([10, 20, 30]), np.array([999, 999, 999]))
+    held = items.held
 
-    assert found.held_cosines is not None
-    cosines_II = found.held_cosines[np.ix_(places, places)]
-    by_hand = [[1, 0.6, 0], [0.6, 1, 0.8], [0, 0.8, 1]]
-    np.testing.assert_allclose(cosines_II, by_hand, atol=1e-6)
-    monkeypatch.setattr(snapshot, "MOST_TABLE_CELLS", 8)
-    assert _snapshot(tmp_path, vectors_ID).held_cosines is None
+    assert held is not None
+    assert torch.equal(held.vectors_ID[places], items.take(places))
+    assert held.has_vector_I[places].tolist() == [False, True, True]
+    by_hand = [[0, 0, 0], [0, 1, 0.8], [0, 0.8, 1]]
+    np.testing.assert_allclose(held.cosines_II[np.ix_(places, places)], by_hand, atol=1e-6)
+    monkeypatch.setattr(vector_inputs, "_MOST_TABLE_CELLS", 8)
+    assert _snapshot(tmp_path, vectors_ID).held is None
 
 
-def test_a_snapshot_without_vectors_holds_no_cosines(tmp_path: Path) -> None:
-    assert _snapshot(tmp_path).held_cosines is None
+def test_a_snapshot_without_vectors_holds_none(tmp_path: Path) -> None:
+    assert _snapshot(tmp_path).held is None
 
 
 def test_a_snapshot_without_vectors_says_how_to_get_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torchrec_models import vector_inputs
 from torchrec_models.vector_inputs import (
     Bools,
     Floats,
+    HeldVectors,
     Ints,
     NamedVectors,
     pair_cosines,
@@ -24,7 +25,7 @@ class _Lookup:
     """Item i has row i; one comes later than every row, one has no vector."""
 
     vectors_ID: Floats
-    held_cosines: Floats | None = None
+    held: HeldVectors | None = None
 
     def find(self, item_ids_N: Ints, label_times_N: Ints) -> tuple[Ints, Bools]:
         is_known_N = item_ids_N < NUM_ITEMS
@@ -35,11 +36,12 @@ class _Lookup:
         return torch.from_numpy(self.vectors_ID[places_U])
 
 
-def _lookup(*, holds_cosines: bool = False) -> _Lookup:
+def _lookup(*, is_held: bool = False) -> _Lookup:
     vectors_ID = np.random.default_rng(0).normal(size=(NUM_ITEMS, WIDTH)).astype(np.float32)
     vectors_ID /= np.linalg.norm(vectors_ID, axis=1, keepdims=True)
     vectors_ID[ZERO_ITEM] = 0
-    return _Lookup(vectors_ID, vectors_ID @ vectors_ID.T if holds_cosines else None)
+    held = HeldVectors.of(torch.from_numpy(vectors_ID)) if is_held else None
+    return _Lookup(vectors_ID, held)
 
 
 def _vector(lookup: _Lookup, item_id: int) -> Floats:
@@ -62,16 +64,16 @@ def _named(lookup: _Lookup) -> tuple[NamedVectors, NamedVectors]:
 
 
 @pytest.mark.parametrize(
-    ("cells_per_pair", "holds_cosines"),
+    ("cells_per_pair", "is_held"),
     [(0, False), (1000, False), (0, True)],
     ids=["gathered", "table", "held"],
 )
 def test_features_equal_a_loop_over_rows(
-    cells_per_pair: int, holds_cosines: bool, monkeypatch: pytest.MonkeyPatch
+    cells_per_pair: int, is_held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vector_inputs, "_TABLE_CELLS_PER_PAIR", cells_per_pair)
     monkeypatch.setattr(vector_inputs, "_GATHERED_PAIRS", 4)
-    lookup = _lookup(holds_cosines=holds_cosines)
+    lookup = _lookup(is_held=is_held)
 
     found_BW = vector_features(*_named(lookup), LENGTHS, is_one_history=False)
 
@@ -112,12 +114,12 @@ def test_a_shared_history_may_be_empty() -> None:
     assert not features_BW[:, WIDTH:].any()
 
 
-@pytest.mark.parametrize("holds_cosines", [False, True], ids=["computed", "held"])
+@pytest.mark.parametrize("is_held", [False, True], ids=["computed", "held"])
 def test_a_search_finds_the_same_cosines_part_by_part(
-    holds_cosines: bool, monkeypatch: pytest.MonkeyPatch
+    is_held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vector_inputs, "_GATHERED_PAIRS", 8)
-    lookup = _lookup(holds_cosines=holds_cosines)
+    lookup = _lookup(is_held=is_held)
     items_H = np.array(list(itertools.chain(*HISTORIES)))
 
     searched_H = searched_cosines(lookup, TARGETS, TIMES, items_H, LENGTHS)
