@@ -247,8 +247,21 @@ class Checkpoint:
             load_distributed(state, checkpoint_id=self.folder, no_dist=not dist.is_initialized())
 
     def load_into(self, model: nn.Module) -> None:
-        """Load the weights into a training task, sharded in any way or not at all."""
+        """Load the weights into a training task, sharded in any way or not at all.
+
+        Args:
+            model: The training task.
+
+        Raises:
+            DataError: If the checkpoint lacks weights that the task has.
+        """
         state: dict[str, Any] = {"model": model.state_dict()}
+        shapes = self.shapes()
+        if missing := [key for key in state["model"] if f"model.{key}" not in shapes]:
+            raise DataError(
+                f"{self.folder} has no weights {missing[0]} ({len(missing)} missing), which this "
+                "version's ranker has; train a checkpoint with this version"
+            )
         self.read(state)
         model.load_state_dict(state["model"])
 
