@@ -17,8 +17,9 @@ Two ranks by torchrun; on a machine with GPUs one rank per GPU, and the model tr
     *_1e5_rows ... *_1e7_rows  a bare loop over an item table of so many rows: rows per second, and
                              the MiB that the memory of the first rank grew by
 
-The first window of rows is read before the first step. With 480,000 rows, 59 steps of each rank,
-that is a small part of a pass; with few rows (``--rows``, ``--quick``) it is not.
+Before the first step the first window of rows (65,536 of a rank) is read. Of a pass over 480,000
+rows on two ranks, 59 steps each, that takes about a hundredth; with few rows (``--rows``,
+``--quick``) it weighs more.
 Each ratio is the median over three rounds. Progress goes to stderr, the last line of stdout is one
 JSON object.
 """

@@ -1,8 +1,8 @@
 """Work spread by Ray Data: on this machine's cores, or on a cluster.
 
 Where ``RAY_ADDRESS`` names a cluster, its nodes must see the same configuration and folders under
-the same paths. Else Ray is started here, without a dashboard, and ended again. Ray's usage report
-is switched off. May import: ray.
+the same paths, and have this package. Else Ray is started here, without a dashboard, and ended
+again. Ray's usage report and its own handling of `uv run` are switched off. May import: ray.
 """
 
 import os
@@ -123,8 +123,11 @@ def _running(ray: "ModuleType") -> Iterator[None]:
 
 
 def _import_ray(needed_for: str) -> "ModuleType":
-    # Read when Ray starts; a word of the user's own wins.
+    # Read when Ray starts or is imported; a word of the user's own wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of a command under `uv run` Ray would pack the folder without what git ignores, and have uv
+    # make the environment anew for the workers, which waits for ever where uv lies in that folder.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
         import ray.data

@@ -1,7 +1,11 @@
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# As `qarm_feast.ray_tasks` does before it imports Ray; some tests import it before.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 PACKAGES = ("qarm_feast", "streaming", "torchrec_models")
 

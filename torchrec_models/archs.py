@@ -82,18 +82,18 @@ class EmbeddingDropout(nn.Module):
 
     def __init__(self, share: float) -> None:
         super().__init__()
-        # The highest draws are kept for any share below 1.
+        # One draw of all is kept at least: the scale would be infinite.
         self._num_dropped = min(round(share * _NUM_DRAWS), _NUM_DRAWS - 1)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return a tensor of any shape, in training with zeros and the rest scaled up."""
         if not self.training or not self._num_dropped:
             return embeddings
-        num = embeddings.numel()
+        num_numbers = embeddings.numel()
         draws = torch.empty(
-            math.ceil(num / _DRAWS_PER_INT64), dtype=torch.int64, device=embeddings.device
+            math.ceil(num_numbers / _DRAWS_PER_INT64), dtype=torch.int64, device=embeddings.device
         ).random_(-(2**63), None)
-        is_kept = draws.view(torch.int16)[:num] >= self._num_dropped - _NUM_DRAWS // 2
+        is_kept = draws.view(torch.int16)[:num_numbers] >= self._num_dropped - _NUM_DRAWS // 2
         factors = is_kept.to(embeddings.dtype).mul_(_NUM_DRAWS / (_NUM_DRAWS - self._num_dropped))
         return embeddings * factors.view(embeddings.shape)
 

@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,24 @@ class Checkpoint:
         }
 
     def read(self, state: dict[str, Any]) -> None:
-        """Fill the tensors of nested dicts in place, sharded in any way or not at all."""
+        """Fill the tensors of nested dicts in place, sharded in any way or not at all.
+
+        Args:
+            state: What to fill.
+
+        Raises:
+            DataError: If the checkpoint lacks one of them.
+        """
+        shapes = self.shapes()
+        wanted = [
+            key for key, value in flat_state(state).items() if isinstance(value, torch.Tensor)
+        ]
+        if missing := [key for key in wanted if key not in shapes]:
+            raise DataError(
+                f"{self.folder} has no {missing[0]} (it lacks {len(missing)} of the {len(wanted)} "
+                "tensors that this ranker has); train a checkpoint with this version and section "
+                "ranker"
+            )
         with warnings.catch_warnings():
             # Torch warns that one process loads alone, which is what was asked for.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -247,21 +265,8 @@ class Checkpoint:
             load_distributed(state, checkpoint_id=self.folder, no_dist=not dist.is_initialized())
 
     def load_into(self, model: nn.Module) -> None:
-        """Load the weights into a training task, sharded in any way or not at all.
-
-        Args:
-            model: The training task.
-
-        Raises:
-            DataError: If the checkpoint lacks weights that the task has.
-        """
+        """Load the weights into a training task, sharded in any way or not at all."""
         state: dict[str, Any] = {"model": model.state_dict()}
-        shapes = self.shapes()
-        if missing := [key for key in state["model"] if f"model.{key}" not in shapes]:
-            raise DataError(
-                f"{self.folder} has no weights {missing[0]} ({len(missing)} missing), which this "
-                "version's ranker has; train a checkpoint with this version"
-            )
         self.read(state)
         model.load_state_dict(state["model"])
 
@@ -286,6 +291,15 @@ def build_trained_ranker(
         The ranker.
     """
     return build_ranker(manifest.config, manifest.tasks, vocabularies, manifest.sizes, table_device)
+
+
+def flat_state(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dicts by dotted name, as a checkpoint names them."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        flat |= flat_state(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _named_by(pointer: Path) -> str:

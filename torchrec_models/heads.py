@@ -8,6 +8,7 @@ May import: torch.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,17 +38,24 @@ class SharedBottom(nn.Module):
         super().__init__()
         self.out_features = layer_sizes[-1]
         self.num_tasks = num_tasks
-        self.first_layer = nn.Linear(in_features, layer_sizes[0])
-        self.other_layers = nn.Sequential(nn.ReLU(), *mlp(layer_sizes[0], layer_sizes[1:]))
+        # Any: of a layer of a sequence nobody knows that it has weights.
+        self.bottom: Any = mlp(in_features, layer_sizes)
 
     def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return the same vector for each task."""
-        width = interactions_BL.shape[1]
-        weight_YX, bias_Y = self.first_layer.weight, self.first_layer.bias
-        hidden_BY = linear(interactions_BL, weight_YX[:, :width], bias_Y)
-        hidden_BY = hidden_BY + linear(dense_BW, weight_YX[:, width:])
-        bottom_BY: torch.Tensor = self.other_layers(hidden_BY)
+        first, width = self.bottom[0], interactions_BL.shape[1]
+        bottom_BY = linear(interactions_BL, first.weight[:, :width], first.bias)
+        bottom_BY = bottom_BY + linear(dense_BW, first.weight[:, width:])
+        # TorchScript does not call the layers of a slice.
+        for place, layer in enumerate(self.bottom):
+            if place > 0:
+                bottom_BY = layer(bottom_BY)
         return bottom_BY.unsqueeze(1).expand(-1, self.num_tasks, -1)
+
+
+def _joined(interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
+    """Return the one input ``[1, B, X]`` of experts and gates."""
+    return torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
 
 
 class Mmoe(nn.Module):
@@ -69,7 +77,7 @@ class Mmoe(nn.Module):
 
     def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return one mixture per task."""
-        input_1BX = torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
+        input_1BX = _joined(interactions_BL, dense_BW)
         mixtures_BTY: torch.Tensor = self.level(input_1BX, input_1BX)
         return mixtures_BTY
 
@@ -101,7 +109,7 @@ class Ple(nn.Module):
 
     def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return one mixture per task."""
-        inputs_NBX = torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
+        inputs_NBX = _joined(interactions_BL, dense_BW)
         for level in self.levels:
             inputs_NBX = level(inputs_NBX, inputs_NBX).transpose(0, 1)
         return inputs_NBX.transpose(0, 1)
@@ -181,7 +189,7 @@ class Home(nn.Module):
 
     def forward(self, interactions_BL: torch.Tensor, dense_BW: torch.Tensor) -> torch.Tensor:
         """Return one mixture per task."""
-        input_1BX = torch.cat([interactions_BL, dense_BW], dim=1).unsqueeze(0)
+        input_1BX = _joined(interactions_BL, dense_BW)
         meta_BOY = self.meta_level(self.meta_feature_gate(input_1BX), input_1BX)
         meta_OBY = meta_BOY.transpose(0, 1)
         bank_inputs_NBY = meta_OBY.index_select(0, self._input_of_bank)

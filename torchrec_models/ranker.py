@@ -1,6 +1,6 @@
 """The multi-task ranker and its training task.
 
-Shape letters: B rows, F features, E table width, W dense width, T tasks.
+Shape letters: B rows, F features, E table width, W dense width, L interaction width, T tasks.
 May import: torch, torchrec.
 """
 
@@ -71,8 +71,8 @@ class MultiTaskRanker(nn.Module):
 
         One dense embedding is narrow for vectors and counts together, so the head reads them too.
         """
-        interactions_BX = self.interaction_arch(features_BFE)
-        mixtures_BTY = self.head(interactions_BX, dense_features_BW)
+        interactions_BL = self.interaction_arch(features_BFE)
+        mixtures_BTY = self.head(interactions_BL, dense_features_BW)
         logits_BT: torch.Tensor = self.task_towers(mixtures_BTY)
         return logits_BT
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -110,8 +110,8 @@ class ReadVectors:
     item_ids_N: Ints
     """Ascending, each once."""
     vectors_ND: torch.Tensor
-    held: None = None
-    """A request reads the vectors that it names, and each pair's cosine once."""
+    held: ClassVar[None] = None
+    """Nothing: a request reads the vectors that it names, and each pair's cosine once."""
 
     @staticmethod
     def of(reader: OnlineReader, inputs: ScoringInputs) -> "ReadVectors":

@@ -50,7 +50,10 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the process group that torchrun describes, or a group of one; leave it at the end."""
+    """Join the process group that torchrun describes, or a group of one; leave it at the end.
+
+    For good, the process keeps freed memory, see :mod:`torchrec_models.allocator`.
+    """
     # Every rank would say it.
     silence_tracing_notice()
     keep_freed_memory()
@@ -114,27 +117,27 @@ def training_device(config: RankerConfig) -> torch.device:
     return device
 
 
-class RowWiseSharder(EmbeddingBagCollectionSharder):
-    """Splits every table by rows over several ranks: TorchRec's own does not offer it on CPU."""
+class CpuSharder(EmbeddingBagCollectionSharder):
+    """Splits every table by rows over several ranks; TorchRec's own does not offer it on CPU."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return the only way to split that this project uses."""
-        return [_sharding_type().value]
+        """Return the one way for this number of ranks."""
+        return _cpu_sharding_types()
 
 
-class RowWiseSequenceSharder(EmbeddingCollectionSharder):
-    """Splits every table of sequences by rows, as :class:`RowWiseSharder` does the pooled ones."""
+class CpuSequenceSharder(EmbeddingCollectionSharder):
+    """Splits every table of sequences as :class:`CpuSharder` does the pooled ones."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return the only way to split that this project uses."""
-        return [_sharding_type().value]
+        """Return the one way for this number of ranks."""
+        return _cpu_sharding_types()
 
 
-def _sharding_type() -> ShardingType:
+def _cpu_sharding_types() -> list[str]:
     # A rank alone holds whole tables. Split by rows, it would still sort all ids by rank and
     # divide the sums of bags by itself, a tenth of a step.
     is_alone = current_ranks().world_size == 1
-    return ShardingType.TABLE_WISE if is_alone else ShardingType.ROW_WISE
+    return [(ShardingType.TABLE_WISE if is_alone else ShardingType.ROW_WISE).value]
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def _sharders(device: torch.device, config: RankerConfig) -> list[ModuleSharder[
         "eps": 1.0e-8,
     }
     if device.type == "cpu":
-        return [RowWiseSharder(fused_params), RowWiseSequenceSharder(fused_params)]
+        return [CpuSharder(fused_params), CpuSequenceSharder(fused_params)]
     # On a GPU the planner chooses among all ways to split.
     return [EmbeddingBagCollectionSharder(fused_params), EmbeddingCollectionSharder(fused_params)]
 

@@ -113,4 +113,5 @@ def _pairs_part(name: str) -> str:
 
 def _mapped(folder: Path, part: str) -> Arrays:
     paths = folder.glob(f"{part}.*.npy")
-    return {path.name.split(".")[1]: np.load(path, mmap_mode="r") for path in paths}
+    # Plain arrays over the mapping: the subclass makes every lookup slower.
+    return {path.name.split(".")[1]: np.asarray(np.load(path, mmap_mode="r")) for path in paths}

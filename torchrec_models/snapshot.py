@@ -1,7 +1,8 @@
 """Memory-mapped snapshot: item id to codes, the time of the code row, and the vector.
 
 Every rank maps the same files (:class:`~torchrec_models.row_store.SnapshotArrays` writes them),
-so memory does not grow with ranks but for the index of ids, 8 to 16 bytes per item and rank.
+so memory does not grow with ranks but for the index of ids, 8 to 16 bytes per item and rank, and
+the cosines of a small catalogue, up to 64 MiB.
 Shape letters: I items, L levels, D vector width, H history items, N looked-up items.
 May import: numpy, torch.
 """

@@ -68,7 +68,7 @@ class VectorLookup(Protocol):
 
 @dataclass(frozen=True)
 class NamedVectors:
-    """Vectors of named items, each once.
+    """Vectors of named items, none twice.
 
     Attributes:
         vectors_UD: Distinct vectors, float32: the named ones, or all that are held.

@@ -16,7 +16,6 @@ May import: numpy, torch, torchrec.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,7 @@ from qarm_feast.codebook_config import CodebookConfig
 from qarm_feast.config import load_section
 from qarm_feast.errors import DataError
 from qarm_feast.registry import Manifest, read_manifest
-from torchrec_models.checkpoint import Checkpoint
+from torchrec_models.checkpoint import Checkpoint, flat_state
 from torchrec_models.config import CodeSizes
 from torchrec_models.label_maps import NO_ROW, LabelMap, RowMap, Rows, label_map
 from torchrec_models.prefixes import PrefixVocabulary
@@ -105,7 +104,7 @@ def take_over(sharded: ShardedRanker, start: WarmStart, vocabularies: Vocabulari
         "model": sharded.model.state_dict(),
         "optimizer": sharded.optimizer.state_dict()["state"],
     }
-    tensors = _flat(state)
+    tensors = flat_state(state)
     shapes = checkpoint.shapes()
     _check_shapes(tensors, shapes, checkpoint)
     maps = row_maps(checkpoint, vocabularies, start.labels)
@@ -243,15 +242,6 @@ def _check_shapes(
             "take its features, widths, heads and tasks in section ranker, and a codebook of as "
             "many levels, or train without --init-from"
         )
-
-
-def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the tensors of nested dicts by dotted name, as a checkpoint names them."""
-    flat: dict[str, Any] = {}
-    for key, value in state.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
 
 
 def _table_name(key: str) -> str:

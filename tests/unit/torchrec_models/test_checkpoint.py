@@ -71,7 +71,7 @@ def test_a_saved_run_scores_alike_when_loaded_into_an_unsharded_model(
     assert metrics["auc/like"] > 0.8
 
 
-def test_a_checkpoint_that_lacks_a_ranker_s_weights_is_refused_by_name(
+def test_a_checkpoint_that_lacks_weights_of_a_ranker_is_refused_by_name(
     inputs: TrainInputs, ranks: Ranks, tmp_path: Path
 ) -> None:
     train(_config(tmp_path, head="shared_bottom", num_epochs=1), inputs)
@@ -82,7 +82,7 @@ def test_a_checkpoint_that_lacks_a_ranker_s_weights_is_refused_by_name(
         config, manifest.tasks, checkpoint.vocabularies(), manifest.sizes, torch.device("cpu")
     )
 
-    with pytest.raises(DataError, match=r"has no weights ranker\.head\.level.* train a checkpoint"):
+    with pytest.raises(DataError, match=r"has no model\.ranker\.head\.level.* train a checkpoint"):
         checkpoint.load_into(RankerTrainTask(other, [1.0, 1.0]))
 
 

@@ -94,7 +94,7 @@ def test_a_shared_bottom_gives_each_task_the_same_vector(num_tasks: int) -> None
 
     mixtures_BTY = head(*_parts(rows_BX)).detach().numpy()
 
-    first, second = head.first_layer, head.other_layers[1]
+    first, second = head.bottom[0], head.bottom[2]
     hidden_BH = np.maximum(
         rows_BX.numpy() @ first.weight.detach().numpy().T + first.bias.detach().numpy(), 0
     )

@@ -7,11 +7,14 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from qarm_feast.errors import ConfigError
+from torchrec_models import sharding
 from torchrec_models.config import RankerConfig, resolve_tasks
 from torchrec_models.inputs import TrainInputs
 from torchrec_models.ranker import RankerTrainTask, build_ranker
 from torchrec_models.row_store import code_sizes
 from torchrec_models.sharding import (
+    CpuSequenceSharder,
+    CpuSharder,
     Ranks,
     ShardedRanker,
     WarmUp,
@@ -51,6 +54,16 @@ def whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
         name: (value.local_shards()[0].tensor if hasattr(value, "local_shards") else value).clone()
         for name, value in state.items()
     }
+
+
+@pytest.mark.parametrize(("world_size", "way"), [(1, "table_wise"), (2, "row_wise")])
+def test_tables_are_split_by_rows_where_there_are_several_ranks(
+    world_size: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "current_ranks", lambda: Ranks(0, world_size))
+
+    for sharder in (CpuSharder(), CpuSequenceSharder()):
+        assert sharder.sharding_types("cpu") == [way]
 
 
 def test_code_tables_start_as_the_weights_given(inputs: TrainInputs, ranks: Ranks) -> None:

@@ -22,13 +22,13 @@ def _snapshot(folder: Path, vectors_ID: np.ndarray | None = None) -> ItemSnapsho
 
 
 def test_a_code_row_later_than_the_label_is_masked_and_counted(tmp_path: Path) -> None:
-    items = _snapshot(tmp_path)
+    snapshot = _snapshot(tmp_path)
 
-    found = items.history_codes(np.array([30, 30, 10, 99]), np.array([299, 300, 100, 500]))
+    found = snapshot.history_codes(np.array([30, 30, 10, 99]), np.array([299, 300, 100, 500]))
 
     assert found.present_H.tolist() == [False, True, True, False]
     assert found.rq_HL[found.present_H].tolist() == [[3, 33], [1, 11]]
-    assert items.masked_share == 0.25
+    assert snapshot.masked_share == 0.25
 
 
 def test_a_deleted_item_has_no_code(tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_a_deleted_item_has_no_code(tmp_path: Path) -> None:
 
 
 def test_vectors_are_zero_where_unknown_or_later(tmp_path: Path) -> None:
-    items = _snapshot(tmp_path, np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32))
+    snapshot = _snapshot(tmp_path, np.array([[0, 3], [1, 0], [2, 0]], dtype=np.float32))
 
-    named = NamedVectors.of(items, np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
+    named = NamedVectors.of(snapshot, np.array([10, 30, 30, 99]), np.array([100, 299, 300, 999]))
 
     assert named.rows().tolist() == [[1, 0], [0, 0], [0, 3], [0, 0]]
 
@@ -49,13 +49,13 @@ def test_vectors_and_cosines_of_a_small_catalogue_are_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors_ID = np.array([[0, 1], [0, 0], [0.6, 0.8]], dtype=np.float32)
-    items = _snapshot(tmp_path, vectors_ID)
-    places, _ = items.find(np.array([10, 20, 30]), np.array([999, 999, 999]))
+    snapshot = _snapshot(tmp_path, vectors_ID)
+    places, _ = snapshot.find(np.array([10, 20, 30]), np.array([999, 999, 999]))
 
-    held = items.held
+    held = snapshot.held
 
     assert held is not None
-    assert torch.equal(held.vectors_ID[places], items.take(places))
+    assert torch.equal(held.vectors_ID[places], snapshot.take(places))
     assert held.has_vector_I[places].tolist() == [False, True, True]
     by_hand = [[0, 0, 0], [0, 1, 0.8], [0, 0.8, 1]]
     np.testing.assert_allclose(held.cosines_II[np.ix_(places, places)], by_hand, atol=1e-6)
