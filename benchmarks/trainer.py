@@ -18,8 +18,8 @@ Two ranks by torchrun; on a machine with GPUs one rank per GPU, and the model tr
                              the MiB that the memory of the first rank grew by
 
 Before the first step the first window of rows (65,536 of a rank) is read. Of a pass over 480,000
-rows on two ranks, 59 steps each, that takes about a hundredth; with few rows (``--rows``,
-``--quick``) it weighs more.
+rows on two ranks, 59 steps each, that is a small part; with few rows (``--rows``, ``--quick``) it
+weighs more.
 Each ratio is the median over three rounds. Progress goes to stderr, the last line of stdout is one
 JSON object.
 """
