@@ -265,6 +265,8 @@ class ScenarioRun:
 
     def stop_worker(self, worker: Worker) -> None:
         """Let a worker drain; anything but status 0 is a problem."""
+        # SIGTERM ends a process that has not come to handle it, as any that is still importing.
+        self.wait_for(worker.has_started, f"the start of {worker.log_path.name}")
         status = worker.stop()
         self.workers.remove(worker)
         if status != 0:

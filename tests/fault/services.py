@@ -63,6 +63,10 @@ class Worker:
         """Return everything it has logged so far."""
         return self.log_path.read_text(errors="replace")
 
+    def has_started(self) -> bool:
+        """Say whether it has come to its work, and so handles signals."""
+        return " worker_started " in self.log()
+
     def num_batches(self) -> int:
         """Return how many batches it has taken through all steps."""
         return self.log().count(" batch_stored ")
