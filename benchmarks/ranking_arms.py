@@ -53,7 +53,6 @@ COMMON: Mapping[str, Any] = {
     "over_arch_layer_sizes": (64, 1),
     "id_dropout": 0.8,
     "code_dropout": 0.4,
-    "embedding_dropout": 0.5,
     "num_epochs": 8,
     "early_stopping_patience": 3,
     "held_eval_rows": 65536,
@@ -63,9 +62,18 @@ COMMON: Mapping[str, Any] = {
 EVALUATIONS_PER_EPOCH = 2
 SETTINGS_PATH = Path(__file__).with_name("ranking_settings.json")
 SEARCHED: tuple[Mapping[str, Any], ...] = tuple(
-    {"sparse_learning_rate": sparse_rate, "centroid_scale": scale, "learning_rate": rate}
-    for sparse_rate, scale in ((0.02, 0.1), (0.005, 0.3))
-    for rate in (1e-3, 2e-3)
+    {
+        "sparse_learning_rate": sparse_rate,
+        "centroid_scale": scale,
+        "embedding_dropout": dropout,
+        "learning_rate": rate,
+    }
+    for sparse_rate, scale, dropout, rate in (
+        (0.02, 0.1, 0.2, 1e-3),
+        (0.02, 0.1, 0.5, 1e-3),
+        (0.005, 0.3, 0.2, 1e-3),
+        (0.02, 0.1, 0.2, 2e-3),
+    )
 )
 """What every arm may choose from, on valid rows; the first one until it has chosen."""
 QUICK_ARMS = ("id", "fixed", "rq_vq", "full")

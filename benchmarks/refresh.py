@@ -85,7 +85,6 @@ RANKER = Arm(
         "history_rq_code",
         "vq_code",
     ),
-    {"embedding_dropout": 0.2},
 )
 """Codes are read through tables alone: cross features do not depend on what a code is called."""
 DRIFT_SIZES = {False: (1500, 800), True: (400, 150)}
