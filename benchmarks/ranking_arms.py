@@ -70,7 +70,7 @@ SEARCHED: tuple[Mapping[str, Any], ...] = tuple(
     }
     for sparse_rate, scale, dropout, rate in (
         (0.02, 0.1, 0.2, 1e-3),
-        (0.02, 0.1, 0.5, 1e-3),
+        (0.02, 0.1, 0.0, 1e-3),
         (0.005, 0.3, 0.2, 1e-3),
         (0.02, 0.1, 0.2, 2e-3),
     )

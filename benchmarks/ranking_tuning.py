@@ -4,9 +4,9 @@
         [--features DIR] [--seeds N] [--vary KEY=A,B]
 
 Not part of a benchmark run: ``ranking_settings.json`` is committed and read from then on. An arm
-tries each of ``SEARCHED`` (``ranking_arms.py``) and takes the one with the best mean of two AUCs,
-on all valid rows and on those of cold items, each a mean over tasks and seeds. Test rows play no
-part. Arms that are not named keep their choice.
+tries each of ``SEARCHED`` (``ranking_arms.py``) and takes the one with the best AUC on valid rows,
+mean over tasks and seeds: seeds differ by more than settings do. Test rows play no part. Arms that
+are not named keep their choice.
 ``--vary`` writes nothing: it shows what a key that all arms share (``COMMON``) does to the named
 arms, on valid rows and on those of cold items.
 """
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,17 +36,6 @@ from benchmarks.ranking_quality import prepare
 from benchmarks.ranking_runs import Run, Task, run_config, train_all
 from examples.quickstart.layout import BACKBONE
 from qarm_feast.input_data import DataConfig, load_input_data
-
-
-class ValidAuc(NamedTuple):
-    """AUC on all valid rows, and on those of cold items, NaN where there are none to rank."""
-
-    auc: float
-    cold_auc: float
-
-    def mean(self) -> float:
-        """Return what settings are judged by."""
-        return float(np.nanmean(self))
 
 
 def main() -> None:
@@ -110,29 +99,30 @@ def _tries(arm: Arm) -> list[Arm]:
     ]
 
 
-def _trained(tasks: Sequence[Task], num_processes: int) -> dict[str, ValidAuc]:
-    """Train all, say what each try gave, and return that by the try's name."""
+def _trained(tasks: Sequence[Task], num_processes: int) -> dict[str, float]:
+    """Train all, say what each try gave, and return the AUCs by its name."""
     num_seeds = len({task.config.seed for task in tasks})
-    runs: dict[str, list[ValidAuc]] = {}
+    runs: dict[str, list[tuple[float, float]]] = {}
     found = {}
     for run, _ in train_all(tasks, num_processes):
         own = runs.setdefault(run.arm, [])
-        own.append(ValidAuc(_auc(run, "auc/"), _auc(run, "cold_auc/")))
+        own.append((_auc(run, "auc/"), _auc(run, "cold_auc/")))
         if len(own) == num_seeds:
-            found[run.arm] = ValidAuc(*np.mean(own, axis=0).tolist())
-            say(f"{run.arm:<36} valid {found[run.arm].auc:.4f}, cold {found[run.arm].cold_auc:.4f}")
+            auc, cold_auc = np.mean(own, axis=0)
+            say(f"{run.arm:<36} valid {auc:.4f}, cold {cold_auc:.4f}")
+            found[run.arm] = float(auc)
     return found
 
 
 def _auc(run: Run, prefix: str) -> float:
-    """Return an AUC on valid rows, mean over the tasks that have one."""
+    """Return an AUC on valid rows, mean over the tasks."""
     found = [value for key, value in run.valid_metrics.items() if key.startswith(prefix)]
-    return float(np.mean(found)) if found else float("nan")
+    return float(np.mean(found))
 
 
-def _write_choice(arm: Arm, found: Mapping[str, ValidAuc]) -> None:
+def _write_choice(arm: Arm, found: Mapping[str, float]) -> None:
     names = [each.name for each in _tries(arm)]
-    best = max(range(len(names)), key=lambda number: found[names[number]].mean())
+    best = max(range(len(names)), key=lambda number: found[names[number]])
     settings = json.loads(SETTINGS_PATH.read_text("utf-8"))
     settings[arm.name] = SEARCHED[best]
     text = json.dumps(settings, indent=2, sort_keys=True)

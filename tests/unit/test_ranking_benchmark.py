@@ -4,7 +4,6 @@ Shape letters in this file: N rows, B draws, S seeds.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -210,34 +209,6 @@ def test_a_quick_run_reports_both_tasks_with_intervals_and_writes_a_page(
     assert "Train rows of 50 % of their users" in text
     assert "less raw codes" not in text, "its arms were not run"
     assert '<td class="left">third_party</td><td class="left">third_party</td>' in text
-
-
-@pytest.mark.parametrize(
-    ("aucs", "expected"),
-    [
-        ([(0.78, 0.70), (0.77, 0.70), (0.779, 0.72), (0.70, 0.75)], 2),
-        ([(0.77, math.nan), (0.78, math.nan), (0.7, math.nan), (0.7, math.nan)], 1),
-    ],
-    ids=["cold items count for half", "no cold items"],
-)
-def test_an_arm_takes_the_setting_that_is_best_on_valid_rows_and_on_cold_ones(
-    aucs: list[tuple[float, float]],
-    expected: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps({"fixed": "kept"}))
-    monkeypatch.setattr(ranking_tuning, "SETTINGS_PATH", settings)
-    (arm,) = chosen_arms(all_arms(has_third_party_codes=False), "full")
-
-    found = {f"full/{number}": ranking_tuning.ValidAuc(*each) for number, each in enumerate(aucs)}
-    ranking_tuning._write_choice(arm, found)
-
-    assert json.loads(settings.read_text()) == {
-        "fixed": "kept",
-        "full": ranking_arms.SEARCHED[expected],
-    }
 
 
 def test_every_arm_runs_with_just_one_of_the_settings_that_all_tried() -> None:
