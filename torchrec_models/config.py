@@ -279,6 +279,14 @@ class RankerConfig(Section):
     sparse_learning_rate: float = Field(
         default=0.05, gt=0, description="Row-wise Adagrad, embedding tables."
     )
+    dense_average_decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay per step of the moving average of the dense weights, which is what is "
+        "evaluated, saved and served (.98 is about the last 50 steps; less in the first 450); "
+        "0: the weights of the last step.",
+    )
     num_epochs: int = Field(
         default=3, ge=0, description="Passes over the train rows; 0: only evaluate and save."
     )

@@ -17,6 +17,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec_models.batch import RankingBatch
 from torchrec_models.checkpoint import FitState
 from torchrec_models.config import RankerConfig
+from torchrec_models.dense_average import DenseAverage
 from torchrec_models.early_stopping import EarlyStopping
 from torchrec_models.interruption import AGREE_EVERY_STEPS, StopRequest
 from torchrec_models.metrics import defined_metrics
@@ -49,6 +50,7 @@ class FitLoop:
 
     config: RankerConfig
     sharded: ShardedRanker
+    average: DenseAverage
     stopping: EarlyStopping
     progress: Progress
     run: FitRun
@@ -92,6 +94,7 @@ class FitLoop:
         warm_up.set_rates(state.step)
         for logits_BT, labels_BT in _outputs(pipeline, batches):
             state = state.model_copy(update={"batch": state.batch + 1, "step": state.step + 1})
+            self.average.update(state.step)
             self.progress.add_step(state.step, logits_BT, labels_BT)
             if _is_due(state.batch, self.config.eval_every_steps):
                 with _paused(pipeline):
@@ -108,8 +111,9 @@ class FitLoop:
         return state, 0
 
     def _judged(self, state: FitState) -> FitState:
-        metrics = defined_metrics(self.run.evaluate("valid"))
-        self.stopping.judge(metrics, state.step)
+        with self.average.in_model():
+            metrics = defined_metrics(self.run.evaluate("valid"))
+            self.stopping.judge(metrics, state.step)
         self.progress.add_evaluation(state.step, metrics, self.task_names)
         return state.model_copy(update={"valid_metrics": metrics})
 

@@ -20,6 +20,7 @@ from torchrec_models.batch import BatchBuilder, RankingBatch
 from torchrec_models.checkpoint import Checkpoint, CheckpointManifest, FitState, save_checkpoint
 from torchrec_models.config import RankerConfig, TaskConfig, resolve_tasks
 from torchrec_models.dataset import RowDataset
+from torchrec_models.dense_average import DenseAverage
 from torchrec_models.early_stopping import EarlyStopping
 from torchrec_models.fitting import FitLoop
 from torchrec_models.inputs import TrainInputs
@@ -125,6 +126,7 @@ class _Run:
     builder: BatchBuilder
     sharded: ShardedRanker
     ranks: Ranks
+    average: DenseAverage
     stopping: EarlyStopping
     slices_V: torch.Tensor
     enable_checkpoint: bool
@@ -167,6 +169,7 @@ class _Run:
             builder=builder,
             sharded=sharded,
             ranks=ranks,
+            average=DenseAverage(sharded.model, config.dense_average_decay),
             stopping=EarlyStopping(config, sharded.model),
             slices_V=torch.from_numpy(item_slices(store, vocabularies.item_ids)),
             enable_checkpoint=enable_checkpoint,
@@ -212,6 +215,7 @@ class _Run:
             loop = FitLoop(
                 config=self.config,
                 sharded=self.sharded,
+                average=self.average,
                 stopping=self.stopping,
                 progress=progress,
                 run=self,
@@ -224,6 +228,8 @@ class _Run:
         self.samples_per_second = progress.samples_per_second
         if self.stopping.best_weights:
             self.stopping.restore_best()
+        elif state.step:
+            self.average.exchange()
         metrics = state.stopping.best_metrics or state.valid_metrics
         metrics = metrics or defined_metrics(self.evaluate("valid"))
         return state.model_copy(update={"valid_metrics": metrics})
@@ -288,8 +294,11 @@ class _Run:
             "optimizer": self.sharded.optimizer.state_dict()["state"],
         }
         if with_rank_state:
-            own = {"rng": torch.get_rng_state(), "best": self.stopping.best_weights}
-            tensors[self._rank_key] = own
+            tensors[self._rank_key] = {
+                "rng": torch.get_rng_state(),
+                "best": self.stopping.best_weights,
+                "average": self.average.averages,
+            }
         return tensors
 
     def _manifest(self, state: FitState) -> CheckpointManifest:

@@ -59,10 +59,12 @@ def test_a_metric_that_no_task_has_is_refused() -> None:
         _stopping(nn.Linear(1, 1)).judge({"auc/like": math.nan}, 8)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5], ids=["last weights", "averages"])
 def test_a_run_that_stops_early_ends_as_if_it_had_ended_at_its_best_evaluation(
-    inputs: TrainInputs, ranks: Ranks
+    inputs: TrainInputs, ranks: Ranks, decay: float
 ) -> None:
     keys = {"batch_size": 400, "embedding_dim": 8, "id_dropout": 0.0, "learning_rate": 0.01}
+    keys["dense_average_decay"] = decay
     num_steps_per_epoch, patience = 4, 2
     stopping = {"early_stopping_patience": patience, "num_epochs": 20}
 

@@ -44,11 +44,12 @@ def _asked() -> StopRequest:
     return stop
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9], ids=["last weights", "averages"])
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
-    inputs: TrainInputs, ranks: Ranks, tmp_path: Path
+    inputs: TrainInputs, ranks: Ranks, tmp_path: Path, decay: float
 ) -> None:
-    expected = train(_config(tmp_path / "whole"), inputs)
-    config = _config(tmp_path / "parts")
+    expected = train(_config(tmp_path / "whole", dense_average_decay=decay), inputs)
+    config = _config(tmp_path / "parts", dense_average_decay=decay)
 
     # Asked before the start: the ranks first look after eight of eleven steps.
     with pytest.raises(
@@ -85,9 +86,9 @@ def test_a_run_that_dies_goes_on_from_its_last_checkpoint(
     every_steps: int,
     saved_step: int,
 ) -> None:
-    # Without early stopping, and with batches built by several threads.
+    # Without early stopping, with averaged weights, and with batches built by several threads.
     keys: dict[str, object] = {"early_stopping_patience": 0, "num_input_threads": 2}
-    keys["checkpoint_every_steps"] = every_steps
+    keys |= {"checkpoint_every_steps": every_steps, "dense_average_decay": 0.9}
     expected = train(_config(tmp_path / "whole", **keys), inputs)
     config = _config(tmp_path / "parts", **keys)
 
