@@ -57,6 +57,8 @@ from torchrec_models.vocabulary import build_vocabularies
 
 LEFT_OUT = "none"
 """Split of rows that nothing learns from and nobody ranks."""
+VALID_SHARE = 0.2
+"""Of the train rows, that are valid rows where the protocol is moved back."""
 THIRD_PARTY = "third_party_codes.parquet"
 SERVICE = "ranker"
 HISTORY_LENGTH = 50
@@ -106,6 +108,29 @@ def with_fewer_users(checked: InputData, share: float) -> InputData:
     is_left_out_R &= ~np.isin(interactions[USER_ID].to_numpy(), kept)
     splits = pc.if_else(pa.array(is_left_out_R), LEFT_OUT, interactions[SPLIT])
     place = interactions.schema.get_field_index(SPLIT)
+    return replace(checked, interactions=interactions.set_column(place, SPLIT, splits))
+
+
+def moved_back(checked: InputData, share: float) -> InputData:
+    """Return the data with the whole protocol moved to an earlier time, its test rows left out.
+
+    The oldest ``share`` of the train rows teaches, the next fifth of them are the valid rows, and
+    the rest of them with the old valid rows are ranked: no test row plays a part, and many more
+    of the ranked rows are of items without a train row.
+
+    Args:
+        checked: The data.
+        share: Share of train rows that are older than the new cut-off, above 0 and at most .8.
+    """
+    interactions = checked.interactions
+    times_R = interactions[EVENT_TIMESTAMP].cast(pa.int64()).to_numpy()
+    splits_R = interactions[SPLIT].to_numpy()
+    train_times = times_R[splits_R == "train"]
+    ends = np.quantile(train_times, [share, share + VALID_SHARE], method="lower")
+    moved_R = np.array(["train", "valid", "test"])[np.searchsorted(ends, times_R)]
+    moved_R[splits_R == "test"] = LEFT_OUT
+    place = interactions.schema.get_field_index(SPLIT)
+    splits = pa.array(moved_R, type=interactions.schema.field(place).type)
     return replace(checked, interactions=interactions.set_column(place, SPLIT, splits))
 
 

@@ -2,7 +2,9 @@
 
     uv run --frozen --extra cpu python benchmarks/ranking_quality.py [--data DIR] [--seeds N]
         [--arms a,b] [--quick] [--features DIR] [--page FILE] [--train-share S]
+        [--moved-back S]
 
+``--moved-back`` asks the same of an earlier time, with more cold rows, and touches no test row.
 Without ``--data`` it runs on the quickstart's ML-100K. The text model is the one that
 `make quickstart` fetches. The protocol is written down in ``ranking_protocol.md``, the arms and
 their tuned settings in ``ranking_arms.py`` (some, such as ``full_plus_*`` with a part that did not
@@ -43,8 +45,10 @@ from benchmarks.ranking_arms import (
     chosen_arms,
 )
 from benchmarks.ranking_data import (
+    VALID_SHARE,
     coded_items,
     item_vectors,
+    moved_back,
     publish_coded_rows,
     say,
     third_party_items,
@@ -95,12 +99,14 @@ def main() -> None:
         checked = load_input_data(DataConfig(input_dir=str(data_dir(arguments.data, folder))))
         if arguments.train_share < 1:
             checked = with_fewer_users(checked, arguments.train_share)
+        if arguments.moved_back is not None:
+            checked = moved_back(checked, arguments.moved_back)
         inputs = prepare(checked, Path(folder), arguments.backbone, arguments.features or folder)
         say(f"prepared after {time.monotonic() - started:.0f} s")
         names = ",".join(QUICK_ARMS) if arguments.quick and not arguments.arms else arguments.arms
         arms = chosen_arms(all_arms(THIRD_PARTY in inputs), names)
         seeds = range(1 if arguments.quick else arguments.seeds)
-        limits = {"num_epochs": 1} if arguments.quick else _limits(arguments.train_share)
+        limits = {"num_epochs": 1} if arguments.quick else _limits(_row_share(arguments))
         tasks = [
             Task(
                 arm,
@@ -118,7 +124,8 @@ def main() -> None:
     }
     data_name = Path(arguments.data).name if arguments.data else "ml-100k"
     result = _result(found, runs, arguments, data_name, time.monotonic() - started)
-    part = f"_{arguments.train_share:g}" if arguments.train_share < 1 else ""
+    share = _row_share(arguments)
+    part = f"_{share:g}{'_back' if arguments.moved_back is not None else ''}" if share < 1 else ""
     page = Path(arguments.page or ROOT / "runs" / f"ranking_quality_{data_name}{part}.html")
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(ranking_page(result, runs), encoding="utf-8")
@@ -126,10 +133,16 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _limits(train_share: float) -> dict[str, int]:
+def _row_share(arguments: argparse.Namespace) -> float:
+    """Return about which share of the data's train rows teaches."""
+    share: float = arguments.train_share if arguments.moved_back is None else arguments.moved_back
+    return share
+
+
+def _limits(row_share: float) -> dict[str, int]:
     """Return the most epochs and the patience that are as many steps on a share of the rows."""
     keys = ("num_epochs", "early_stopping_patience")
-    return {key: math.ceil(COMMON[key] / train_share) for key in keys}
+    return {key: math.ceil(COMMON[key] / row_share) for key in keys}
 
 
 def _arguments() -> argparse.Namespace:
@@ -140,6 +153,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train-share", type=float, default=1.0, help="Share of users whose train rows are kept."
     )
+    parser.add_argument(
+        "--moved-back",
+        type=float,
+        help="Share of train rows that are older than an earlier cut-off; test rows are left out.",
+    )
     parser.add_argument("--backbone", default=str(BACKBONE), help="Folder of the text model.")
     parser.add_argument("--features", help="Folder to keep outputs of the text model in.")
     parser.add_argument("--page", help="HTML file to write; default: in runs/.")
@@ -148,6 +166,11 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 < arguments.train_share <= 1:
         parser.error("--train-share is above 0 and at most 1")
+    if arguments.moved_back is not None:
+        if not 0 < arguments.moved_back <= 1 - VALID_SHARE:
+            parser.error(f"--moved-back is above 0 and at most {1 - VALID_SHARE:g}")
+        if arguments.train_share < 1:
+            parser.error("--moved-back and --train-share do not go together: leave one out")
     return arguments
 
 
@@ -275,6 +298,7 @@ def _result(
             "arms": list(dict.fromkeys(run.arm for run in runs)),
             "quick": arguments.quick,
             "train_share": arguments.train_share,
+            "moved_back": arguments.moved_back,
         },
     }
 

@@ -40,6 +40,7 @@ def config_of(folder: Path, **keys: object) -> RankerConfig:
         "eval_every_steps": 5,
         "checkpoint_every_steps": 7,
         "early_stopping_patience": 9,
+        "dense_average_decay": 0.9,
     }
     return RankerConfig.model_validate(small | keys)
 

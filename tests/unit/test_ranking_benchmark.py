@@ -3,6 +3,7 @@
 Shape letters in this file: N rows, B draws, S seeds.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from benchmarks import ranking_arms, ranking_quality, ranking_tuning
 from benchmarks.ranking_arms import all_arms, chosen_arms
-from benchmarks.ranking_data import third_party_items, with_fewer_users
+from benchmarks.ranking_data import moved_back, third_party_items, with_fewer_users
 from benchmarks.user_bootstrap import interval, seed_mean_aucs, user_weights, weighted_aucs
 from qarm_feast.input_data import DataConfig, load_input_data
 from torchrec_models.metrics import auc
@@ -232,6 +233,42 @@ def test_of_fewer_users_only_some_teach_and_all_keep_their_histories(tmp_path: P
     assert fewer.positives().num_rows == checked.positives().num_rows
 
 
+def test_moved_back_the_newest_train_rows_are_ranked_and_no_test_row_is(tmp_path: Path) -> None:
+    folder = _write_data(tmp_path / "data", num_tasks=1, has_users=False, has_split=True)
+    checked = load_input_data(DataConfig(input_dir=str(folder)))
+
+    moved = moved_back(checked, 0.5)
+
+    columns = [checked.interactions[name].to_numpy() for name in ("event_timestamp", "split")]
+    times_R, old_R = columns
+    new_R = moved.interactions["split"].to_numpy()
+    assert set(new_R[old_R == "test"]) == {"none"}
+    assert set(new_R[old_R == "valid"]) == {"test"}
+    is_train_R = old_R == "train"
+    shares = [(new_R[is_train_R] == name).mean() for name in ("train", "valid", "test")]
+    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
+    ends = [(times_R[new_R == name].min(), times_R[new_R == name].max()) for name in set(new_R)]
+    ends.sort()
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(ends))
+
+
+def test_a_run_moved_back_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = _write_data(tmp_path / "made", num_tasks=1, has_users=False, has_split=True)
+    page = tmp_path / "page.html"
+    options = ("--processes", "1", "--data", str(data), "--page", str(page), "--arms", "id")
+
+    result = _result(monkeypatch, capsys, "--quick", *options, "--moved-back", "0.5")
+
+    assert result["settings"]["moved_back"] == 0.5
+    assert "trained on the oldest 50 % of the train rows" in page.read_text("utf-8")
+    for wrong in (["--moved-back", "0.9"], ["--moved-back", "0.5", "--train-share", "0.5"]):
+        with pytest.raises(SystemExit):
+            _result(monkeypatch, capsys, *wrong)
+        assert "--moved-back" in capsys.readouterr().err
+
+
 def test_no_users_at_all_cannot_be_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,4 +316,5 @@ def test_a_quick_run_takes_data_with_one_task_and_neither_users_nor_split(
         "arms": ["id"],
         "quick": True,
         "train_share": 1.0,
+        "moved_back": None,
     }
