@@ -53,6 +53,7 @@ COMMON: Mapping[str, Any] = {
     "over_arch_layer_sizes": (64, 1),
     "id_dropout": 0.8,
     "code_dropout": 0.4,
+    "dense_average_decay": 0.98,
     "num_epochs": 8,
     "early_stopping_patience": 3,
     "held_eval_rows": 65536,
@@ -69,10 +70,10 @@ SEARCHED: tuple[Mapping[str, Any], ...] = tuple(
         "learning_rate": rate,
     }
     for sparse_rate, scale, dropout, rate in (
-        (0.02, 0.1, 0.2, 1e-3),
-        (0.02, 0.1, 0.0, 1e-3),
-        (0.005, 0.3, 0.2, 1e-3),
         (0.02, 0.1, 0.2, 2e-3),
+        (0.02, 0.1, 0.0, 2e-3),
+        (0.005, 0.3, 0.2, 2e-3),
+        (0.02, 0.1, 0.2, 4e-3),
     )
 )
 """What every arm may choose from, on valid rows; the first one until it has chosen."""
