@@ -63,9 +63,9 @@ def ranking_page(result: Mapping[str, Any], runs: Sequence[Run]) -> str:
 
 
 def _part_of(settings: Mapping[str, Any]) -> str:
-    share = settings["train_share"]
     if (moved := settings["moved_back"]) is not None:
         return f"Moved back: trained on the oldest {100 * moved:g} % of the train rows. "
+    share = settings["train_share"]
     return f"Train rows of {100 * share:g} % of their users. " if share < 1 else ""
 
 

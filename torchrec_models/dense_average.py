@@ -1,7 +1,7 @@
 """Moving average of the dense weights: what is evaluated, saved and served, not the last step's.
 
-Polyak and Juditsky's averaging (1992) with an exponential window that grows with the steps. Tables
-are not averaged: few of their rows move in a step, and averaging would touch all of them.
+Polyak and Juditsky's averaging (1992) with an exponential window that grows with the steps. Sharded
+tables are not averaged: few of their rows move in a step, and averaging would touch all of them.
 May import: torch.
 """
 
