@@ -448,8 +448,8 @@ class _RankerReads(Section):
     @property
     def reads_aligned_vectors(self) -> bool:
         """Whether `item_vectors_<encoder_version>` is declared and written."""
-        is_read = bool({"vector", "long_history"} & set(self.features))
-        return is_read and self.vector_source == "aligned"
+        is_sourced = bool({"vector", "long_history"} & set(self.features))
+        return "aligned_cosine" in self.features or (is_sourced and self.vector_source == "aligned")
 
 
 def _offline_uri(repo_dir: Path) -> str:

@@ -7,7 +7,7 @@ K neighbours, D aligned embedding width, W dense width, T tasks.
 May import: numpy, pyarrow, torch, torchrec; does no I/O.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -48,6 +48,7 @@ from torchrec_models.tables import (
 from torchrec_models.vector_inputs import (
     NamedVectors,
     VectorLookup,
+    cosine_features,
     searched_cosines,
     vector_features,
 )
@@ -131,6 +132,9 @@ class BatchBuilder:
     feature_names: tuple[str, ...]
     code_lookup: CodeLookup
     vector_lookup: VectorLookup | None = None
+    """Vectors of ``ranker.vector_source``."""
+    aligned_lookup: VectorLookup | None = None
+    """Vectors of the group ``aligned_cosine``."""
     side_tables: SideTables | None = None
     label_names: tuple[str, ...] = ()
     """Labels of the tasks, whose counts the group ``popularity`` reads."""
@@ -302,7 +306,11 @@ class BatchBuilder:
     ) -> torch.Tensor:
         parts = [torch.zeros(len(rows.user_ids_B), 0)]
         if self.config.has("vector"):
-            parts.append(self._vector_inputs(rows))
+            assert self.vector_lookup is not None
+            parts.append(_vector_inputs(self.vector_lookup, rows, vector_features))
+        if self.config.has("aligned_cosine"):
+            assert self.aligned_lookup is not None
+            parts.append(_vector_inputs(self.aligned_lookup, rows, cosine_features))
         if self.config.has("cross"):
             assert history is not None
             found = cross_features(rows.rq_BL, history.masked(), rows.history_lengths_B)
@@ -344,15 +352,18 @@ class BatchBuilder:
             for name, things_B in things.items()
         ]
 
-    def _vector_inputs(self, rows: RowColumns) -> torch.Tensor:
-        assert self.vector_lookup is not None
-        item_ids_H, label_times_H, _ = rows.one_history()
-        return vector_features(
-            NamedVectors.of(self.vector_lookup, rows.item_ids_B, rows.label_times_B),
-            NamedVectors.of(self.vector_lookup, item_ids_H, label_times_H),
-            rows.history_lengths_B,
-            is_one_history=rows.has_one_history,
-        )
+
+def _vector_inputs(
+    lookup: VectorLookup, rows: RowColumns, features: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Return what a function of candidates' and histories' vectors makes of a lookup's."""
+    item_ids_H, label_times_H, _ = rows.one_history()
+    return features(
+        NamedVectors.of(lookup, rows.item_ids_B, rows.label_times_B),
+        NamedVectors.of(lookup, item_ids_H, label_times_H),
+        rows.history_lengths_B,
+        is_one_history=rows.has_one_history,
+    )
 
 
 def _one_each(rows_B: Ints) -> tuple[Ints, Ints]:

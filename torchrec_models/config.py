@@ -21,6 +21,7 @@ FeatureName = Literal[
     "vq_code",
     "history_rq_code",
     "vector",
+    "aligned_cosine",
     "cross",
     "item_columns",
     "popularity",
@@ -35,6 +36,7 @@ FeatureName = Literal[
 StoppingMetric = Literal["auc", "gauc", "uauc", "ne", "log_loss"]
 DENSE_FEATURES: tuple[FeatureName, ...] = (
     "vector",
+    "aligned_cosine",
     "cross",
     "popularity",
     "item_cf",
@@ -118,8 +120,10 @@ class RankerConfig(Section):
             "history_rq_code",
         ),
         min_length=1,
-        description="Feature groups that are switched on; `cross`: how the history's codes match "
-        "the candidate's; `attention`, `shared_history`, `long_history`: target attention over the "
+        description="Feature groups that are switched on; `vector`: vectors of the candidate and "
+        "of the history's mean, and their cosines; `aligned_cosine`: cosines of the encoder's "
+        "vectors alone, whatever `vector_source` says; `cross`: how the history's codes match the "
+        "candidate's; `attention`, `shared_history`, `long_history`: target attention over the "
         "codes of the history, of its items that share c1 and (c1, c2) with the candidate, and of "
         "those that a search of a longer history finds; `item_columns`: typed columns of items; "
         "`popularity`: counts of train rows; `item_cf`, `code_cf`: how often items, and their "

@@ -233,6 +233,7 @@ def open_rows(checkpoint: Checkpoint, store: RowStore, split: str) -> RowDataset
             feature_names=sparse_feature_names(tables),
             code_lookup=snapshot,
             vector_lookup=snapshot,
+            aligned_lookup=snapshot.with_source("aligned"),
             # Its own, as serving reads them: their table rows are numbered by its vocabularies.
             side_tables=checkpoint.side_tables(),
             label_names=tuple(task.label_name for task in manifest.tasks),

@@ -64,7 +64,9 @@ class TrainedRanker(Protocol):
         ...
 
 
-READS_VECTORS: tuple[FeatureName, ...] = ("vector", "long_history")
+SOURCED_VECTORS: tuple[FeatureName, ...] = ("vector", "long_history")
+"""Groups that read vectors of ``ranker.vector_source``, of which one is served."""
+READS_VECTORS: tuple[FeatureName, ...] = (*SOURCED_VECTORS, "aligned_cosine")
 """Groups for which a request reads `item_vectors_<encoder_version>`."""
 
 
@@ -161,7 +163,8 @@ class OnlineScorer:
         manifest = trained.manifest
         self._config = manifest.config
         self._reads_vectors = any(self._config.has(name) for name in READS_VECTORS)
-        if self._reads_vectors and self._config.vector_source != "aligned":
+        is_sourced = any(self._config.has(name) for name in SOURCED_VECTORS)
+        if is_sourced and self._config.vector_source != "aligned":
             raise ConfigError(
                 f"{trained.folder} was trained with ranker.vector_source "
                 f"{self._config.vector_source!r}, whose vectors are in no online view; train with "
@@ -233,6 +236,7 @@ class OnlineScorer:
         )
 
     def _build(self, user_id: int, inputs: ScoringInputs, now: datetime) -> RankingBatch:
+        vectors = ReadVectors.of(self._reader, inputs) if self._reads_vectors else None
         builder = BatchBuilder(
             config=self._config,
             vocabularies=self._vocabularies,
@@ -241,7 +245,8 @@ class OnlineScorer:
             side_tables=self._side_tables,
             label_names=self._label_names,
             level_sizes=self._sizes.level_sizes,
-            vector_lookup=(ReadVectors.of(self._reader, inputs) if self._reads_vectors else None),
+            vector_lookup=vectors,
+            aligned_lookup=vectors,
         )
         return builder.build(self._rows(user_id, inputs, now))
 

@@ -7,6 +7,7 @@ Shape letters: I items, L levels, D vector width, H history items, N looked-up i
 May import: numpy, torch.
 """
 
+import copy
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -40,16 +41,20 @@ class ItemSnapshot:
         self._index = IdIndex(_mapped(folder / "item_ids.npy"))
         self._event_times_I: Ints = _mapped(folder / "event_times.npy")
         self._rq_IL: npt.NDArray[np.int32] = _mapped(folder / "rq.npy")
-        vectors_path = folder / vectors_file(vector_source)
-        # A mapping opened copy-on-write is one that torch may wrap; nobody writes to it.
-        self._vectors_ID = (
-            torch.from_numpy(np.load(vectors_path, mmap_mode="c"))
-            if vectors_path.exists()
-            else None
-        )
+        self._vectors_ID = _mapped_vectors(folder / vectors_file(vector_source))
         self._counting = threading.Lock()
         self.num_looked_up = 0
         self.num_masked_later = 0
+
+    def with_source(self, vector_source: str) -> "ItemSnapshot":
+        """Return the snapshot with other vectors: itself, or one that shares everything else."""
+        if vector_source == self._vector_source:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("held", None)
+        other._vector_source = vector_source
+        other._vectors_ID = _mapped_vectors(self._folder / vectors_file(vector_source))
+        return other
 
     @property
     def masked_share(self) -> float:
@@ -100,7 +105,7 @@ class ItemSnapshot:
         if self._vectors_ID is None:
             raise ConfigError(
                 f"{self._folder} holds no {self._vector_source} vectors, but ranker.features asks "
-                "for `vector`; run `qarm align export` (raw: with --raw), then `qarm-rank rows`"
+                "for them; run `qarm align export` (raw: with --raw), then `qarm-rank rows`"
             )
         return self._vectors_ID.index_select(0, torch.from_numpy(places_U))
 
@@ -110,6 +115,13 @@ class ItemSnapshot:
         positions_N, is_known_N = self._index.find(item_ids_N)
         is_in_time_N = self._event_times_I[positions_N] <= label_times_N
         return positions_N, is_known_N, is_in_time_N
+
+
+def _mapped_vectors(path: Path) -> torch.Tensor | None:
+    if not path.exists():
+        return None
+    # A mapping opened copy-on-write is one that torch may wrap; nobody writes to it.
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def _mapped(path: Path) -> npt.NDArray[Any]:

@@ -23,6 +23,7 @@ from qarm_feast.cross_features import NUM_DENSE_INPUTS, PREFIX_NAMES
 from torchrec_models.config import DENSE_FEATURES, CodeSizes, RankerConfig
 from torchrec_models.pair_counts import FEATURES_PER_THING
 from torchrec_models.popularity import popularity_width
+from torchrec_models.vector_inputs import NUM_COSINES
 from torchrec_models.vocabulary import Vocabularies
 
 Weights = npt.NDArray[np.float32]
@@ -197,7 +198,8 @@ def vector_width(sizes: CodeSizes, config: RankerConfig) -> int:
 def dense_width(sizes: CodeSizes, config: RankerConfig, num_tasks: int) -> int:
     """Return the number of dense inputs: vectors with two cosines, cross features, counts."""
     widths = {
-        "vector": 2 * vector_width(sizes, config) + 2,
+        "vector": 2 * vector_width(sizes, config) + NUM_COSINES,
+        "aligned_cosine": NUM_COSINES,
         "cross": NUM_DENSE_INPUTS,
         "popularity": popularity_width(num_tasks),
         "item_cf": FEATURES_PER_THING,

@@ -157,6 +157,7 @@ class _Run:
             feature_names=sparse_feature_names(ranker_tables(sizes, vocabularies, config)),
             code_lookup=snapshot,
             vector_lookup=snapshot,
+            aligned_lookup=snapshot.with_source("aligned"),
             side_tables=store.side_tables(),
             label_names=tuple(task.label_name for task in tasks),
             level_sizes=sizes.level_sizes,

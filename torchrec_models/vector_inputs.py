@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
+NUM_COSINES = 2
+"""Mean and largest, of a candidate with its history."""
 _COSINE_SCALE = 5.0
 _GATHERED_PAIRS = 1 << 16
 """Pairs whose vectors are held at a time, and named items of a search."""
@@ -222,6 +224,27 @@ def vector_features(
     Returns:
         Float32 ``[B, 2 D + 2]``; history's part is zeros for an empty one.
     """
+    targets_BD, means_BD, cosines_B2 = _means_and_cosines(
+        targets, history, lengths_B, is_one_history=is_one_history
+    )
+    features_BW = torch.cat([targets_BD, means_BD, cosines_B2], dim=1)
+    return features_BW.mul_(_vector_scales(targets_BD.shape[1]))
+
+
+def cosine_features(
+    targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
+) -> torch.Tensor:
+    """Return the last two columns of :func:`vector_features`, float32 ``[B, 2]``."""
+    _, _, cosines_B2 = _means_and_cosines(
+        targets, history, lengths_B, is_one_history=is_one_history
+    )
+    return cosines_B2.mul_(_COSINE_SCALE)
+
+
+def _means_and_cosines(
+    targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return targets, mean history vectors, and mean and largest cosine of both."""
     targets_BD = targets.rows()
     if is_one_history:
         history_HD = history.rows()
@@ -236,8 +259,7 @@ def vector_features(
         cosines_H = pair_cosines(targets, history, lengths_B)
         largest_B = torch.from_numpy(_segment_maxima(cosines_H, lengths_B))
     mean_B = torch.linalg.vecdot(means_BD, targets_BD)
-    features_BW = torch.cat([targets_BD, means_BD, mean_B[:, None], largest_B[:, None]], dim=1)
-    return features_BW.mul_(_vector_scales(targets_BD.shape[1]))
+    return targets_BD, means_BD, torch.stack([mean_B, largest_B], dim=1)
 
 
 def _vector_scales(vector_dim: int) -> torch.Tensor:
@@ -246,8 +268,8 @@ def _vector_scales(vector_dim: int) -> torch.Tensor:
     The parts of a unit vector have a variance of 1 / D, and a net that learns at one rate for all
     inputs would hardly read them.
     """
-    scales = torch.full((2 * vector_dim + 2,), math.sqrt(vector_dim))
-    scales[-2:] = _COSINE_SCALE
+    scales = torch.full((2 * vector_dim + NUM_COSINES,), math.sqrt(vector_dim))
+    scales[-NUM_COSINES:] = _COSINE_SCALE
     return scales
 
 

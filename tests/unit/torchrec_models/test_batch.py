@@ -38,6 +38,15 @@ class _Lookup:
         return torch.tensor(found).reshape(-1, 2)
 
 
+class _OtherLookup(_Lookup):
+    """Item 11 has the vector (.6, .8)."""
+
+    def take(self, places_U: Ints) -> torch.Tensor:
+        vectors_UD = super().take(places_U)
+        vectors_UD[torch.from_numpy(places_U == 11)] = torch.tensor([0.6, 0.8])
+        return vectors_UD
+
+
 def _rows() -> RowColumns:
     """User 1 with history 11, 10, 12 and target 10; user 9 without history and code, target 99."""
     return RowColumns(
@@ -57,7 +66,7 @@ def _builder(
     features: tuple[FeatureName, ...], names: tuple[str, ...], **keys: int
 ) -> BatchBuilder:
     config = RankerConfig(features=features, **keys)
-    return BatchBuilder(config, VOCABULARIES, names, _Lookup(), _Lookup())
+    return BatchBuilder(config, VOCABULARIES, names, _Lookup(), _Lookup(), _OtherLookup())
 
 
 def test_ids_and_codes_become_jagged_features() -> None:
@@ -98,6 +107,16 @@ def test_vector_features_are_target_mean_history_and_cosines_at_unit_scale() -> 
     vectors = [scale, 0, third * scale, third * scale]
     expected = torch.tensor([[*vectors, third * 5, 5], [0, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(batch.dense_features, expected)
+
+
+def test_aligned_cosines_are_of_their_own_vectors_and_stand_behind_the_others() -> None:
+    alone = _builder(("item_id", "aligned_cosine"), ("item_id",)).build(_rows()).dense_features
+    features: tuple[FeatureName, ...] = ("item_id", "vector", "aligned_cosine", "cross")
+    behind = _builder(features, ("item_id",)).build(_rows()).dense_features
+
+    # Target 10 and history 11, 10, 12: cosines .6, 1 and, of an item unknown by then, none.
+    torch.testing.assert_close(alone, torch.tensor([[5 * 1.6 / 3, 5.0], [0.0, 0.0]]))
+    torch.testing.assert_close(behind[:, 6:8], alone)
 
 
 def test_cross_features_stand_behind_the_vectors_and_leave_later_codes_out() -> None:
@@ -155,7 +174,7 @@ def test_one_history_of_all_rows_gives_what_it_gives_row_by_row(history: list[in
         is_train_B=np.zeros(3, dtype=np.bool_),
     )
     builder = _builder(
-        ("history_item_id", "history_rq_code", "cross", "vector"),
+        ("history_item_id", "history_rq_code", "cross", "vector", "aligned_cosine"),
         ("history_item_id", "history_rq_0", "history_rq_1"),
     )
 

@@ -38,6 +38,7 @@ def make_dataset(inputs: TrainInputs, split: str, config: RankerConfig, ranks: R
             feature_names=sparse_feature_names(tables),
             code_lookup=snapshot,
             vector_lookup=snapshot,
+            aligned_lookup=snapshot.with_source("aligned"),
             side_tables=store.side_tables(),
             label_names=store.manifest.label_names,
             level_sizes=store.manifest.level_sizes,

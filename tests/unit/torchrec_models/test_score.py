@@ -157,7 +157,10 @@ def test_an_item_without_codes_is_scored_by_what_is_known(
 def vector_checkpoint(inputs: TrainInputs, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = str(tmp_path_factory.mktemp("vector_checkpoints"))
     config = RankerConfig(
-        checkpoint_dir=folder, num_epochs=1, batch_size=500, features=("item_id", "vector")
+        checkpoint_dir=folder,
+        num_epochs=1,
+        batch_size=500,
+        features=("item_id", "vector", "aligned_cosine"),
     )
     with process_group():
         train(config, inputs)
@@ -196,6 +199,32 @@ def test_a_ranker_of_raw_vectors_is_not_served(
 
     with pytest.raises(ConfigError, match=r"vector_source 'raw', whose vectors are in no online"):
         OnlineScorer(trained, stored_reader(inputs))
+
+
+def test_aligned_cosines_are_served_whatever_the_source_of_vectors_is(
+    inputs: TrainInputs, tmp_path: Path
+) -> None:
+    config = RankerConfig(
+        checkpoint_dir=str(tmp_path),
+        num_epochs=1,
+        batch_size=500,
+        features=("item_id", "aligned_cosine"),
+        vector_source="raw",
+    )
+    with process_group():
+        train(config, inputs)
+    reader = stored_reader(inputs)
+    scorer = OnlineScorer(Checkpoint(str(tmp_path), "ranker_v1"), reader)
+    dataset = make_dataset(inputs, "test", config, Ranks(0, 1))
+    row = reader.rows[0]
+    table = pq.read_table(dataset.path)
+    one = table.filter(pc.equal(table["event_timestamp"], row["event_timestamp"]))
+
+    served = scorer.batch(row["user_id"], np.array([row["item_id"]]), NOW).dense_features
+    trained = dataset.builder.build(dataset._columns(one)).dense_features
+
+    assert trained.any()
+    torch.testing.assert_close(served, trained, rtol=0, atol=5 * 2**-11)
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def _manifest(features: tuple[FeatureName, ...] = ("item_id",)) -> Any:
     )
 
 
-@pytest.mark.parametrize("group", ["vector", "long_history"])
+@pytest.mark.parametrize("group", ["vector", "long_history", "aligned_cosine"])
 def test_a_ranker_of_vectors_is_not_ready_without_their_view_or_with_one_of_another_width(
     group: FeatureName,
 ) -> None:

@@ -88,6 +88,28 @@ def test_vectors_come_from_the_source_that_is_asked_for(tmp_path: Path) -> None:
     assert ItemSnapshot(tmp_path).take(np.array([0])).tolist() == [[1, 0]]
 
 
+def test_a_snapshot_gives_itself_with_vectors_of_another_source(tmp_path: Path) -> None:
+    SnapshotArrays(
+        item_ids_I=np.array([30, 10]),
+        event_times_I=np.array([300, 100]),
+        rq_IL=np.array([[3, 3], [1, 1]]),
+        vectors_ID=np.array([[0, 3], [1, 0]], dtype=np.float32),
+        raw_vectors_IE=np.array([[0, 0, 1], [0, 1, 0]], dtype=np.float32),
+    ).write(tmp_path)
+    raw = ItemSnapshot(tmp_path, "raw")
+    assert raw.held is not None
+
+    aligned = raw.with_source("aligned")
+
+    assert raw.with_source("raw") is raw
+    assert aligned.take(np.array([0])).tolist() == [[1, 0]]
+    assert aligned.held is not None
+    assert aligned.held.vectors_ID.shape == (2, 2)
+    assert raw.take(np.array([0])).tolist() == [[0, 1, 0]]
+    codes = aligned.history_codes(np.array([30]), np.array([300]))
+    assert codes.rq_HL.tolist() == [[3, 3]]
+
+
 def test_a_snapshot_without_raw_vectors_names_them(tmp_path: Path) -> None:
     _snapshot(tmp_path, np.zeros((3, 2), dtype=np.float32))
 

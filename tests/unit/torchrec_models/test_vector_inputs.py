@@ -12,6 +12,7 @@ from torchrec_models.vector_inputs import (
     HeldVectors,
     Ints,
     NamedVectors,
+    cosine_features,
     pair_cosines,
     searched_cosines,
     vector_features,
@@ -101,6 +102,21 @@ def test_a_history_that_all_rows_share_gives_what_its_copies_give() -> None:
     torch.testing.assert_close(
         shared, vector_features(targets, copies, lengths_B, is_one_history=False)
     )
+
+
+@pytest.mark.parametrize("is_one_history", [False, True])
+def test_cosines_alone_are_those_beside_the_vectors(is_one_history: bool) -> None:
+    lookup, history = _lookup(), np.array([1, 2, ZERO_ITEM, 1])
+    copies = 1 if is_one_history else len(TARGETS)
+    targets = NamedVectors.of(lookup, TARGETS, TIMES)
+    named = NamedVectors.of(lookup, np.tile(history, copies), np.full(4 * copies, TIMES[0]))
+    lengths_B = np.full(len(TARGETS), 4)
+
+    found_B2 = cosine_features(targets, named, lengths_B, is_one_history=is_one_history)
+
+    both_BW = vector_features(targets, named, lengths_B, is_one_history=is_one_history)
+    assert found_B2.any()
+    assert torch.equal(found_B2, both_BW[:, 2 * WIDTH :])
 
 
 def test_a_shared_history_may_be_empty() -> None:
