@@ -18,14 +18,20 @@ VQ = ("vq_code",)
 FULL_PARTS: Mapping[str, tuple[str, ...]] = {
     "rq": RQ,
     "vq": VQ,
-    "vector": ("vector",),
+    "vector": ("vector", "aligned_cosine"),
     "cross": ("cross",),
-    "code_cf": ("code_cf",),
+    "cf": ("item_cf", "code_cf"),
 }
 """Parts of the full model; each is left out once."""
+FINER_PARTS: Mapping[str, tuple[str, ...]] = {
+    "rq_vq": (*RQ, *VQ),
+    "aligned_cosine": ("aligned_cosine",),
+    "item_cf": ("item_cf",),
+    "code_cf": ("code_cf",),
+}
+"""Left out where that is asked for."""
 FULL = (*ID, *(feature for features in FULL_PARTS.values() for feature in features))
 EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
-    "item_cf": ("item_cf",),
     "prefix": ("prefix",),
     "attention": ("attention",),
     "shared_history": ("shared_history",),
@@ -34,9 +40,9 @@ EXTRA_PARTS: Mapping[str, tuple[str, ...]] = {
 EXTRA_ARM = "full_plus_"
 BY_NAME_ONLY = (
     "trained_random",
-    "full_minus_rq_vq",
     "fixed_code_cf",
     "code_cf",
+    *(f"full_minus_{part}" for part in FINER_PARTS),
     *(f"{EXTRA_ARM}{part}" for part in EXTRA_PARTS),
 )
 """Arms that no difference of the protocol asks for."""
@@ -123,11 +129,9 @@ def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:
     ]
     if has_third_party_codes:
         arms.append(Arm("third_party", THIRD_PARTY, (*ID, *RQ)))
-    for part, features in FULL_PARTS.items():
+    for part, features in {**FULL_PARTS, **FINER_PARTS}.items():
         rest = tuple(feature for feature in FULL if feature not in features)
         arms.append(Arm(f"full_minus_{part}", ALIGNED, rest, RAW_VECTOR))
-    no_tables = tuple(feature for feature in FULL if feature not in (*RQ, *VQ))
-    arms.append(Arm("full_minus_rq_vq", ALIGNED, no_tables, RAW_VECTOR))
     for part, features in EXTRA_PARTS.items():
         arms.append(Arm(f"{EXTRA_ARM}{part}", ALIGNED, (*FULL, *features), RAW_VECTOR))
     return tuple(arms)

@@ -66,6 +66,8 @@ NUM_NUMERIC_BUCKETS = 10
 RQ_SIZES = (16, 64, 256)
 """Centroids per level: few on the first, whose rows then see many clicks."""
 NUM_NEIGHBORS = 10
+MOST_ALIGNMENT_EPOCHS = 3
+"""More passes tell more of items with train rows and less of cold ones."""
 CREATED = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -142,7 +144,11 @@ def item_vectors(checked: InputData, backbone_folder: str, features_uri: str) ->
         backbone_folder: Folder of the text model.
         features_uri: Folder where its outputs are kept.
     """
-    config = AlignmentConfig(backbone=backbone_folder, features_uri=features_uri)
+    config = AlignmentConfig(
+        backbone=backbone_folder,
+        features_uri=features_uri,
+        num_epochs=MOST_ALIGNMENT_EPOCHS,
+    )
     features = content_features(checked.items, config, checked.directory)
     say(f"vectors of {len(features)} items")
     return align(checked, features, config)[1]

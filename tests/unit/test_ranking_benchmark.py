@@ -132,9 +132,11 @@ def test_arms_have_names_of_their_own_and_only_known_ones_can_be_chosen() -> Non
     assert {arm.name for arm in arms} - set(by_default) == {
         "trained_random",
         "full_minus_rq_vq",
+        "full_minus_aligned_cosine",
+        "full_minus_item_cf",
+        "full_minus_code_cf",
         "fixed_code_cf",
         "code_cf",
-        "full_plus_item_cf",
         "full_plus_prefix",
         "full_plus_attention",
         "full_plus_shared_history",
