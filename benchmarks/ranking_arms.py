@@ -82,7 +82,7 @@ SEARCHED: tuple[Mapping[str, Any], ...] = tuple(
         (0.02, 0.1, 0.2, 4e-3),
     )
 )
-"""What every arm may choose from, on valid rows; the first one until it has chosen."""
+"""What every arm may choose from, on valid rows."""
 QUICK_ARMS = ("id", "fixed", "rq_vq", "full")
 
 
@@ -101,9 +101,12 @@ class Arm:
 
 
 def tuned(arm_name: str) -> Mapping[str, Any]:
-    """Return what an arm's search found, see ``ranking_tuning.py``."""
+    """Return what an arm's search found, see ``ranking_tuning.py``.
+
+    Variants of the full model that were not searched for take what it found.
+    """
     found: Mapping[str, Mapping[str, Any]] = json.loads(SETTINGS_PATH.read_text("utf-8"))
-    return found.get(arm_name, SEARCHED[0])
+    return found.get(arm_name, found["full"] if arm_name.startswith("full_") else SEARCHED[0])
 
 
 def all_arms(has_third_party_codes: bool) -> tuple[Arm, ...]:

@@ -7,9 +7,9 @@
 ``--moved-back`` asks the same of an earlier time, with more cold rows, and touches no test row.
 Without ``--data`` it runs on the quickstart's ML-100K. The text model is the one that
 `make quickstart` fetches. The protocol is written down in ``ranking_protocol.md``, the arms and
-their tuned settings in ``ranking_arms.py`` (some, such as ``full_plus_*`` with a part that did not
-pay on valid rows, run only by name). A file ``third_party_codes.parquet`` in the data folder
-(``item_id``, ``rq_code``) makes an arm of its own.
+their tuned settings in ``ranking_arms.py`` (some run only by name: ``full_plus_*`` with a part that
+did not pay on valid rows, ``full_minus_*`` without one feature group of a part). A file
+``third_party_codes.parquet`` in the data folder (``item_id``, ``rq_code``) makes an arm of its own.
 
 ``auc_<arm>`` and ``cold_auc_<arm>`` are of the first task, mean over the seeds; a difference comes
 with its 95 % interval (``_low``, ``_high``). A table and a plot are written as one HTML page.
@@ -209,7 +209,7 @@ def _trained(tasks: Sequence[Task], num_processes: int) -> tuple[list[Run], Rows
             if key.startswith("auc/")
         )
         say(
-            f"{len(runs):>3} of {len(tasks)}: {run.arm:<22} seed {run.seed} {run.seconds:5.1f} s "
+            f"{len(runs):>3} of {len(tasks)}: {run.arm:<25} seed {run.seed} {run.seconds:5.1f} s "
             f"{run.num_steps} steps, valid {shown}"
         )
     return runs, rows

@@ -124,6 +124,7 @@ def batch_builder(
         feature_names=sparse_feature_names(ranker_tables(sizes, vocabularies, config)),
         code_lookup=snapshot,
         vector_lookup=snapshot,
+        aligned_lookup=snapshot.with_source("aligned"),
         side_tables=store.side_tables(),
         label_names=LABELS,
         level_sizes=sizes.level_sizes,

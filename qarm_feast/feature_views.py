@@ -448,8 +448,10 @@ class _RankerReads(Section):
     @property
     def reads_aligned_vectors(self) -> bool:
         """Whether `item_vectors_<encoder_version>` is declared and written."""
-        is_sourced = bool({"vector", "long_history"} & set(self.features))
-        return "aligned_cosine" in self.features or (is_sourced and self.vector_source == "aligned")
+        if {"vector", "long_history"} & set(self.features):
+            # Raw vectors are not served, so nothing of such a ranker is.
+            return self.vector_source == "aligned"
+        return "aligned_cosine" in self.features
 
 
 def _offline_uri(repo_dir: Path) -> str:

@@ -7,7 +7,7 @@ K neighbours, D aligned embedding width, W dense width, T tasks.
 May import: numpy, pyarrow, torch, torchrec; does no I/O.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -114,6 +114,14 @@ class CodeLookup(Protocol):
     def history_codes(self, item_ids_H: Ints, label_times_H: Ints) -> HistoryCodes:
         """Return the codes of items as known at the time of the row that lists them."""
         ...
+
+
+class _VectorFeatures(Protocol):
+    """What is read of candidates' and histories' vectors."""
+
+    def __call__(
+        self, targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
+    ) -> torch.Tensor: ...
 
 
 class _HiddenIds(NamedTuple):
@@ -354,7 +362,7 @@ class BatchBuilder:
 
 
 def _vector_inputs(
-    lookup: VectorLookup, rows: RowColumns, features: Callable[..., torch.Tensor]
+    lookup: VectorLookup, rows: RowColumns, features: _VectorFeatures
 ) -> torch.Tensor:
     """Return what a function of candidates' and histories' vectors makes of a lookup's."""
     item_ids_H, label_times_H, _ = rows.one_history()

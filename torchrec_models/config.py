@@ -132,8 +132,8 @@ class RankerConfig(Section):
     )
     vector_source: Literal["aligned", "raw"] = Field(
         default="aligned",
-        description="Vectors of the group `vector`: the encoder's, or what its head reads (written "
-        "by `qarm align export --raw`).",
+        description="Vectors of the groups `vector` and `long_history`: the encoder's, or what its "
+        "head reads (written by `qarm align export --raw`; not served).",
     )
     item_columns: Literal["auto"] | tuple[str, ...] = Field(
         default="auto",
@@ -346,6 +346,11 @@ class RankerConfig(Section):
             )
         if self.content_id_weight and not {"item_id", "vector"} <= set(self.features):
             raise ValueError("content_id_weight needs the features `item_id` and `vector`")
+        if {"vector", "aligned_cosine"} <= set(self.features) and self.vector_source == "aligned":
+            raise ValueError(
+                "`aligned_cosine` is part of `vector` with vector_source `aligned`: take it out of "
+                "features, or set vector_source to `raw`"
+            )
         if self.fgcnn_kernel_height % 2 == 0:
             raise ValueError(
                 f"fgcnn_kernel_height is {self.fgcnn_kernel_height}, but must be odd: it reaches "

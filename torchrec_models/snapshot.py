@@ -2,7 +2,7 @@
 
 Every rank maps the same files (:class:`~torchrec_models.row_store.SnapshotArrays` writes them),
 so memory does not grow with ranks but for the index of ids, 8 to 16 bytes per item and rank, and
-the cosines of a small catalogue, up to 64 MiB.
+the cosines of a small catalogue, up to 64 MiB per kind of vectors.
 Shape letters: I items, L levels, D vector width, H history items, N looked-up items.
 May import: numpy, torch.
 """
@@ -47,7 +47,7 @@ class ItemSnapshot:
         self.num_masked_later = 0
 
     def with_source(self, vector_source: str) -> "ItemSnapshot":
-        """Return the snapshot with other vectors: itself, or one that shares everything else."""
+        """Return the snapshot with these vectors: itself, or one over the same mapped files."""
         if vector_source == self._vector_source:
             return self
         other = copy.copy(self)

@@ -196,7 +196,7 @@ def vector_width(sizes: CodeSizes, config: RankerConfig) -> int:
 
 
 def dense_width(sizes: CodeSizes, config: RankerConfig, num_tasks: int) -> int:
-    """Return the number of dense inputs: vectors with two cosines, cross features, counts."""
+    """Return the number of dense inputs: vectors, cosines, cross features, counts."""
     widths = {
         "vector": 2 * vector_width(sizes, config) + NUM_COSINES,
         "aligned_cosine": NUM_COSINES,

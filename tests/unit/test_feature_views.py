@@ -242,7 +242,8 @@ def test_an_empty_repository_has_facts(tmp_path: Path) -> None:
     [
         ("{features: [item_id, vector]}", True),
         ("{features: [item_id, vector], vector_source: raw}", False),
-        ("{features: [item_id, vector, aligned_cosine], vector_source: raw}", True),
+        ("{features: [item_id, aligned_cosine], vector_source: raw}", True),
+        ("{features: [item_id, vector, aligned_cosine], vector_source: raw}", False),
         ("{features: [item_id]}", False),
     ],
 )

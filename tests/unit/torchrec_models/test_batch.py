@@ -63,9 +63,9 @@ def _rows() -> RowColumns:
 
 
 def _builder(
-    features: tuple[FeatureName, ...], names: tuple[str, ...], **keys: int
+    features: tuple[FeatureName, ...], names: tuple[str, ...], **keys: int | str
 ) -> BatchBuilder:
-    config = RankerConfig(features=features, **keys)
+    config = RankerConfig.model_validate({"features": features, **keys})
     return BatchBuilder(config, VOCABULARIES, names, _Lookup(), _Lookup(), _OtherLookup())
 
 
@@ -112,7 +112,7 @@ def test_vector_features_are_target_mean_history_and_cosines_at_unit_scale() -> 
 def test_aligned_cosines_are_of_their_own_vectors_and_stand_behind_the_others() -> None:
     alone = _builder(("item_id", "aligned_cosine"), ("item_id",)).build(_rows()).dense_features
     features: tuple[FeatureName, ...] = ("item_id", "vector", "aligned_cosine", "cross")
-    behind = _builder(features, ("item_id",)).build(_rows()).dense_features
+    behind = _builder(features, ("item_id",), vector_source="raw").build(_rows()).dense_features
 
     # Target 10 and history 11, 10, 12: cosines .6, 1 and, of an item unknown by then, none.
     torch.testing.assert_close(alone, torch.tensor([[5 * 1.6 / 3, 5.0], [0.0, 0.0]]))
@@ -176,6 +176,7 @@ def test_one_history_of_all_rows_gives_what_it_gives_row_by_row(history: list[in
     builder = _builder(
         ("history_item_id", "history_rq_code", "cross", "vector", "aligned_cosine"),
         ("history_item_id", "history_rq_0", "history_rq_1"),
+        vector_source="raw",
     )
 
     first = builder.build(repeated)

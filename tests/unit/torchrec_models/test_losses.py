@@ -274,6 +274,7 @@ def test_tasks_are_ordered_behind_what_they_come_after() -> None:
         ({"enable_esmm": True}, "enable_esmm needs a task that comes after another"),
         ({"enable_esmm": True, "tasks": [LIKE]}, "enable_esmm needs a task"),
         ({"content_id_weight": 0.1}, "needs the features `item_id` and `vector`"),
+        ({"features": ["item_id", "vector", "aligned_cosine"]}, "`aligned_cosine` is part of"),
         ({"fgcnn_kernel_height": 2}, "fgcnn_kernel_height is 2, but must be odd"),
         ({"fgcnn_num_maps": [2]}, "fgcnn_num_maps has 1 layers, fgcnn_num_new_maps 2"),
         ({"dcn_rank": 0}, "dcn_rank"),
