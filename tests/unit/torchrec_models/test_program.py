@@ -46,7 +46,12 @@ def random_features(
     "parts",
     [
         {"head": "ple", "features": ("user_id", "history_item_id", "cross", "attention")},
-        {"head": "home", "interaction": "dcn", "features": ALL_FEATURES},
+        {
+            "head": "home",
+            "interaction": "dcn",
+            "features": ALL_FEATURES,
+            "vector_source": "raw",
+        },
         {
             "head": "shared_bottom",
             "interaction": "fgcnn",
