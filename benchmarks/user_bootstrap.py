@@ -1,6 +1,7 @@
 """Intervals of AUCs and of their differences by drawing users.
 
-Shape letters in this file: N rows, U users, B draws, P positive rows, S seeds.
+Shape letters in this file: N rows, U users, B draws, P positive rows, Q places between negative
+rows, S seeds.
 """
 
 from collections.abc import Sequence
@@ -48,13 +49,16 @@ def weighted_aucs(
     Returns:
         ``[B]``.
     """
-    order_N = np.argsort(scores_N, kind="stable")
-    sorted_N = scores_N[order_N]
-    labels_N = labels_N[order_N]
-    positives = np.flatnonzero(labels_N)
-    ties = [np.searchsorted(sorted_N, sorted_N[positives], side) for side in ("left", "right")]
+    positives, negatives = np.flatnonzero(labels_N), np.flatnonzero(~labels_N)
+    negatives = negatives[np.argsort(scores_N[negatives], kind="stable")]
+    # In this order neighbours read neighbouring sums.
+    positives = positives[np.argsort(scores_N[positives], kind="stable")]
+    below = [
+        np.searchsorted(scores_N[negatives], scores_N[positives], side)
+        for side in ("left", "right")
+    ]
     blocks = [
-        _aucs(weights_NB[order_N, first : first + _DRAWS_AT_ONCE], labels_N, positives, ties)
+        _aucs(weights_NB[:, first : first + _DRAWS_AT_ONCE], positives, negatives, below)
         for first in range(0, weights_NB.shape[1], _DRAWS_AT_ONCE)
     ]
     return np.concatenate(blocks)
@@ -62,18 +66,26 @@ def weighted_aucs(
 
 def _aucs(
     weights_NB: npt.NDArray[np.float32],
-    labels_N: npt.NDArray[np.bool_],
     positives: npt.NDArray[np.intp],
-    ties: Sequence[npt.NDArray[np.intp]],
+    negatives: npt.NDArray[np.intp],
+    below: Sequence[npt.NDArray[np.intp]],
 ) -> Floats:
+    """Return the AUCs of some draws.
+
+    Args:
+        weights_NB: Of the rows as they are given.
+        positives: Their places.
+        negatives: Their places, by ascending score.
+        below: Of each positive, how many negatives lie below it, and how many not above it.
+    """
     # Sums of counts below 2^24 are exact in float32, which moves half the bytes.
-    below_NB = np.zeros((len(weights_NB) + 1, weights_NB.shape[1]), dtype=np.float32)
-    np.cumsum(np.where(labels_N[:, None], 0, weights_NB), axis=0, out=below_NB[1:])
-    firsts, lasts = ties
-    below_PB = below_NB[firsts].astype(np.float64) + below_NB[lasts]
+    sums_QB = np.zeros((len(negatives) + 1, weights_NB.shape[1]), dtype=np.float32)
+    np.cumsum(weights_NB[negatives], axis=0, out=sums_QB[1:])
+    firsts, lasts = below
+    below_PB = sums_QB[firsts].astype(np.float64) + sums_QB[lasts]
     positives_PB = weights_NB[positives]
     wins_B = np.einsum("pb,pb->b", positives_PB, below_PB) / 2
-    pairs_B = positives_PB.sum(axis=0, dtype=np.float64) * below_NB[-1]
+    pairs_B = positives_PB.sum(axis=0, dtype=np.float64) * sums_QB[-1]
     with np.errstate(invalid="ignore"):
         aucs_B: Floats = wins_B / pairs_B
     return aucs_B

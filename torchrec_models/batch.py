@@ -121,7 +121,7 @@ class _VectorFeatures(Protocol):
 
     def __call__(
         self, targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
-    ) -> torch.Tensor: ...
+    ) -> list[torch.Tensor]: ...
 
 
 class _HiddenIds(NamedTuple):
@@ -315,10 +315,10 @@ class BatchBuilder:
         parts = [torch.zeros(len(rows.user_ids_B), 0)]
         if self.config.has("vector"):
             assert self.vector_lookup is not None
-            parts.append(_vector_inputs(self.vector_lookup, rows, vector_features))
+            parts += _vector_inputs(self.vector_lookup, rows, vector_features)
         if self.config.has("aligned_cosine"):
             assert self.aligned_lookup is not None
-            parts.append(_vector_inputs(self.aligned_lookup, rows, cosine_features))
+            parts += _vector_inputs(self.aligned_lookup, rows, cosine_features)
         if self.config.has("cross"):
             assert history is not None
             found = cross_features(rows.rq_BL, history.masked(), rows.history_lengths_B)
@@ -363,7 +363,7 @@ class BatchBuilder:
 
 def _vector_inputs(
     lookup: VectorLookup, rows: RowColumns, features: _VectorFeatures
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Return what a function of candidates' and histories' vectors makes of a lookup's."""
     item_ids_H, label_times_H, _ = rows.one_history()
     return features(

@@ -211,8 +211,11 @@ def _gathered_cosines(targets: NamedVectors, history: NamedVectors, targets_H: I
 
 def vector_features(
     targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Return target, mean history vector, mean and largest cosine, at about unit variance.
+
+    The parts of a unit vector have a variance of 1 / D, and a net that learns at one rate for all
+    inputs would hardly read them.
 
     Args:
         targets: One per row.
@@ -222,23 +225,25 @@ def vector_features(
         is_one_history: Whether all rows share one history.
 
     Returns:
-        Float32 ``[B, 2 D + 2]``; history's part is zeros for an empty one.
+        Float32 ``[B, D]``, ``[B, D]`` and ``[B, 2]``, apart: the caller joins them with others.
+        History's parts are zeros for an empty one.
     """
     targets_BD, means_BD, cosines_B2 = _means_and_cosines(
         targets, history, lengths_B, is_one_history=is_one_history
     )
-    features_BW = torch.cat([targets_BD, means_BD, cosines_B2], dim=1)
-    return features_BW.mul_(_vector_scales(targets_BD.shape[1]))
+    scale = math.sqrt(targets_BD.shape[1])
+    # A mean that all rows share is one row in memory.
+    return [targets_BD.mul_(scale), means_BD * scale, cosines_B2.mul_(_COSINE_SCALE)]
 
 
 def cosine_features(
     targets: NamedVectors, history: NamedVectors, lengths_B: Ints, *, is_one_history: bool
-) -> torch.Tensor:
-    """Return the last two columns of :func:`vector_features`, float32 ``[B, 2]``."""
+) -> list[torch.Tensor]:
+    """Return the last part of :func:`vector_features`, float32 ``[B, 2]``."""
     _, _, cosines_B2 = _means_and_cosines(
         targets, history, lengths_B, is_one_history=is_one_history
     )
-    return cosines_B2.mul_(_COSINE_SCALE)
+    return [cosines_B2.mul_(_COSINE_SCALE)]
 
 
 def _means_and_cosines(
@@ -260,17 +265,6 @@ def _means_and_cosines(
         largest_B = torch.from_numpy(_segment_maxima(cosines_H, lengths_B))
     mean_B = torch.linalg.vecdot(means_BD, targets_BD)
     return targets_BD, means_BD, torch.stack([mean_B, largest_B], dim=1)
-
-
-def _vector_scales(vector_dim: int) -> torch.Tensor:
-    """Return the factors ``[2 D + 2]`` that bring vectors and cosines to about unit variance.
-
-    The parts of a unit vector have a variance of 1 / D, and a net that learns at one rate for all
-    inputs would hardly read them.
-    """
-    scales = torch.full((2 * vector_dim + NUM_COSINES,), math.sqrt(vector_dim))
-    scales[-NUM_COSINES:] = _COSINE_SCALE
-    return scales
 
 
 def _segment_maxima(values_H: Floats, lengths_B: Ints) -> Floats:

@@ -76,7 +76,7 @@ def test_features_equal_a_loop_over_rows(
     monkeypatch.setattr(vector_inputs, "_GATHERED_PAIRS", 4)
     lookup = _lookup(is_held=is_held)
 
-    found_BW = vector_features(*_named(lookup), LENGTHS, is_one_history=False)
+    found_BW = torch.cat(vector_features(*_named(lookup), LENGTHS, is_one_history=False), dim=1)
 
     expected = []
     for target, history in zip(TARGETS, HISTORIES, strict=True):
@@ -112,22 +112,22 @@ def test_cosines_alone_are_those_beside_the_vectors(is_one_history: bool) -> Non
     named = NamedVectors.of(lookup, np.tile(history, copies), np.full(4 * copies, TIMES[0]))
     lengths_B = np.full(len(TARGETS), 4)
 
-    found_B2 = cosine_features(targets, named, lengths_B, is_one_history=is_one_history)
+    (found_B2,) = cosine_features(targets, named, lengths_B, is_one_history=is_one_history)
 
-    both_BW = vector_features(targets, named, lengths_B, is_one_history=is_one_history)
+    *_, beside_B2 = vector_features(targets, named, lengths_B, is_one_history=is_one_history)
     assert found_B2.any()
-    assert torch.equal(found_B2, both_BW[:, 2 * WIDTH :])
+    assert torch.equal(found_B2, beside_B2)
 
 
 def test_a_shared_history_may_be_empty() -> None:
     lookup, nothing = _lookup(), np.empty(0, dtype=np.int64)
     targets = NamedVectors.of(lookup, TARGETS, TIMES)
 
-    features_BW = vector_features(
+    _, *of_history = vector_features(
         targets, NamedVectors.of(lookup, nothing, nothing), np.zeros(6, int), is_one_history=True
     )
 
-    assert not features_BW[:, WIDTH:].any()
+    assert not torch.cat(of_history, dim=1).any()
 
 
 @pytest.mark.parametrize("is_held", [False, True], ids=["computed", "held"])
@@ -164,12 +164,12 @@ def test_rows_may_all_be_without_a_history() -> None:
     lookup, nothing = _lookup(), np.empty(0, dtype=np.int64)
     targets = NamedVectors.of(lookup, TARGETS, TIMES)
 
-    features_BW = vector_features(
+    _, *of_history = vector_features(
         targets, NamedVectors.of(lookup, nothing, nothing), np.zeros(6, int), is_one_history=False
     )
 
-    assert features_BW.shape == (6, 2 * WIDTH + 2)
-    assert not features_BW[:, WIDTH:].any()
+    assert [part_BW.shape for part_BW in of_history] == [(6, WIDTH), (6, 2)]
+    assert not torch.cat(of_history, dim=1).any()
 
 
 def test_a_vector_named_twice_is_fetched_once() -> None:
