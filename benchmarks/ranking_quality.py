@@ -212,8 +212,7 @@ def _trained(tasks: Sequence[Task], num_processes: int) -> tuple[list[Run], Rows
             f"{len(runs):>3} of {len(tasks)}: {run.arm:<25} seed {run.seed} {run.seconds:5.1f} s "
             f"{run.num_steps} steps, valid {shown}"
         )
-    places = {(task.arm.name, task.config.seed): place for place, task in enumerate(tasks)}
-    return sorted(runs, key=lambda run: places[run.arm, run.seed]), rows
+    return runs, rows
 
 
 def task_figures(runs: Sequence[Run], rows: Rows, task: int, num_draws: int) -> TaskFigures:
@@ -226,7 +225,7 @@ def task_figures(runs: Sequence[Run], rows: Rows, task: int, num_draws: int) -> 
         num_draws: Draws of users.
     """
     draws: Draws = {}
-    arms = list(dict.fromkeys(run.arm for run in runs))
+    arms = list(dict.fromkeys(run.arm for run in sorted(runs, key=lambda run: run.seed)))
     all_weights_NB = user_weights(rows.user_ids_N, num_draws)
     for name in (ALL_ROWS, *SLICES):
         is_in_N = _in_slice(rows, name)

@@ -69,14 +69,12 @@ def train_all(tasks: Sequence[Task], num_processes: int) -> Iterator[tuple[Run, 
     """Train every task and yield each run as it ends; its arm and seed name it.
 
     Args:
-        tasks: What to train; those of most features, the longest, go first, so that in the end no
-            process waits long for another.
+        tasks: What to train.
         num_processes: Runs that go at a time; 1 stays in this process.
 
     Yields:
         Runs, each with the test rows that it ranked.
     """
-    tasks = sorted(tasks, key=lambda task: len(task.config.features), reverse=True)
     if num_processes == 1:
         with process_group():
             yield from map(_trained, tasks)
